@@ -1,0 +1,114 @@
+"""Running calibration data through a model that is being measured."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..config import FP8Config
+from ..errors import FP8CalibrationError
+from ..state import FP8State, measuring_state
+from .loaders import batch_size_of, batches
+
+logger = logging.getLogger(__name__)
+
+_FEW_TOKENS = 1024
+
+
+def calibrate(model: nn.Module, config: FP8Config | None = None) -> nn.Module:
+    """Run the config's `dataset` through a prepared model, with a progress bar, without gradients.
+
+    Args:
+        model: a model in measuring state.
+        config: where the data comes from; by default the config the model was prepared with.
+
+    Returns:
+        `model` itself, still measuring: call it again with more data, or go on with `convert(model)`.
+
+    Raises:
+        FP8StateError: the model is not being measured.
+        FP8CalibrationError: the data cannot be used, or there is none.
+    """
+    state = measuring_state(model, "calibrate")
+    config = config or state.config
+    if config.dataset is None:
+        raise FP8CalibrationError("calibrate: the config has no dataset: pass FP8Config(dataset=…)")
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            if callable(config.dataset):
+                config.dataset(model)
+            else:
+                _run_batches(model, state, config)
+    finally:
+        model.train(training)
+    return model
+
+
+def _run_batches(model: nn.Module, state: FP8State, config: FP8Config) -> None:
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    name_or_path = str(getattr(model, "name_or_path", "") or "")
+    digest, samples, tokens = hashlib.sha256(), 0, 0
+    with tqdm(total=config.num_calibration_samples, desc="Calibrating", unit="sample") as progress:
+        for batch in batches(config, name_or_path):
+            inputs = _to_device(batch, device)
+            mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+            assert state.observers is not None
+            with state.observers.only_where(mask if mask is not None and mask.ndim == 2 else None):
+                _call(model, inputs)
+            size = batch_size_of(batch)
+            samples, tokens = samples + size, tokens + _update(digest, inputs)
+            progress.update(size)
+        progress.total = samples
+        progress.refresh()
+    if samples == 0:
+        raise FP8CalibrationError("the dataset is empty: no sample went through the model")
+    if 0 < tokens < _FEW_TOKENS:
+        logger.warning("calibrated on %d tokens only: ranges will not be representative; use more data", tokens)
+    state.measurements.samples += samples
+    state.measurements.data = digest.hexdigest()[:32]
+
+
+def _to_device(batch: Any, device: torch.device) -> Any:
+    """Model inputs on `device`: a mapping, or the tensor (of a sequence the first: the rest are labels)."""
+    if isinstance(batch, Mapping):
+        return {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)) and batch:
+        batch = batch[0]
+    if torch.is_tensor(batch):
+        return batch.to(device)
+    raise FP8CalibrationError(
+        f"a batch of type {type(batch).__name__} cannot be given to a model: expected a dict of inputs or a tensor"
+    )
+
+
+def _call(model: nn.Module, inputs: Any) -> None:
+    if isinstance(inputs, Mapping):
+        dtype = getattr(model, "dtype", None)
+        model(**{key: _as_dtype(value, dtype) for key, value in inputs.items()})
+    else:
+        model(_as_dtype(inputs, getattr(model, "dtype", None)))
+
+
+def _as_dtype(value: Any, dtype: torch.dtype | None) -> Any:
+    """Images and other floating-point inputs in the model's dtype, as its own pipeline would give them."""
+    if dtype is not None and torch.is_tensor(value) and value.is_floating_point():
+        return value.to(dtype)
+    return value
+
+
+def _update(digest: Any, inputs: Any) -> int:
+    """Add a batch to the data's fingerprint; how many tokens it holds (0 for other data)."""
+    tensors = list(inputs.values()) if isinstance(inputs, Mapping) else [inputs]
+    for tensor in tensors:
+        if torch.is_tensor(tensor):
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+    return ids.numel() if torch.is_tensor(ids) else 0

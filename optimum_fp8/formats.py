@@ -1,0 +1,113 @@
+"""Number formats and targets: which values an FP8 tensor can hold on which hardware.
+
+FP8 comes as E4M3 (4 exponent bits, 3 mantissa bits) and E5M2. Two things differ between targets:
+
+* the **full scale**, the largest value ever emitted. Gaudi2 reads E4M3 codes above 0x77 as Inf/NaN, so its full
+  scale is 240; everywhere else it is 448. E5M2 ends at 57344 on all targets.
+* the **hardware scales**, the powers of two that the matrix engine applies at no cost, as an exponent bias.
+
+Bytes are those of `torch.float8_e4m3fn` / `torch.float8_e5m2` on all targets. (Gaudi2's range happens to be that of
+`float8_e4m3fnuz`, whose bytes mean something else: it is never used.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from .errors import FP8ConfigError, nearest
+
+TARGETS = ("gaudi2", "gaudi3", "cuda", "cpu")
+GAUDI_TARGETS = ("gaudi2", "gaudi3")
+FP8_DTYPES = {"E4M3": torch.float8_e4m3fn, "E5M2": torch.float8_e5m2}
+HP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# 1/s is taken in float32 and must be finite and normal: these are the outermost usable exponents.
+MIN_EXPONENT, MAX_EXPONENT = -126, 126
+
+
+@dataclass(frozen=True)
+class HardwareScales:
+    """The set {2^e : min_exponent <= e <= max_exponent, e a multiple of step}, e.g. Gaudi2: {2^-8, 2^-4, 1, 16}."""
+
+    min_exponent: int
+    max_exponent: int
+    step: int
+
+    def descending(self) -> list[float]:
+        """All scales of the set, the largest first."""
+        return [2.0**e for e in range(self.max_exponent, self.min_exponent - 1, -self.step)]
+
+
+# The E4M3 sets serve E5M2 as well, as they do in Intel Neural Compressor, whose numbers we keep.
+_GAUDI2 = HardwareScales(min_exponent=-8, max_exponent=4, step=4)
+_GAUDI3 = HardwareScales(min_exponent=-55, max_exponent=7, step=1)
+_ANY_POWER_OF_TWO = HardwareScales(min_exponent=MIN_EXPONENT, max_exponent=MAX_EXPONENT, step=1)
+_HARDWARE_SCALES = {"gaudi2": _GAUDI2, "gaudi3": _GAUDI3, "cuda": _ANY_POWER_OF_TWO, "cpu": _ANY_POWER_OF_TWO}
+
+
+@dataclass(frozen=True)
+class NumberFormat:
+    """An FP8 format on a target.
+
+    Attributes:
+        name: "E4M3" or "E5M2".
+        target: one of `TARGETS`.
+        dtype: the torch dtype of the bytes.
+        full_scale: the largest finite value that is ever emitted (unitless).
+        hardware_scales: the scales the target applies for free.
+    """
+
+    name: str
+    target: str
+    dtype: torch.dtype
+    full_scale: float
+    hardware_scales: HardwareScales
+
+    @property
+    def is_gaudi(self) -> bool:
+        return self.target in GAUDI_TARGETS
+
+    @property
+    def search_scales(self) -> list[float]:
+        """Hardware scales worth trying in a search, largest first (an unbounded set is searched as Gaudi3's)."""
+        return (_GAUDI3 if self.hardware_scales is _ANY_POWER_OF_TWO else self.hardware_scales).descending()
+
+
+@cache
+def number_format(fp8_config: str = "E4M3", target: str = "cpu") -> NumberFormat:
+    """The number format called `fp8_config` ("E4M3" or "E5M2") on `target`.
+
+    Raises:
+        FP8ConfigError: an unknown format or target.
+    """
+    name = str(fp8_config).upper()
+    if name not in FP8_DTYPES:
+        raise FP8ConfigError(f"fp8_config={fp8_config!r} is not an FP8 format: {nearest(fp8_config, FP8_DTYPES)}")
+    if target not in TARGETS:
+        raise FP8ConfigError(f"target={target!r} is unknown: {nearest(target, TARGETS)}")
+    full_scale = 57344.0 if name == "E5M2" else 240.0 if target == "gaudi2" else 448.0
+    return NumberFormat(name, target, FP8_DTYPES[name], full_scale, _HARDWARE_SCALES[target])
+
+
+def hp_torch_dtype(hp_dtype: str) -> torch.dtype:
+    """The torch dtype of a high-precision dtype name ("bf16", "fp16", "fp32")."""
+    if hp_dtype not in HP_DTYPES:
+        raise FP8ConfigError(f"hp_dtype={hp_dtype!r} is unknown: {nearest(hp_dtype, HP_DTYPES)}")
+    return HP_DTYPES[hp_dtype]
+
+
+def is_fp8(dtype: torch.dtype) -> bool:
+    """Whether `dtype` is one of the two FP8 dtypes in use."""
+    return dtype in FP8_DTYPES.values()
+
+
+def detect_target() -> str:
+    """What `target="auto"` means on this machine: the accelerator that is there, else the CPU."""
+    hpu = getattr(torch, "hpu", None)
+    if hpu is not None and hpu.is_available():
+        name = str(hpu.get_device_name()).lower()
+        return "gaudi3" if "gaudi3" in name else "gaudi2"
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,138 @@
+"""Our own checkpoints: `X.weight` `[1, out, in]` in FP8, `X.weight_scale`, and `X.input_scale` where it is static.
+
+The leading dimension of one makes transformers without this plugin refuse the checkpoint: it tolerates unknown names,
+dtypes and missing scales with a warning, and would compute garbage, but it never loads a weight of a wrong shape.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from ..config import FP8Config
+from ..errors import FP8CheckpointError, FP8NotAvailableError, FP8StateError
+from ..formats import number_format
+from ..modules import fp8_modules
+from ..selection import Decision, candidates, default_skips, matches_name
+from ..state import state_of
+
+_LOADING_KEYS = ("target", "dequantize", "mode")
+
+
+def honour_request(config: FP8Config) -> None:
+    """Apply what was asked for by a `quantization_config` passed to load an FP8 checkpoint, or refuse it.
+
+    Raises:
+        FP8CheckpointError: a key that would need the original weights or new calibration, or a target whose range
+            the stored codes exceed.
+    """
+    requested: dict[str, Any] = config.__dict__.pop("_requested", {})
+    for key, value in requested.items():
+        if key in _LOADING_KEYS or value == getattr(config, key):
+            continue
+        raise FP8CheckpointError(
+            f"{key}={value!r} was asked for, but the checkpoint was quantized with {getattr(config, key)!r}: only "
+            "target and dequantize can be chosen when loading; quantize the original model again for the rest"
+        )
+    if requested.get("mode", "AUTO") not in ("AUTO", "LOAD"):
+        raise FP8CheckpointError(f"mode={requested['mode']!r}: this checkpoint is FP8 already; use mode='AUTO'")
+    config.dequantize = requested.get("dequantize", config.dequantize)
+    if requested.get("target", "auto") not in ("auto", config.target):
+        _retarget(config, requested["target"])
+
+
+def _retarget(config: FP8Config, target: str) -> None:
+    before, after = config.number_format, number_format(config.fp8_config, target)
+    if after.full_scale < before.full_scale:
+        raise FP8CheckpointError(
+            f"target={target!r} was asked for, but the checkpoint's codes go up to {before.full_scale:g} (made for "
+            f"{config.target}), and {target} reads those above {after.full_scale:g} as Inf: quantize the original "
+            f"model again with FP8Config(target={target!r})"
+        )
+    config.target = target
+
+
+def saved_decisions(model: PreTrainedModel, config: FP8Config, checkpoint_files: list[str] | None) -> list[Decision]:
+    """Which modules are FP8 in a checkpoint: all candidates but those its configuration lists.
+
+    Heads the checkpoint does not have (a classifier put on a saved base model) stay in high precision.
+    """
+    exceptions, prefix = config.modules_to_not_convert or [], f"{model.base_model_prefix}."
+    heads, keys = default_skips(model), _checkpoint_keys(checkpoint_files)
+    decisions = []
+    for name, module in candidates(model).items():
+        aliases = {name, name.removeprefix(prefix), f"{prefix}{name}"}
+        excepted = any(alias in exceptions for alias in aliases)
+        is_head = any(matches_name(head, name) for head in heads)
+        absent = is_head and keys is not None and not any(f"{alias}.weight_scale" in keys for alias in aliases)
+        reason = "not FP8 in the checkpoint" if excepted or absent else "selected"
+        decisions.append(Decision(name, type(module).__name__, reason == "selected", reason))
+    return decisions
+
+
+def _checkpoint_keys(checkpoint_files: list[str] | None) -> set[str] | None:
+    """Names of all tensors in the safetensors files, None where there are no such files."""
+    if not checkpoint_files or not all(str(path).endswith(".safetensors") for path in checkpoint_files):
+        return None
+    keys: set[str] = set()
+    for path in checkpoint_files:
+        with safe_open(path, framework="pt") as file:
+            keys.update(file.keys())
+    return keys
+
+
+def check_complete(model: PreTrainedModel, missing_keys: set[str]) -> None:
+    """Refuse a checkpoint that lacks, or spoils, a tensor an FP8 module needs.
+
+    Raises:
+        FP8CheckpointError: names the tensors.
+    """
+    needed = {
+        f"{name}.{parameter}"
+        for name, module in fp8_modules(model).items()
+        for parameter, _ in module.named_parameters()
+    }
+    missing = sorted(needed & missing_keys)
+    if missing:
+        raise FP8CheckpointError(
+            f"the checkpoint lacks {len(missing)} tensors that its configuration promises ({', '.join(missing[:4])}"
+            f"{', …' if len(missing) > 4 else ''}): it is damaged or was made with another model class"
+        )
+    _check_scales(model, "loaded")
+
+
+def tensors_to_save(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The state dict as it goes to disk.
+
+    Raises:
+        FP8StateError: the model is still being measured.
+        FP8NotAvailableError: weights are offloaded.
+        FP8CheckpointError: a scale that is not set, zero, NaN or infinite.
+    """
+    state = state_of(model)
+    if state is not None and state.phase == "measuring":
+        raise FP8StateError("save_pretrained: the model is in measuring state: run your data, then convert(model)")
+    tensors, modules = model.state_dict(), fp8_modules(model)
+    if any(module.weight.device.type == "meta" for module in modules.values()):
+        raise FP8NotAvailableError("save_pretrained: some weights are offloaded: load the model without offloading")
+    _check_scales(model, "saved")
+    for name in modules:
+        tensors[f"{name}.weight"] = tensors[f"{name}.weight"].unsqueeze(0)
+    return tensors
+
+
+def _check_scales(model: PreTrainedModel, action: str) -> None:
+    for name, module in fp8_modules(model).items():
+        for key in ("weight_scale", "input_scale"):
+            scale = getattr(module, key)
+            if scale is None or scale.device.type == "meta":
+                continue
+            if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+                found = scale.flatten()[:4].tolist()
+                raise FP8CheckpointError(
+                    f"{name}.{key} is {found} and cannot be {action}: expected finite values above 0; the checkpoint "
+                    "is damaged, quantize the original model again"
+                )

@@ -1,0 +1,76 @@
+"""Observers: hooks that record what goes into and out of modules, and that leave no trace when they are taken off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from .statistics import TensorStatistics
+from .store import Measurements
+
+
+class Observers:
+    """Records the inputs and outputs of modules into `measurements` until `remove()`."""
+
+    def __init__(self, measurements: Measurements):
+        self.measurements = measurements
+        self._handles: list[RemovableHandle] = []
+        self._valid: torch.Tensor | None = None
+
+    def attach(self, modules: Mapping[str, nn.Module], kinds: Iterable[str]) -> None:
+        """Watch the named modules' "input" and/or "output"."""
+        kinds = set(kinds)
+        for name, module in modules.items():
+            if "input" in kinds:
+                self._handles.append(module.register_forward_pre_hook(self._input_hook(name)))
+            if "output" in kinds:
+                self._handles.append(module.register_forward_hook(self._output_hook(name)))
+
+    def remove(self) -> None:
+        """Take all hooks off."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    @contextmanager
+    def only_where(self, mask: torch.Tensor | None) -> Iterator[None]:
+        """Leave out padding while inside: `mask` is `[batch, length]`, 0 at padded positions."""
+        self._valid = mask.bool() if mask is not None and not bool(mask.all()) else None
+        try:
+            yield
+        finally:
+            self._valid = None
+
+    def _input_hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if args:
+                self._observe(name, "input", args[0])
+
+        return hook
+
+    def _output_hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self._observe(name, "output", output)
+
+        return hook
+
+    def _observe(self, name: str, kind: str, x: Any) -> None:
+        if not isinstance(x, torch.Tensor):
+            return
+        if self._valid is not None:
+            x = _without_padding(x, self._valid.to(x.device))
+        if x.numel():
+            self.measurements.observe(name, kind, TensorStatistics.of(x))
+
+
+def _without_padding(x: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Rows of `[batch, length, …]` or `[batch · length, …]` that are not padding; other shapes are kept whole."""
+    if x.ndim >= 3 and x.shape[:2] == valid.shape:
+        return x[valid]
+    if x.ndim == 2 and x.shape[0] == valid.numel():
+        return x[valid.flatten()]
+    return x

@@ -1,0 +1,184 @@
+"""The operators, declared once: schema, fake kernel (shapes under torch.compile), and a typed function to call.
+
+`scale` always means the dequantization multiplier `s` (x ≈ codes · s), float32. `full_scale` is the value casts
+saturate at. `owner` is the number of the module on whose account a call is counted (`dispatch.new_owner`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.library import Library
+
+from ..errors import FP8NotAvailableError
+from . import dispatch, reference
+
+ARITHMETICS = ("fused", "gaudi", "qdq")
+
+_library = Library("optimum_fp8", "DEF")
+_SCHEMAS = {
+    "cast_to_fp8": "(Tensor x, Tensor scale, ScalarType dtype, float full_scale) -> Tensor",
+    "cast_from_fp8": "(Tensor x, Tensor scale, ScalarType dtype) -> Tensor",
+    "dynamic_scale": "(Tensor x, bool per_token, float divisor, str rounding, str fp8_config, str target, "
+    "ScalarType hp_dtype) -> Tensor",
+    "linear": "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? input_scale, Tensor? bias, float full_scale, "
+    "str arithmetic, int owner) -> Tensor",
+    "conv2d": "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? input_scale, Tensor? bias, int[2] stride, "
+    "int[2] padding, int[2] dilation, int groups, float full_scale, str arithmetic, int owner) -> Tensor",
+}
+
+
+def cast_to_fp8(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, full_scale: float) -> torch.Tensor:
+    """Quantize: round-to-nearest-even of clamp(x · (1/scale), ±full_scale); NaN stays NaN, nothing else becomes it.
+
+    Args:
+        x: any shape, a floating-point dtype.
+        scale: float32, `(1,)` or broadcastable to `x` (`(out, 1)` per channel, `(…, 1)` per token).
+        dtype: `torch.float8_e4m3fn` or `torch.float8_e5m2`.
+        full_scale: 448, 240 (Gaudi2) or 57344 (E5M2).
+
+    Returns:
+        codes of `x`'s shape in `dtype`.
+    """
+    return torch.ops.optimum_fp8.cast_to_fp8(x, scale, dtype, full_scale)
+
+
+def cast_from_fp8(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Dequantize: x · scale in float32, rounded once to `dtype`; shapes as in `cast_to_fp8`."""
+    return torch.ops.optimum_fp8.cast_from_fp8(x, scale, dtype)
+
+
+def dynamic_scale(
+    x: torch.Tensor,
+    *,
+    per_token: bool,
+    divisor: float,
+    rounding: str,
+    fp8_config: str,
+    target: str,
+    hp_dtype: torch.dtype,
+) -> torch.Tensor:
+    """The scale of `x` from its own range: round(max|x| / divisor), as `scales.activation_scale(dynamic=True)`.
+
+    Args:
+        x: `[…, features]`, a floating-point dtype.
+        per_token: one scale a row, float32 `[…, 1]`; else one for the tensor, float32 `(1,)`.
+        divisor: full scale times backoff.
+        rounding: "identity", "pow2" or "hardware" (of `fp8_config` on `target`).
+        hp_dtype: the dtype the range is rounded to and divided in.
+    """
+    return torch.ops.optimum_fp8.dynamic_scale(x, per_token, divisor, rounding, fp8_config, target, hp_dtype)
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    input_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *,
+    full_scale: float,
+    arithmetic: str = "fused",
+    owner: int = 0,
+) -> torch.Tensor:
+    """y = (x_q · s_x)(w_q · s_w)ᵀ + bias with float32 accumulation; `reference.py` says where it rounds.
+
+    Args:
+        x: `[…, in]`, bfloat16, float16 or float32.
+        weight: `[out, in]`, FP8.
+        weight_scale: float32, `(1,)` or `(out, 1)`.
+        input_scale: float32, `(1,)` or `[…, 1]`; None leaves `x` in high precision (weight-only).
+        bias: `(out,)` or None.
+        full_scale: the value activations saturate at.
+        arithmetic: one of `ARITHMETICS`.
+
+    Returns:
+        `[…, out]` in `x`'s dtype.
+    """
+    return torch.ops.optimum_fp8.linear(x, weight, weight_scale, input_scale, bias, full_scale, arithmetic, owner)
+
+
+def conv2d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    input_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    full_scale: float,
+    arithmetic: str = "fused",
+    owner: int = 0,
+) -> torch.Tensor:
+    """2-D convolution with the arithmetic of `linear`.
+
+    Args:
+        x: `[N, C, H, W]` or `[C, H, W]`, bfloat16, float16 or float32.
+        weight: `[out, C / groups, kh, kw]`, FP8.
+        weight_scale: float32, `(1,)` or `(out, 1, 1, 1)`.
+        input_scale: float32 `(1,)`, or None (weight-only).
+        bias: `(out,)` or None.
+
+    Returns:
+        `[N, out, H', W']` (or `[out, H', W']`) in `x`'s dtype.
+    """
+    return torch.ops.optimum_fp8.conv2d(
+        x, weight, weight_scale, input_scale, bias, stride, padding, dilation, groups, full_scale, arithmetic, owner
+    )
+
+
+def _fake_cast(x, scale, dtype, full_scale=0.0):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x, dtype=dtype)
+
+
+def _fake_dynamic_scale(x, per_token, divisor, rounding, fp8_config, target, hp_dtype):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], 1) if per_token else (1,), dtype=torch.float32)
+
+
+def _fake_linear(x, weight, weight_scale, input_scale, bias, full_scale, arithmetic, owner):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _fake_conv2d(x, weight, weight_scale, input_scale, bias, stride, padding, dilation, groups, *rest):  # type: ignore[no-untyped-def]
+    return F.conv2d(x, weight.to(x.dtype), None, stride, padding, dilation, groups)
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "cast_to_fp8": _fake_cast,
+    "cast_from_fp8": _fake_cast,
+    "dynamic_scale": _fake_dynamic_scale,
+    "linear": _fake_linear,
+    "conv2d": _fake_conv2d,
+}
+_COUNTED = ("linear", "conv2d")
+
+
+def _no_backward(op: str):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        raise FP8NotAvailableError(
+            f"there is no gradient through optimum_fp8::{op}: FP8 modules are for inference; "
+            "call model.dequantize() to fine-tune, or run under torch.no_grad()"
+        )
+
+    return backward
+
+
+def _declare(op: str) -> None:
+    def implementation(*args):  # type: ignore[no-untyped-def]
+        return dispatch.run(op, args[-1], *args[:-1]) if op in _COUNTED else dispatch.run(op, 0, *args)
+
+    _library.define(op + _SCHEMAS[op], tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(op, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"optimum_fp8::{op}", _FAKES[op], lib=_library)
+    torch.library.register_autograd(f"optimum_fp8::{op}", _no_backward(op), lib=_library)
+    dispatch.register_kernel(op, dispatch.Kernel(dispatch.REFERENCE, None, getattr(reference, op)))
+
+
+for _op in _SCHEMAS:
+    _declare(_op)

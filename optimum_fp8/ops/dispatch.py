@@ -1,0 +1,113 @@
+"""Which kernel runs an operator, and a record of what really ran.
+
+A kernel belongs to a backend ("reference", later "cpu", "cuda", "hpu"), serves some device types, and may refuse a
+call with a reason. The first registered kernel that serves the device and does not refuse runs; the reference serves
+everything. Calls and refusals are counted per owner (a module), so that a report can tell what happened, not what was
+hoped for.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..errors import FP8ConfigError, FP8NotAvailableError, nearest
+
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One implementation of one operator.
+
+    Attributes:
+        backend: the name it is forced and reported by.
+        devices: device types it serves; None serves all.
+        run: called with the operator's arguments (without `owner`).
+        refuses: called with the same arguments; the reason why this call cannot be served, or None.
+    """
+
+    backend: str
+    devices: tuple[str, ...] | None
+    run: Callable[..., torch.Tensor]
+    refuses: Callable[..., str | None] = lambda *args: None
+
+    def serves(self, device: str) -> bool:
+        return self.devices is None or device in self.devices
+
+
+@dataclass
+class CallRecord:
+    """What an owner's calls ran on: `kernels[(op, backend)]` and `fallbacks[(op, backend, reason)]` are counts."""
+
+    kernels: Counter[tuple[str, str]] = field(default_factory=Counter)
+    fallbacks: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+
+
+_kernels: dict[str, list[Kernel]] = {}
+_records: dict[int, CallRecord] = {}
+_next_owner = itertools.count(1)  # 0 is "nobody"
+_forced: ContextVar[str | None] = ContextVar("optimum_fp8_backend", default=None)
+
+
+def register_kernel(op: str, kernel: Kernel) -> None:
+    """Add a kernel for `op`. It is preferred to the reference, and to kernels registered before it."""
+    kernels = _kernels.setdefault(op, [])
+    kernels[:] = [known for known in kernels if known.backend != kernel.backend]
+    kernels.insert(0 if kernel.backend != REFERENCE else len(kernels), kernel)
+
+
+def backends() -> list[str]:
+    """Names of all backends that have a kernel."""
+    return sorted({kernel.backend for kernels in _kernels.values() for kernel in kernels})
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run every operator called inside on the backend `name`, on whatever device the tensors are.
+
+    Raises:
+        FP8ConfigError: no such backend.
+        FP8NotAvailableError: (from the call) the backend has no kernel for the operator, or it refuses the call.
+    """
+    if name not in backends():
+        raise FP8ConfigError(f"backend {name!r} is unknown: {nearest(name, backends())}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def new_owner() -> int:
+    """A number under which a module's calls are counted."""
+    return next(_next_owner)
+
+
+def calls(owner: int) -> CallRecord:
+    """What has run for `owner` so far (empty if nothing has)."""
+    return _records.get(owner, CallRecord())
+
+
+def run(op: str, owner: int, *args: Any) -> torch.Tensor:
+    """Run `op` on the best kernel for its first argument's device, or on the forced backend."""
+    device, forced = args[0].device.type, _forced.get()
+    record = _records.setdefault(owner, CallRecord()) if owner else CallRecord()
+    for kernel in _kernels[op]:
+        if kernel.backend != forced if forced else not kernel.serves(device):
+            continue
+        reason = kernel.refuses(*args)
+        if reason is None:
+            record.kernels[op, kernel.backend] += 1
+            return kernel.run(*args)
+        if forced:
+            raise FP8NotAvailableError(f"backend {forced!r} cannot run {op!r} here: {reason}; leave the backend free")
+        record.fallbacks[op, kernel.backend, reason] += 1
+    raise FP8NotAvailableError(f"backend {forced!r} has no kernel for {op!r}; leave the backend free")

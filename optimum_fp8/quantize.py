@@ -1,0 +1,278 @@
+"""prepare → your calibration loop → finalize_calibration → convert, on any nn.Module.
+
+`from_pretrained`, the command line and everything else walk these same steps.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from . import ops
+from .config import FP8Config
+from .errors import FP8MeasurementError, FP8ScaleError, FP8StateError
+from .measure import Measurements, Observers, TensorStatistics, model_fingerprint, weight_digest
+from .modules import FP8Module, fp8_modules, fp8_skeleton, quantize_weight, recipe_for, swap
+from .scales import activation_scale
+from .selection import candidates, select
+from .state import FP8State, measuring_state, set_state, state_of
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(model: nn.Module, config: FP8Config) -> nn.Module:
+    """Put `model` into measuring state: run calibration data through it next, then `convert(model)`.
+
+    Args:
+        model: any module with Linear, Conv1D or Conv2d layers; only hooks are added, and only on selected modules.
+        config: what to quantize and how.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        FP8StateError: the model is prepared or converted already.
+        FP8SelectionError: a pattern of the config matches nothing, or nothing is selected.
+    """
+    _refuse_second_time(model, "prepare")
+    decisions, found = select(model, config), candidates(model)
+    state = FP8State(config, decisions, "measuring", Measurements(_fingerprint(found)))
+    modules = {name: found[name] for name in state.selected}
+    if "weight" in config.measured:
+        for name, module in modules.items():
+            state.measurements.observe(name, "weight", TensorStatistics.of(module.weight))
+    start_observing(state, modules)
+    set_state(model, state)
+    return model
+
+
+def start_observing(state: FP8State, modules: dict[str, nn.Module]) -> None:
+    """Attach the observers a state's config asks for (none where activations need no ranges)."""
+    state.observers = Observers(state.measurements)
+    if needs_ranges(state.config):
+        state.observers.attach(modules, state.config.measured)
+
+
+def needs_ranges(config: FP8Config) -> bool:
+    """Whether activations of this config are scaled by calibrated ranges."""
+    return config.scheme in ("static", "auto") and config.method.activation.needs_range
+
+
+def finalize_calibration(model: nn.Module) -> Measurements:
+    """End measuring: take the observers off and write the measurements to the config's `dump_stats_path`.
+
+    Returns:
+        the measurements. `convert(model)` uses them as they are in memory; another process finds the file.
+
+    Raises:
+        FP8StateError: the model is not being measured.
+        FP8MeasurementError: nothing was measured.
+    """
+    state = measuring_state(model, "finalize_calibration")
+    _require_data(state)
+    path = state.measurements.save(state.config.dump_stats_path)
+    if state.observers is not None:
+        state.observers.remove()
+    logger.info("measurements of %d tensors are in %s", len(state.measurements.tensors), path)
+    return state.measurements
+
+
+def convert(model: nn.Module, config: FP8Config | None = None) -> nn.Module:
+    """Turn `model` into an FP8 model.
+
+    A model in measuring state is converted with what was measured. Otherwise `config` is needed, and static
+    activations are converted with the measurements at its `dump_stats_path`, if they are of this very model; with
+    `activation_scheme="auto"` and no such measurements, activations become dynamic.
+
+    An error leaves the model as it was.
+
+    Args:
+        model: a prepared model, or any module with Linear, Conv1D or Conv2d layers.
+        config: what to quantize and how, for a model that was not prepared.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        FP8StateError: converted already, or neither prepared nor given a config.
+        FP8MeasurementError: static activations without calibration data, modules that calibration never reached, or
+            measurements of another model.
+        FP8ScaleError: a weight that has no sound scale.
+    """
+    state = state_of(model)
+    if state is None or state.phase == "converted":
+        _refuse_second_time(model, "convert")
+        if config is None:
+            raise FP8StateError("convert: this model was not prepared: call prepare(model, config), or pass a config")
+        state = _unmeasured_state(model, config)
+    convert_with(model, state)
+    if isinstance(model, PreTrainedModel):
+        from .hf.attach import attach_quantizer
+
+        attach_quantizer(model)
+    return model
+
+
+def convert_with(model: nn.Module, state: FP8State) -> None:
+    """Convert with what `state` knows: everything that can fail happens before the model is touched."""
+    config, found = state.config, dict(model.named_modules())
+    if needs_ranges(config) and config.scheme == "auto" and not state.measurements.tensors and state.observers is None:
+        config = config.replace(activation_scheme="dynamic")
+        logger.info("no calibration data: activations are scaled dynamically (activation_scheme='dynamic')")
+    static = needs_ranges(config)
+    if static:
+        _require_data(state)
+    unreached = _unreached(state, config) if static else {}
+    recipe = recipe_for(config, dynamic=config.scheme == "dynamic")
+    input_scales = {name: _input_scale(name, state, config) for name in state.selected if name not in unreached}
+    replacements = _quantized_modules(found, state, config, unreached)
+
+    swap(model, {found[name]: module for name, module in replacements.items()})
+    if state.observers is not None:
+        state.observers.remove()
+    state.deselect(unreached)
+    modules = fp8_modules(model)
+    for name in state.selected:
+        modules[name].owner = ops.new_owner()  # calls made while calibrating do not count
+        modules[name].recipe = recipe
+        modules[name].set_input_scale(input_scales[name])
+    state.config, state.phase, state.observers = config, "converted", None
+    set_state(model, state)
+
+
+def _unmeasured_state(model: nn.Module, config: FP8Config) -> FP8State:
+    """The state of a model that was not prepared: measurements come from the file, where there is one."""
+    decisions = select(model, config)
+    measurements = Measurements(_fingerprint(candidates(model)))
+    if needs_ranges(config):
+        stored = stored_measurements(config, measurements.fingerprint)
+        measurements = stored or measurements
+    return FP8State(config, decisions, "measuring", measurements)
+
+
+def _fingerprint(modules: dict[str, Any]) -> str:
+    offloaded = [name for name, module in modules.items() if module.weight.device.type == "meta"]
+    if offloaded:
+        raise FP8StateError(
+            f"the weights of {len(offloaded)} modules ({', '.join(offloaded[:3])}, …) are offloaded or not loaded: "
+            "quantize while loading, with from_pretrained(…, quantization_config=…)"
+        )
+    return model_fingerprint({name: weight_digest(module.weight) for name, module in modules.items()})
+
+
+def stored_measurements(config: FP8Config, fingerprint: str) -> Measurements | None:
+    """Measurements of this very model at `dump_stats_path`; None where they are optional and not there.
+
+    Raises:
+        FP8MeasurementError: static activations (or mode QUANTIZE) need them, and they are missing or of another model.
+    """
+    required = config.scheme == "static" or config.mode == "QUANTIZE"
+    try:
+        stored = Measurements.load(config.dump_stats_path)
+    except FP8MeasurementError:
+        if required:
+            raise
+        return None
+    if stored.fingerprint == fingerprint:
+        return stored
+    message = (
+        f"the measurements at dump_stats_path={config.dump_stats_path!r} are of another model (fingerprint "
+        f"{stored.fingerprint}, this model has {fingerprint}): measure this model, or correct dump_stats_path"
+    )
+    if required:
+        raise FP8MeasurementError(message)
+    logger.warning("%s; they are not used", message)
+    return None
+
+
+def _refuse_second_time(model: nn.Module, action: str) -> None:
+    state = state_of(model)
+    if state is None and not fp8_modules(model):
+        return
+    if state is not None and state.phase == "measuring":
+        raise FP8StateError(f"{action}: this model is prepared already: run calibration data, then convert(model)")
+    raise FP8StateError(f"{action}: this model is converted to FP8 already: load the original model to start again")
+
+
+def _require_data(state: FP8State) -> None:
+    if not needs_ranges(state.config):
+        return
+    if not any(kind == "input" for _, kind in state.measurements.tensors):
+        raise FP8MeasurementError(
+            "static activations need calibration data and none went through the model: run your data through it "
+            "after prepare(), give a `dataset`, or use activation_scheme='dynamic'"
+        )
+
+
+def _unreached(state: FP8State, config: FP8Config) -> dict[str, str]:
+    """Selected modules without a range. Raises unless the config ignores them."""
+    missing = [name for name in state.selected if (name, "input") not in state.measurements.tensors]
+    if missing and not config.ignore_modules_wo_measures:
+        raise FP8MeasurementError(
+            f"{len(missing)} selected modules were never reached by calibration: {', '.join(missing[:8])}"
+            f"{', …' if len(missing) > 8 else ''}: calibrate with data that reaches them, put them on the blocklist, "
+            "or set ignore_modules_wo_measures=True"
+        )
+    if missing:
+        logger.warning("not reached by calibration, activations stay in high precision: %s", ", ".join(missing))
+    return {name: "never reached by calibration" for name in missing}
+
+
+def _input_scale(name: str, state: FP8State, config: FP8Config) -> torch.Tensor | None:
+    """The static scale of a module's input, `(1,)` float32; None for dynamic and weight-only activations."""
+    if config.scheme in ("dynamic", "weight_only"):
+        return None
+    maxabs = state.measurements.maxabs(name) if needs_ranges(config) else torch.zeros(())
+    assert maxabs is not None  # unreached modules have been sorted out
+    return activation_scale(
+        maxabs,
+        method=config.scale_method,
+        target=config.resolved_target,
+        fp8_config=config.fp8_config,
+        hp_dtype=config.hp_dtype,
+        backoff=config.input_backoff,
+    )
+
+
+def _quantized_modules(
+    found: dict[str, Any], state: FP8State, config: FP8Config, unreached: dict[str, str]
+) -> dict[str, nn.Module]:
+    """What takes the place of which module: FP8 modules, still without input scale, for the selected ones.
+
+    Modules whose weights became FP8 while loading stay; those calibration never reached go back to high precision.
+    """
+    replacements: dict[str, nn.Module] = {}
+    by_weight: dict[int, FP8Module] = {}
+    recipe = recipe_for(config, dynamic=config.scheme == "dynamic")
+    for name in state.selected:
+        module = found[name]
+        if isinstance(module, FP8Module):
+            if name in unreached:
+                replacements[name] = module.restored(_high_precision_dtype(found[""]))
+        elif name not in unreached:
+            fp8 = fp8_skeleton(module, recipe)
+            twin = by_weight.setdefault(id(module.weight), fp8)
+            if twin is fp8:
+                fp8.set_weight(*_codes_and_scale(name, fp8.canonical(module.weight.detach()), config))
+            else:  # tied weights stay tied
+                fp8.weight, fp8.weight_scale = twin.weight, twin.weight_scale
+            replacements[name] = fp8
+    return replacements
+
+
+def _codes_and_scale(name: str, weight: torch.Tensor, config: FP8Config) -> tuple[torch.Tensor, torch.Tensor]:
+    try:
+        return quantize_weight(weight, config, config.number_format)
+    except FP8ScaleError as error:
+        raise FP8ScaleError(f"{name}: {error}") from None
+
+
+def _high_precision_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of what is not FP8."""
+    scales = {id(module.weight_scale) for module in fp8_modules(model).values()}
+    dtypes = (p.dtype for p in model.parameters() if p.element_size() > 1 and id(p) not in scales)
+    return next(dtypes, torch.bfloat16)

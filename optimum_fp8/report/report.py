@@ -1,0 +1,144 @@
+"""quantization_report: which modules really run in FP8, with which scales, on which kernels, and why others do not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import ops
+from ..modules import FP8Module, fp8_modules
+from ..selection import QUANTIZABLE
+from ..state import state_of
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One candidate module.
+
+    Attributes:
+        name: qualified name.
+        type: class of the original module.
+        quantized: whether it is an FP8 module now.
+        reason: why not (or "selected").
+        activations: "static", "dynamic", "weight_only", or "" in high precision.
+        weight_scale: smallest and largest, or None.
+        input_scale: the static scale, or None.
+        kernels: calls by backend.
+        fallbacks: calls that a backend refused, by "backend: reason".
+    """
+
+    name: str
+    type: str
+    quantized: bool
+    reason: str
+    activations: str = ""
+    weight_scale: tuple[float, float] | None = None
+    input_scale: float | None = None
+    kernels: dict[str, int] = field(default_factory=dict)
+    fallbacks: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What became of a model: `str(report)` is a table, `report.to_dict()` is JSON-able."""
+
+    modules: list[ModuleReport]
+    phase: str
+
+    @property
+    def quantized(self) -> list[ModuleReport]:
+        return [module for module in self.modules if module.quantized]
+
+    @property
+    def kernels(self) -> dict[str, int]:
+        """Calls by backend, over all modules."""
+        return dict(sum((Counter(module.kernels) for module in self.modules), Counter()))
+
+    @property
+    def fallbacks(self) -> dict[str, int]:
+        """Refused calls by "backend: reason", over all modules."""
+        return dict(sum((Counter(module.fallbacks) for module in self.modules), Counter()))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"phase": self.phase, "modules": [asdict(module) for module in self.modules]}
+
+    def __str__(self) -> str:
+        header = ("module", "type", "FP8", "activations", "weight scale", "input scale", "kernels", "reason")
+        rows = [header, *(_row(module) for module in self.modules)]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        lines.append(
+            f"{len(self.quantized)} of {len(self.modules)} candidate modules in FP8; state: {self.phase}; calls: "
+            f"{_counts(self.kernels) or 'none yet'}; fallbacks: {_counts(self.fallbacks) or 'none'}"
+        )
+        return "\n".join(lines)
+
+
+def quantization_report(model: nn.Module) -> QuantizationReport:
+    """Report on every candidate module of `model`, quantized or not; calls are counted since the conversion."""
+    state, modules = state_of(model), dict(model.named_modules())
+    converted = fp8_modules(model)
+    if state is None:
+        named = {name: module for name, module in modules.items() if isinstance(module, QUANTIZABLE)}
+        rows = [ModuleReport(name, type(module).__name__, False, "not prepared") for name, module in named.items()]
+        rows += [_fp8_report(name, type(module).__name__, module) for name, module in converted.items()]
+        return QuantizationReport(rows, "converted" if converted else "high precision")
+    rows = []
+    for decision in state.decisions:
+        module = modules.get(decision.name)
+        if isinstance(module, FP8Module):
+            rows.append(_fp8_report(decision.name, decision.type, module))
+        else:
+            reason = "measuring" if decision.selected else decision.reason
+            rows.append(ModuleReport(decision.name, decision.type, False, reason))
+    return QuantizationReport(rows, state.phase)
+
+
+def _fp8_report(name: str, kind: str, module: FP8Module) -> ModuleReport:
+    record, kernels, fallbacks = ops.calls(module.owner), Counter[str](), Counter[str]()
+    for (_, backend), count in record.kernels.items():
+        kernels[backend] += count
+    for (_, backend, reason), count in record.fallbacks.items():
+        fallbacks[f"{backend}: {reason}"] += count
+    return ModuleReport(
+        name,
+        kind,
+        True,
+        "selected",
+        module.activations,
+        _extremes(module.weight_scale),
+        None if module.input_scale is None else _extremes(module.input_scale)[0],
+        dict(kernels),
+        dict(fallbacks),
+    )
+
+
+def _extremes(scale: torch.Tensor) -> tuple[float, float]:
+    if scale.device.type == "meta":
+        return (float("nan"), float("nan"))
+    return (float(scale.min()), float(scale.max()))
+
+
+def _row(module: ModuleReport) -> tuple[str, ...]:
+    scale, weight_scale = module.weight_scale, ""
+    if scale is not None:
+        weight_scale = f"{scale[0]:.4g}" if scale[0] == scale[1] else f"{scale[0]:.4g} … {scale[1]:.4g}"
+    return (
+        module.name,
+        module.type,
+        "yes" if module.quantized else "no",
+        module.activations,
+        weight_scale,
+        "" if module.input_scale is None else f"{module.input_scale:.4g}",
+        _counts(module.kernels),
+        "" if module.quantized else module.reason,
+    )
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))

@@ -1,0 +1,86 @@
+"""Rounding of scales: as they are, to a power of two, or to the target's hardware set.
+
+All three work on a tensor of positive raw scales in the high-precision dtype, because where the logarithm is rounded
+decides the result: in bfloat16 a value a hair above a power of two rounds down. That is what Gaudi cards do and what
+Intel Neural Compressor does, so it is what we do.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .formats import MAX_EXPONENT, MIN_EXPONENT, NumberFormat
+
+ROUNDINGS = ("identity", "pow2", "hardware")
+
+
+def exp2(exponent: torch.Tensor) -> torch.Tensor:
+    """2^exponent in float32, exact: the exponent's bits are written, nothing is computed. Integers in [-126, 127]."""
+    return ((exponent.to(torch.int32) + 127) << 23).view(torch.float32)
+
+
+def ceil_log2(raw: torch.Tensor) -> torch.Tensor:
+    """⌈log2(raw)⌉ with log2 evaluated and rounded in `raw`'s own dtype; float32, -inf for 0."""
+    return torch.log2(raw).float().ceil()
+
+
+def round_scale(raw: torch.Tensor, rounding: str, fmt: NumberFormat) -> torch.Tensor:
+    """Round raw scales.
+
+    Args:
+        raw: non-negative scales of any shape, in the dtype the arithmetic happens in.
+        rounding: one of `ROUNDINGS`.
+        fmt: the number format, for its hardware scales.
+
+    Returns:
+        float32 scales of the same shape, finite, positive and with a finite reciprocal. Zeros become the smallest
+        scale that exists; what zero should mean is the caller's to decide.
+    """
+    if rounding == "identity":
+        return raw.float().clamp(2.0**MIN_EXPONENT, 2.0**MAX_EXPONENT)
+    exponent = ceil_log2(raw)
+    low, high, step = MIN_EXPONENT, MAX_EXPONENT, 1
+    if rounding == "hardware":
+        hardware = fmt.hardware_scales
+        low, high, step = hardware.min_exponent, hardware.max_exponent, hardware.step
+    exponent = (exponent / step).ceil() * step
+    # A NaN range (a NaN in the data) must not become a random exponent; the NaN itself survives the cast.
+    return exp2(exponent.nan_to_num(nan=0.0, posinf=high, neginf=low).clamp(low, high))
+
+
+def scale_from_maxabs(
+    maxabs: torch.Tensor,
+    divisor: float,
+    rounding: str,
+    fmt: NumberFormat,
+    hp_dtype: torch.dtype,
+    *,
+    reciprocal: bool = False,
+) -> torch.Tensor:
+    """The dequantization scale of a range: round(maxabs / divisor), with `divisor = full_scale * backoff`.
+
+    Args:
+        maxabs: ranges of any shape, non-negative.
+        divisor: largest FP8 value that `maxabs` may be mapped to.
+        rounding: one of `ROUNDINGS`.
+        fmt: the number format.
+        hp_dtype: the dtype ranges are rounded to and the arithmetic happens in.
+        reciprocal: multiply by 1/divisor rounded to `hp_dtype`, as Gaudi cards do, instead of dividing.
+
+    Returns:
+        float32 scales of `maxabs`' shape. A zero range gives 1.0 (nothing is known of the tensor, so its scale should
+        do no harm), on Gaudi with hardware rounding the smallest hardware scale, as the cards do.
+    """
+    zero_scale = fmt.hardware_scales.descending()[-1] if fmt.is_gaudi and rounding == "hardware" else 1.0
+    scale = round_scale(_raw_scale(maxabs, divisor, hp_dtype, reciprocal), rounding, fmt)
+    if hp_dtype == torch.float16:  # overflows at 65504 and loses small ranges: float32 where that happened
+        raw = _raw_scale(maxabs, divisor, hp_dtype, reciprocal).float()
+        exact = round_scale(_raw_scale(maxabs, divisor, torch.float32, reciprocal), rounding, fmt)
+        scale = torch.where(torch.isfinite(raw) & (raw > 0), scale, exact)
+    return torch.where(maxabs == 0, torch.full_like(scale, zero_scale), scale)
+
+
+def _raw_scale(maxabs: torch.Tensor, divisor: float, hp_dtype: torch.dtype, reciprocal: bool) -> torch.Tensor:
+    if reciprocal:
+        return maxabs.to(hp_dtype) * torch.tensor(1.0 / divisor, dtype=hp_dtype, device=maxabs.device)
+    return maxabs.to(hp_dtype) / divisor

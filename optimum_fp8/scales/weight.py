@@ -1,0 +1,86 @@
+"""Scales of weights: from the range of the tensor or of each output channel, or by a search for the least error."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import FP8ScaleError
+from ..formats import MAX_EXPONENT, MIN_EXPONENT, NumberFormat, hp_torch_dtype, number_format
+from ..rounding import round_scale, scale_from_maxabs
+from .activation import fixed_scale
+from .methods import ScaleRule, scale_method
+from .search import search_channel_scales, search_tensor_scale
+
+
+def weight_scale(
+    weight: torch.Tensor,
+    *,
+    method: str,
+    target: str = "cpu",
+    fp8_config: str = "E4M3",
+    hp_dtype: str = "bf16",
+    backoff: float | None = None,
+) -> torch.Tensor:
+    """The scale `s` of a weight (w_q = cast(w / s), w ≈ w_q · s).
+
+    Args:
+        weight: `[out, in]` or `[out, in, kh, kw]`, a floating-point dtype; output channels lead.
+        method: a name from `SCALE_METHODS`.
+        target: "gaudi2", "gaudi3", "cuda" or "cpu".
+        fp8_config: "E4M3" or "E5M2".
+        hp_dtype: dtype of per-tensor arithmetic ("bf16", "fp16", "fp32"); per-channel scales are computed in the
+            weight's own dtype (float16 counts as bfloat16).
+        backoff: replaces the method's.
+
+    Returns:
+        float32, `(1,)` per tensor or `(out, 1, …)` per output channel, finite and positive.
+
+    Raises:
+        FP8ScaleError: the weight holds NaN or Inf, or nothing at all.
+        FP8ConfigError: an unknown method, target, format or dtype.
+    """
+    fmt, rule = number_format(fp8_config, target), scale_method(method).weight
+    weight = weight.detach()
+    if weight.dtype == torch.float16:
+        weight = weight.to(torch.bfloat16)
+    maxabs = weight_maxabs(weight, rule.granularity)
+    fixed = fixed_scale(rule, fmt)
+    if fixed is not None:
+        return torch.full((1,), fixed, dtype=torch.float32, device=weight.device)
+    divisor = fmt.full_scale * (rule.backoff if backoff is None else backoff)
+    if rule.granularity == "channel":
+        return _channel_scale(weight, maxabs, divisor, rule, fmt)
+    if rule.value == "search":
+        return search_tensor_scale(weight, rule.rounding, fmt, hp_torch_dtype(hp_dtype))
+    dtype = hp_torch_dtype(hp_dtype)
+    return scale_from_maxabs(maxabs, divisor, rule.rounding, fmt, dtype, reciprocal=fmt.is_gaudi)
+
+
+def weight_maxabs(weight: torch.Tensor, granularity: str = "tensor") -> torch.Tensor:
+    """max|w| in the weight's dtype: `(1,)` per tensor, `(out, 1, …)` per channel; no copy of the weight is made.
+
+    Raises:
+        FP8ScaleError: the weight holds NaN or Inf, or nothing at all.
+    """
+    if weight.numel() == 0:
+        raise FP8ScaleError(f"the weight of shape {tuple(weight.shape)} is empty: it has no range to scale by")
+    if granularity == "channel":
+        low, high = torch.aminmax(weight.flatten(1), dim=1)
+        maxabs = torch.maximum(low.abs(), high.abs()).reshape(-1, *[1] * (weight.ndim - 1))
+    else:
+        low, high = torch.aminmax(weight)
+        maxabs = torch.maximum(low.abs(), high.abs()).reshape(1)
+    if not bool(torch.isfinite(maxabs).all()):
+        raise FP8ScaleError("the weight holds NaN or Inf: expected finite values; check the checkpoint")
+    return maxabs
+
+
+def _channel_scale(
+    weight: torch.Tensor, maxabs: torch.Tensor, divisor: float, rule: ScaleRule, fmt: NumberFormat
+) -> torch.Tensor:
+    """Per-channel scales keep the plain division, and give a channel of zeros the smallest scale, as INC does."""
+    raw = (maxabs / divisor).clamp(min=2.0**MIN_EXPONENT)
+    if rule.value == "maxabs":
+        return round_scale(raw, rule.rounding, fmt)
+    reference = round_scale(raw, "pow2", fmt)
+    return search_channel_scales(weight, reference, fmt).clamp(2.0**MIN_EXPONENT, 2.0**MAX_EXPONENT)

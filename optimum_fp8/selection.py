@@ -1,0 +1,156 @@
+"""Which modules are quantized, and why each of the others is not."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer
+
+from .config import FP8Config
+from .config_values import INC_TYPES_NOT_THERE
+from .errors import FP8SelectionError, nearest
+
+logger = logging.getLogger(__name__)
+
+QUANTIZABLE = (nn.Linear, Conv1D, nn.Conv2d)
+# Subclasses with a forward of their own that computes just what nn.Linear does.
+_EQUIVALENT_TYPES = ("FalconLinear",)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The fate of one module: `reason` says why it is not selected (or "selected")."""
+
+    name: str
+    type: str
+    selected: bool
+    reason: str
+
+
+def candidates(model: nn.Module) -> dict[str, Any]:
+    """All modules of a kind that could be quantized, by qualified name (a module in two places has its first name)."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QUANTIZABLE)}
+
+
+def select(model: nn.Module, config: FP8Config) -> list[Decision]:
+    """Decide about every candidate module of `model`.
+
+    Raises:
+        FP8SelectionError: a pattern matches no module (a warning for INC's files), or nothing is left to quantize.
+    """
+    found = candidates(model)
+    _check_patterns(model, config)
+    skipped = default_skips(model) if not config.quantize_lm_head else _precision_skips(model)
+    bypassed = _bypassed_modules(model)
+    decisions = []
+    for name, module in found.items():
+        reason = _refusal(name, module, bypassed) or _exclusion(name, module, config, skipped)
+        decisions.append(Decision(name, type(module).__name__, reason is None, reason or "selected"))
+    if not any(decision.selected for decision in decisions):
+        raise FP8SelectionError(_nothing_selected(model, decisions))
+    return decisions
+
+
+def default_skips(model: nn.Module) -> list[str]:
+    """transformers' defaults: the output head, tied modules, the last module, and what must stay in float32."""
+    if not isinstance(model, PreTrainedModel):
+        return []
+    return [*HfQuantizer.get_modules_to_not_convert(model), *_precision_skips(model)]
+
+
+def matches_name(entry: str, name: str) -> bool:
+    """Whether `modules_to_not_convert`'s `entry` means the module `name`: itself, what is inside, or a regex for it."""
+    return name == entry or name.endswith(f".{entry}") or re.match(rf"(?:{entry})(?:\.|$)", name) is not None
+
+
+def _precision_skips(model: nn.Module) -> list[str]:
+    keep = getattr(model, "_keep_in_fp32_modules", None) or []
+    strict = getattr(model, "_keep_in_fp32_modules_strict", None) or []
+    return [*keep, *strict]
+
+
+def _bypassed_modules(model: nn.Module) -> set[nn.Module]:
+    """Linears whose forward never runs because their owner reads the weight (nn.MultiheadAttention's out_proj)."""
+    return {module.out_proj for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
+
+
+def _refusal(name: str, module: Any, bypassed: set[nn.Module]) -> str | None:
+    if module in bypassed:
+        return "nn.MultiheadAttention reads its weight and never calls it"
+    base = next(base for base in QUANTIZABLE if isinstance(module, base))
+    if type(module).forward is not base.forward and type(module).__name__ not in _EQUIVALENT_TYPES:
+        return f"{type(module).__name__} has a forward of its own"
+    weight = module.weight
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.numel() == 0:
+        return f"its weight is not a floating-point matrix ({tuple(weight.shape)}, {weight.dtype})"
+    if len(module._parameters) > 2 or hasattr(module, "parametrizations"):
+        return "its weight is parametrized"
+    return None
+
+
+def _exclusion(name: str, module: nn.Module, config: FP8Config, skipped: list[str]) -> str | None:
+    kind = next((kind for kind in config.blocklist["types"] if _is_type(module, kind)), None)
+    if kind is not None:
+        return f"blocklist type {kind!r}"
+    pattern = next((pattern for pattern in config.blocklist["names"] if re.search(pattern, name)), None)
+    if pattern is not None:
+        return f"blocklist name {pattern!r}"
+    entry = next((entry for entry in config.modules_to_not_convert or [] if matches_name(entry, name)), None)
+    if entry is not None:
+        return f"modules_to_not_convert {entry!r}"
+    if any(matches_name(re.escape(entry), name) for entry in skipped):
+        return "kept by default: head, tied or float32"
+    allow = config.allowlist
+    if not allow["names"] and not allow["types"]:
+        return None
+    allowed = any(_is_type(module, kind) for kind in allow["types"])
+    allowed = allowed or any(re.search(pattern, name) for pattern in allow["names"])
+    return None if allowed else "not in allowlist"
+
+
+def _is_type(module: nn.Module, kind: str) -> bool:
+    """Whether `kind` names the module's class: "Linear", "torch.nn.Linear" or the full path."""
+    cls = type(module)
+    return kind in (cls.__name__, f"{cls.__module__}.{cls.__qualname__}", f"torch.nn.{cls.__name__}")
+
+
+def _check_patterns(model: nn.Module, config: FP8Config) -> None:
+    names = [name for name, _ in model.named_modules() if name]
+    modules = list(model.modules())
+    known = {*INC_TYPES_NOT_THERE, *(kind.__name__ for kind in QUANTIZABLE), *_EQUIVALENT_TYPES}
+    known |= {f"torch.nn.{kind}" for kind in known}
+    for key in ("allowlist", "blocklist"):
+        entries = getattr(config, key)
+        for pattern in entries["names"]:
+            if not any(re.search(pattern, name) for name in names):
+                _unmatched(f"{key} name {pattern!r} matches no module", pattern, names, config)
+        for kind in entries["types"]:
+            if kind not in known and not any(_is_type(module, kind) for module in modules):
+                types = sorted({type(module).__name__ for module in modules})
+                _unmatched(f"{key} type {kind!r} matches no module", kind, types, config)
+    for entry in config.modules_to_not_convert or []:
+        if not any(matches_name(entry, name) for name in names):
+            _unmatched(f"modules_to_not_convert {entry!r} matches no module", entry, names, config)
+
+
+def _unmatched(message: str, pattern: str, names: Iterable[str], config: FP8Config) -> None:
+    if config.lenient:
+        logger.warning("%s of this model", message)
+        return
+    shortened = list(dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name) for name in names))
+    raise FP8SelectionError(f"{message} of this model: correct or remove it ({nearest(pattern, shortened[:40])})")
+
+
+def _nothing_selected(model: nn.Module, decisions: list[Decision]) -> str:
+    if not decisions:
+        return f"{type(model).__name__} has no Linear, Conv1D or Conv2d: there is nothing to quantize"
+    shown = "; ".join(f"{decision.name}: {decision.reason}" for decision in decisions[:5])
+    return f"none of the {len(decisions)} candidate modules is selected ({shown}): relax the lists of the config"

@@ -1,0 +1,34 @@
+"""The package shares the `optimum` namespace with other distributions, and `optimum-cli` finds its commands."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.core
+def test_optimum_cli_finds_fp8(tmp_path):
+    command = [sys.executable, "-c", "from optimum.commands.optimum_cli import main; main()", "fp8", "--help"]
+    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    assert "optimum-cli fp8" in " ".join(answer.stdout.split())
+
+
+@pytest.mark.slow
+def test_wheel_keeps_the_namespace_open(tmp_path):
+    source = tmp_path / "source"
+    leave = shutil.ignore_patterns(".*", "build", "*.egg-info", "hqt_output", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=leave)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(source)]
+    subprocess.run(command, check=True)
+
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        names = set(wheel.namelist())
+    files = {str(path.relative_to(ROOT)) for path in ROOT.glob("optimum_fp8/**/*.py")}
+    assert files <= names
+    assert {name for name in names if name.startswith("optimum/")} == {"optimum/commands/register/register_fp8.py"}
