@@ -17,6 +17,7 @@ from transformers.quantizers import HfQuantizer
 from .config import FP8Config
 from .config_values import INC_TYPES_NOT_THERE
 from .errors import FP8SelectionError, nearest
+from .selection_readers import dtype_read_by_owner, first_modules
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +49,13 @@ def select(model: nn.Module, config: FP8Config) -> list[Decision]:
     """
     found = candidates(model)
     _check_patterns(model, config)
-    skipped = default_skips(model) if not config.quantize_lm_head else _precision_skips(model)
-    bypassed = _bypassed_modules(model)
+    heads = [] if config.quantize_lm_head else default_skips(model)
+    precise = [name for name in found if any(matches_name(re.escape(key), name) for key in _precision_skips(model))]
+    skipped = {*heads, *precise}
+    unfit = _unfit_modules(model)
     decisions = []
     for name, module in found.items():
-        reason = _refusal(name, module, bypassed) or _exclusion(name, module, config, skipped)
+        reason = _refusal(module) or unfit.get(name) or _exclusion(name, module, config, skipped)
         decisions.append(Decision(name, type(module).__name__, reason is None, reason or "selected"))
     if not any(decision.selected for decision in decisions):
         raise FP8SelectionError(_nothing_selected(model, decisions))
@@ -60,10 +63,10 @@ def select(model: nn.Module, config: FP8Config) -> list[Decision]:
 
 
 def default_skips(model: nn.Module) -> list[str]:
-    """transformers' defaults: the output head, tied modules, the last module, and what must stay in float32."""
+    """Names of transformers' defaults: the output head, tied modules and the last module."""
     if not isinstance(model, PreTrainedModel):
         return []
-    return [*HfQuantizer.get_modules_to_not_convert(model), *_precision_skips(model)]
+    return [key.removesuffix(".bias") for key in HfQuantizer.get_modules_to_not_convert(model)]
 
 
 def matches_name(entry: str, name: str) -> bool:
@@ -77,14 +80,20 @@ def _precision_skips(model: nn.Module) -> list[str]:
     return [*keep, *strict]
 
 
-def _bypassed_modules(model: nn.Module) -> set[nn.Module]:
-    """Linears whose forward never runs because their owner reads the weight (nn.MultiheadAttention's out_proj)."""
-    return {module.out_proj for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
+def _unfit_modules(model: nn.Module) -> dict[str, str]:
+    """Modules that would break the code around them in FP8, and why."""
+    bypassed = {module.out_proj for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
+    first = first_modules(model)
+    unfit = dict.fromkeys(dtype_read_by_owner(model), "the code around it casts to the dtype of its weight")
+    for name, module in model.named_modules():
+        if module in bypassed:
+            unfit[name] = "nn.MultiheadAttention reads its weight and never calls it"
+        elif module in first:
+            unfit[name] = "its weight is the first of the model and tells the model's dtype"
+    return unfit
 
 
-def _refusal(name: str, module: Any, bypassed: set[nn.Module]) -> str | None:
-    if module in bypassed:
-        return "nn.MultiheadAttention reads its weight and never calls it"
+def _refusal(module: Any) -> str | None:
     base = next(base for base in QUANTIZABLE if isinstance(module, base))
     if type(module).forward is not base.forward and type(module).__name__ not in _EQUIVALENT_TYPES:
         return f"{type(module).__name__} has a forward of its own"
@@ -96,7 +105,7 @@ def _refusal(name: str, module: Any, bypassed: set[nn.Module]) -> str | None:
     return None
 
 
-def _exclusion(name: str, module: nn.Module, config: FP8Config, skipped: list[str]) -> str | None:
+def _exclusion(name: str, module: nn.Module, config: FP8Config, skipped: set[str]) -> str | None:
     kind = next((kind for kind in config.blocklist["types"] if _is_type(module, kind)), None)
     if kind is not None:
         return f"blocklist type {kind!r}"
@@ -106,7 +115,7 @@ def _exclusion(name: str, module: nn.Module, config: FP8Config, skipped: list[st
     entry = next((entry for entry in config.modules_to_not_convert or [] if matches_name(entry, name)), None)
     if entry is not None:
         return f"modules_to_not_convert {entry!r}"
-    if any(matches_name(re.escape(entry), name) for entry in skipped):
+    if name in skipped:
         return "kept by default: head, tied or float32"
     allow = config.allowlist
     if not allow["names"] and not allow["types"]:

@@ -16,7 +16,7 @@ from ..config import FP8Config
 from ..errors import FP8CheckpointError, FP8NotAvailableError, FP8StateError
 from ..formats import number_format
 from ..modules import fp8_modules
-from ..selection import Decision, candidates, default_skips, matches_name
+from ..selection import Decision, candidates, default_skips
 from ..state import state_of
 
 _LOADING_KEYS = ("target", "dequantize", "mode")
@@ -66,8 +66,7 @@ def saved_decisions(model: PreTrainedModel, config: FP8Config, checkpoint_files:
     for name, module in candidates(model).items():
         aliases = {name, name.removeprefix(prefix), f"{prefix}{name}"}
         excepted = any(alias in exceptions for alias in aliases)
-        is_head = any(matches_name(head, name) for head in heads)
-        absent = is_head and keys is not None and not any(f"{alias}.weight_scale" in keys for alias in aliases)
+        absent = name in heads and keys is not None and not any(f"{alias}.weight_scale" in keys for alias in aliases)
         reason = "not FP8 in the checkpoint" if excepted or absent else "selected"
         decisions.append(Decision(name, type(module).__name__, reason == "selected", reason))
     return decisions

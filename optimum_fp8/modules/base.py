@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from .. import ops
+from ..errors import FP8StateError
 from ..formats import is_fp8
 from .recipe import Recipe
 
@@ -21,6 +23,7 @@ class FP8Module(nn.Module):
         weight_scale: float32, `(1,)` or `(out, 1, …)`; NaN until it is set.
         input_scale: float32 `(1,)`, or None where activations are not rounded, or rounded dynamically.
         bias: `(out,)` in high precision, or None.
+        origin: the module this one stands for, without its parameters.
         recipe: how it computes.
         owner: the number its operator calls are counted under.
     """
@@ -32,29 +35,30 @@ class FP8Module(nn.Module):
     input_scale: nn.Parameter | None
     bias: nn.Parameter | None
 
-    def __init__(self, shape: torch.Size, bias: nn.Parameter | None, recipe: Recipe, device: torch.device):
+    def __init__(self, shape: torch.Size, origin: Any, recipe: Recipe):
         super().__init__()
+        device = origin.weight.device
+        self.__dict__["origin"] = _shell(origin)  # not a submodule
         self.recipe = recipe
         self.owner = ops.new_owner()
         scale_shape = (shape[0], *[1] * (len(shape) - 1)) if recipe.per_channel else (1,)
         scale = torch.full(scale_shape, torch.nan, dtype=torch.float32, device=device)
+        # The bias comes first: transformers takes the dtype of a model's first parameter for the model's.
+        self.register_parameter("bias", origin.bias)
         self.weight = frozen(torch.empty(shape, dtype=recipe.fmt.dtype, device=device))
         self.weight_scale = frozen(scale)
         self.register_parameter("input_scale", None)
-        self.register_parameter("bias", bias)
-
-    @classmethod
-    def like(cls, module: Any, recipe: Recipe) -> FP8Module:
-        """An FP8 module for `module`'s place: same shapes, device and bias; weight and scales not set yet."""
-        raise NotImplementedError
-
-    def restored(self, dtype: torch.dtype) -> nn.Module:
-        """The high-precision module of the original class, with the dequantized weight in `dtype`."""
-        raise NotImplementedError
 
     def canonical(self, weight: torch.Tensor) -> torch.Tensor:
-        """The original module's weight with output channels first."""
+        """The original module's weight with output channels first, and the other way round."""
         return weight
+
+    def restored(self, dtype: torch.dtype) -> nn.Module:
+        """The original module, with the dequantized weight in `dtype`."""
+        module = _shell(self.origin)
+        module.weight = nn.Parameter(self.canonical(self.dequantized_weight(dtype)).contiguous())
+        module.bias = self.bias
+        return module
 
     def set_weight(self, weight: torch.Tensor, scale: torch.Tensor) -> None:
         """Take FP8 codes and their float32 scale."""
@@ -65,7 +69,16 @@ class FP8Module(nn.Module):
         self.input_scale = None if scale is None else frozen(scale.to(self.weight.device, torch.float32))
 
     def activation_scale(self, x: torch.Tensor) -> torch.Tensor | None:
-        """The scale to round `x` with: the rule's, the calibrated one, or none."""
+        """The scale to round `x` with: the rule's, the calibrated one, or none.
+
+        Raises:
+            FP8StateError: `x` is FP8 already: some code cast it to this weight's dtype, without a scale.
+        """
+        if is_fp8(x.dtype):
+            raise FP8StateError(
+                f"an FP8 module was given an input in {x.dtype}, cast without a scale by the code around it, which "
+                "reads the dtype of an FP8 weight: put the module on the blocklist"
+            )
         if self.recipe.dynamic is not None:
             return self.recipe.dynamic.scale(x, self.recipe.fmt, self.rows_are_tokens)
         return self.input_scale
@@ -99,6 +112,15 @@ class FP8Module(nn.Module):
         fmt = self.recipe.fmt
         granularity = "per channel" if self.recipe.per_channel else "per tensor"
         return f"{fmt.name} on {fmt.target}, weight {granularity}, activations {self.activations}"
+
+
+def _shell(module: Any) -> Any:
+    """A copy of a module without parameters, and without what accelerate hung on it."""
+    shell = copy.copy(module)
+    shell._parameters = dict.fromkeys(module._parameters)
+    for name in ("forward", "_old_forward", "_hf_hook"):
+        shell.__dict__.pop(name, None)
+    return shell
 
 
 def frozen(tensor: torch.Tensor) -> nn.Parameter:

@@ -37,16 +37,11 @@ class FP8Conv2d(FP8Module):
 
     rows_are_tokens = False
 
-    def __init__(self, geometry: ConvGeometry, bias: nn.Parameter | None, recipe: Recipe, device: torch.device):
-        shape = (geometry.out_channels, geometry.in_channels // geometry.groups, *geometry.kernel_size)
-        super().__init__(torch.Size(shape), bias, recipe, device)
-        self.geometry = geometry
+    def __init__(self, origin: Any, recipe: Recipe):
+        super().__init__(origin.weight.shape, origin, recipe)
+        self.geometry = ConvGeometry.of(origin)
         # Padding that differs between sides, or is not zeros, is laid around the input beforehand.
-        self.border = self._border(geometry)
-
-    @classmethod
-    def like(cls, module: Any, recipe: Recipe) -> FP8Conv2d:
-        return cls(ConvGeometry.of(module), module.bias, recipe, module.weight.device)
+        self.border = self._border(self.geometry)
 
     @staticmethod
     def _border(geometry: ConvGeometry) -> list[int] | None:
@@ -60,13 +55,6 @@ class FP8Conv2d(FP8Module):
             else:
                 border += [int(geometry.padding[dim])] * 2
         return border
-
-    def restored(self, dtype: torch.dtype) -> nn.Module:
-        with torch.device("meta"):
-            module = nn.Conv2d(**vars(self.geometry), bias=self.bias is not None)
-        module.weight = nn.Parameter(self.dequantized_weight(dtype))
-        module.bias = self.bias
-        return module
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         geometry = self.geometry

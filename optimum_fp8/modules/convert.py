@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from .conv import FP8Conv2d
 from .linear import FP8Linear
 from .recipe import Recipe
 
-_FP8_CLASSES: dict[type[nn.Module], type[FP8Module]] = {
+_FP8_CLASSES: dict[type[nn.Module], Callable[[nn.Module, Recipe], FP8Module]] = {
     nn.Linear: FP8Linear,
     Conv1D: FP8Linear,
     nn.Conv2d: FP8Conv2d,
@@ -29,7 +29,7 @@ _CHUNK_ELEMENTS = 4 << 20  # rows cast at a time: bounds the float32 working cop
 def fp8_skeleton(module: nn.Module, recipe: Recipe) -> FP8Module:
     """An FP8 module for `module`'s place whose weight and scales are not set yet."""
     fp8_class = next(fp8 for kind, fp8 in _FP8_CLASSES.items() if isinstance(module, kind))
-    return fp8_class.like(module, recipe)
+    return fp8_class(module, recipe)
 
 
 def fp8_modules(model: nn.Module) -> dict[str, FP8Module]:

@@ -1,0 +1,15 @@
+"""The main job on the embedded models: measure, quantize, compare, save and reload a language model and two classifiers.
+
+    python examples/demo.py
+"""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+if __name__ == "__main__":
+    for script in ("llm/quantize_llm.py", "vision/quantize_vision.py"):
+        runpy.run_path(str(HERE / script), run_name="__main__")

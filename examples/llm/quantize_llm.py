@@ -1,0 +1,111 @@
+"""Quantize a causal language model to FP8 and see what it costs: one `from_pretrained` call, then a table.
+
+    python examples/llm/quantize_llm.py                       # the embedded model
+    python examples/llm/quantize_llm.py --model meta-llama/Llama-3.2-1B --calibration my.txt --heldout other.txt
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from optimum_fp8 import FP8Config, quantization_report
+
+TINY_LM = Path(__file__).parent / "tiny_lm"
+SCALE_METHODS = ("maxabs_hw", "maxabs_arbitrary", "act_maxabs_pow2_weights_pcs_opt_pow2")
+PROMPT = "def read_lines(path):\n"
+
+
+def windows(tokenizer, path: Path, length: int = 256) -> torch.Tensor:
+    """The text as `[n, length]` token ids, the incomplete rest left out."""
+    ids = tokenizer(path.read_text(encoding="utf-8"), return_tensors="pt", verbose=False).input_ids[0]
+    return ids[: len(ids) // length * length].view(-1, length)
+
+
+@torch.no_grad()
+def log_probabilities(model: PreTrainedModel, ids: torch.Tensor, batch: int = 16) -> torch.Tensor:
+    """Log-probabilities of all next tokens, float32 `[n * (length - 1), vocabulary]`."""
+    logits = [model(part.to(model.device)).logits[:, :-1].float().cpu() for part in ids.split(batch)]
+    return torch.cat(logits).flatten(0, 1).log_softmax(-1)
+
+
+def perplexity(log_p: torch.Tensor, ids: torch.Tensor) -> float:
+    """exp of the mean negative log-likelihood."""
+    return math.exp(F.nll_loss(log_p, ids[:, 1:].flatten()).item())
+
+
+@torch.no_grad()
+def tokens_per_second(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int = 32) -> float:
+    """Greedy generation at batch 1, the first run left out."""
+    options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
+    model.generate(prompt, max_new_tokens=2, do_sample=False)
+    started = time.perf_counter()
+    model.generate(prompt, **options)
+    return new_tokens / (time.perf_counter() - started)
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def check_round_trip(model: PreTrainedModel, ids: torch.Tensor) -> None:
+    """Save, reload, and compare logits to the bit."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        reloaded = AutoModelForCausalLM.from_pretrained(folder, device_map=model.device)
+        with torch.no_grad():
+            equal = torch.equal(model(ids).logits, reloaded(ids).logits)
+    if not equal:
+        raise SystemExit("the reloaded model computes other logits")
+    print("saved and reloaded: logits equal to the bit")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(TINY_LM))
+    parser.add_argument("--calibration", default=TINY_LM / "calibration.txt", type=Path)
+    parser.add_argument("--heldout", default=TINY_LM / "heldout.txt", type=Path)
+    options = parser.parse_args(arguments)
+
+    # 1. The baseline.
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    baseline = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
+    ids, prompt = windows(tokenizer, options.heldout), tokenizer(PROMPT, return_tensors="pt").input_ids
+    expected = log_probabilities(baseline, ids)
+    header = f"{'model':40} {'MB':>6} {'perplexity':>10} {'ratio':>7} {'KL':>8} {'top-1':>7} {'tok/s':>6}"
+    base = perplexity(expected, ids)
+    rows = [(baseline, "bfloat16", expected)]
+
+    # 2. Measure on the calibration text and quantize: one call for each scale method.
+    for method in SCALE_METHODS:
+        config = FP8Config(scale_method=method, dataset=str(options.calibration), tokenizer=tokenizer)
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16, quantization_config=config)
+        rows.append((model, f"FP8 {method}", log_probabilities(model, ids)))
+
+    # 3. What it costs.
+    print(f"\n{header}\n{'-' * len(header)}")
+    for model, name, found in rows:
+        ppl = perplexity(found, ids)
+        divergence = F.kl_div(found, expected, log_target=True, reduction="batchmean").item()
+        agreement = (found.argmax(-1) == expected.argmax(-1)).float().mean().item()
+        speed = tokens_per_second(model, prompt.to(model.device))
+        print(
+            f"{name:40} {weight_bytes(model) / 1e6:6.2f} {ppl:10.3f} {ppl / base:7.4f} {divergence:8.5f} "
+            f"{agreement:7.2%} {speed:6.1f}"
+        )
+    for model, name, _ in rows[:2]:
+        text = tokenizer.decode(model.generate(prompt, max_new_tokens=24, do_sample=False)[0])
+        print(f"\n{name} writes:\n{text}")
+    print(f"\n{str(quantization_report(rows[1][0])).splitlines()[-1]}")
+    check_round_trip(rows[1][0], ids[:2])
+
+
+if __name__ == "__main__":
+    main()
