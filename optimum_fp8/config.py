@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from transformers.utils.quantization_config import FineGrainedFP8Config
 
-from .config_values import NORMALIZERS, check_combinations, normalize
+from .config_values import NORMALIZERS, check_combinations, normalize, refuse_inc_switches
 from .errors import FP8ConfigError, nearest
 from .formats import NumberFormat, detect_target, number_format
 from .scales import ScaleMethod, scale_method
@@ -129,7 +129,7 @@ class FP8Config(FineGrainedFP8Config):
         if options.pop("quant_method", QUANT_METHOD) != QUANT_METHOD:
             raise FP8ConfigError(f"quant_method must be {QUANT_METHOD!r} for FP8Config")
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
-        options = _unfold_scale_params(options)
+        options = refuse_inc_switches(_unfold_scale_params(options))
         for key in options:
             if key not in self.DEFAULTS:
                 raise FP8ConfigError(f"unknown key {key!r} in FP8Config: {nearest(key, self.DEFAULTS)}")
@@ -248,10 +248,16 @@ class FP8Config(FineGrainedFP8Config):
         return config
 
     def __setattr__(self, key: str, value: Any) -> None:
-        super().__setattr__(key, normalize(key, value) if key in NORMALIZERS else value)
+        if key in NORMALIZERS:
+            value = normalize(key, value)
+        elif not key.startswith("_") and key != "quant_method":
+            raise FP8ConfigError(f"unknown key {key!r} in FP8Config: {nearest(key, self.DEFAULTS)}")
+        super().__setattr__(key, value)
 
     def __repr__(self) -> str:
         shown = {key: value for key, value in self.to_dict().items() if value != self._default(key)}
+        live = {key: getattr(self, key) for key in self.LIVE}
+        shown |= {key: type(value) for key, value in live.items() if value is not None and not _is_plain(value)}
         return f"FP8Config({', '.join(f'{key}={value!r}' for key, value in shown.items())})"
 
     def _default(self, key: str) -> Any:

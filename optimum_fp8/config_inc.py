@@ -8,8 +8,8 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from .config_values import INC_TYPES_NOT_THERE
-from .errors import FP8ConfigError, FP8NotAvailableError, nearest
+from .config_values import INC_KEYS_NOT_THERE, INC_TYPES_NOT_THERE
+from .errors import FP8ConfigError, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,6 @@ _BOOKKEEPING = [
     "seperate_measure_files",
     "int_dtype",
 ]
-_NOT_THERE = ("fake_quant", "row_parallel_linear_allreduce_quantization", "calibration_sample_interval")
 
 
 def read_json(json_file: str | os.PathLike[str]) -> dict[str, Any]:
@@ -41,7 +40,7 @@ def read_json(json_file: str | os.PathLike[str]) -> dict[str, Any]:
             options = json.load(file)
     except OSError as error:
         raise FP8ConfigError(f"cannot read the configuration {os.fspath(json_file)!r}: {error.strerror}") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise FP8ConfigError(f"{os.fspath(json_file)!r} is not JSON: {error}") from None
     if not isinstance(options, dict):
         raise FP8ConfigError(f"{os.fspath(json_file)!r} must hold a JSON object, found {type(options).__name__}")
@@ -53,19 +52,17 @@ def translate(options: dict[str, Any], known_keys: Iterable[str]) -> dict[str, A
 
     Raises:
         FP8ConfigError: a key that neither INC nor FP8Config has.
-        FP8NotAvailableError: a switch is on that has no counterpart yet.
     """
     known_keys = list(known_keys)
     translated: dict[str, Any] = {}
     for key, value in options.items():
+        if key in _ALIASES and _ALIASES[key] in options:
+            raise FP8ConfigError(f"both {key!r} and {_ALIASES[key]!r} are given, which are the same: keep one of them")
         key = _ALIASES.get(key, key)
         if key in _RETIRED:
             logger.warning("%s is a retired key of INC and has no effect: remove it from the file", key)
         elif key in _BOOKKEEPING:
             continue
-        elif key in _NOT_THERE:
-            if str(value).lower() not in ("false", "0", "none"):
-                raise FP8NotAvailableError(f"{key}={value!r} is not available in optimum_fp8 yet: remove the key")
         elif key == "device_for_scales":
             if value is not None:
                 translated["target"] = str(value).lower()
@@ -73,9 +70,9 @@ def translate(options: dict[str, Any], known_keys: Iterable[str]) -> dict[str, A
             logger.warning("dump_stats_path is empty: using the default")
         elif key in ("allowlist", "blocklist"):
             translated[key] = _module_list(key, value)
-        elif key == "scale_params":
+        elif key == "scale_params" and isinstance(value, dict):
             translated[key] = {k: v for k, v in value.items() if k in ("input_backoff", "weight_backoff")}
-        elif key in known_keys or key == "scale_params":
+        elif key in known_keys or key == "scale_params" or key in INC_KEYS_NOT_THERE:
             translated[key] = value
         else:
             raise FP8ConfigError(f"unknown key {key!r}: {nearest(key, [*known_keys, *_ALIASES])}")
@@ -87,7 +84,7 @@ def _module_list(key: str, value: Any) -> Any:
     types = value.get("types") if isinstance(value, dict) else None
     if key != "allowlist" or not types:
         return value
-    there = [kind for kind in types if str(kind) not in INC_TYPES_NOT_THERE]
+    there = [kind for kind in types if str(kind).removeprefix("torch.nn.") not in INC_TYPES_NOT_THERE]
     if there and len(there) < len(types):
         logger.warning("allowlist types without a counterpart are left out: %s", sorted(set(types) - set(there)))
         return {**value, "types": there}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 
 _HP_ALIASES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 _NOT_THERE = {
-    "mode": {"SHAPE"},
+    "mode": {"SHAPE", "NONE"},
     "observer": {"maxabs_per_channel", "save", "shape"},
 }
+# Switches of INC that have no counterpart (yet): off is how things are, on is an error.
+INC_KEYS_NOT_THERE = ("fake_quant", "row_parallel_linear_allreduce_quantization", "calibration_sample_interval")
 # Class names of INC's module table that stand for operations not covered (yet).
 INC_TYPES_NOT_THERE = frozenset(
     [
@@ -126,6 +128,28 @@ def _live(key: str, value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
+def _dataset(key: str, value: Any) -> Any:
+    usable = value is None or callable(value) or isinstance(value, (Iterable, os.PathLike))
+    if usable and not isinstance(value, (Mapping, torch.Tensor)):
+        return _live(key, value)
+    raise FP8ConfigError(
+        f"{key} of type {type(value).__name__} is not valid: expected a list of strings, the path of a text or "
+        "JSON-lines file, a datasets.Dataset (one split), a DataLoader, an iterable of batches, or a callable"
+    )
+
+
+def refuse_inc_switches(options: dict[str, Any]) -> dict[str, Any]:
+    """`options` without INC's switches that have no counterpart.
+
+    Raises:
+        FP8NotAvailableError: one of them is on.
+    """
+    for key in INC_KEYS_NOT_THERE:
+        if str(options.pop(key, None)).lower() not in ("false", "0", "none"):
+            raise FP8NotAvailableError(f"{key} is not available in optimum_fp8 yet: remove it")
+    return options
+
+
 def _names(key: str, value: Any) -> list[str] | None:
     if value is None:
         return None
@@ -164,7 +188,7 @@ def _type_name(key: str, kind: Any) -> str:
         return f"{kind.__module__}.{kind.__qualname__}"
     if not isinstance(kind, str) or not kind:
         raise FP8ConfigError(f"{key}['types'] holds {kind!r}: expected classes or class names")
-    if key == "allowlist" and kind in INC_TYPES_NOT_THERE:
+    if key == "allowlist" and kind.removeprefix("torch.nn.") in INC_TYPES_NOT_THERE:
         raise FP8NotAvailableError(f"allowlist type {kind!r} is not available in optimum_fp8 yet: use Linear, Conv2d")
     return kind
 
@@ -187,7 +211,7 @@ NORMALIZERS: dict[str, Callable[[str, Any], Any]] = {
     "use_qdq": _boolean,
     "target": _choice("auto", *TARGETS),
     "activation_scheme": _choice("auto", "static", "dynamic", "weight_only"),
-    "dataset": _live,
+    "dataset": _dataset,
     "tokenizer": _live,
     "processor": _live,
     "num_calibration_samples": _count,
@@ -233,6 +257,10 @@ def check_combinations(config: FP8Config, method: ScaleMethod) -> None:
         (
             config.mode == "MEASURE" and config.scheme in ("dynamic", "weight_only"),
             f"mode='MEASURE' has nothing to measure for activation_scheme={config.scheme!r}: use mode='AUTO'",
+        ),
+        (
+            config.mode == "MEASURE" and not config.measured,
+            f"mode='MEASURE' has nothing to measure with measure_exclude={config.measure_exclude!r}: use 'OUTPUT'",
         ),
         (
             config.mode in ("QUANTIZE", "LOAD") and has_data,

@@ -73,7 +73,7 @@ class NumberFormat:
     @property
     def search_scales(self) -> list[float]:
         """Hardware scales worth trying in a search, largest first (an unbounded set is searched as Gaudi3's)."""
-        return (_GAUDI3 if self.hardware_scales is _ANY_POWER_OF_TWO else self.hardware_scales).descending()
+        return (_GAUDI3 if self.hardware_scales == _ANY_POWER_OF_TWO else self.hardware_scales).descending()
 
 
 @cache

@@ -6,20 +6,21 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from . import ops
 from .config import FP8Config
 from .errors import FP8MeasurementError, FP8ScaleError, FP8StateError
 from .measure import Measurements, Observers, TensorStatistics, model_fingerprint, weight_digest
 from .modules import FP8Module, fp8_modules, fp8_skeleton, quantize_weight, recipe_for, swap
 from .scales import activation_scale
 from .selection import candidates, select
-from .state import FP8State, measuring_state, set_state, state_of
+from .state import FP8State, measuring_state, set_state, state_of, without
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ def prepare(model: nn.Module, config: FP8Config) -> nn.Module:
         FP8SelectionError: a pattern of the config matches nothing, or nothing is selected.
     """
     _refuse_second_time(model, "prepare")
+    config.post_init()  # keys may have been assigned since it was made
     decisions, found = select(model, config), candidates(model)
     state = FP8State(config, decisions, "measuring", Measurements(_fingerprint(found)))
     modules = {name: found[name] for name in state.selected}
@@ -73,10 +75,16 @@ def finalize_calibration(model: nn.Module) -> Measurements:
         FP8MeasurementError: nothing was measured.
     """
     state = measuring_state(model, "finalize_calibration")
-    _require_data(state)
+    expected = {"input", "output"}.intersection(state.config.measured) if needs_ranges(state.config) else set()
+    if expected and not any(kind in expected for _, kind in state.measurements.tensors):
+        raise FP8MeasurementError(
+            "finalize_calibration: static activations need calibration data and none went through the model: run "
+            "your data through it first"
+        )
     path = state.measurements.save(state.config.dump_stats_path)
     if state.observers is not None:
         state.observers.remove()
+    state.observers = None
     logger.info("measurements of %d tensors are in %s", len(state.measurements.tensors), path)
     return state.measurements
 
@@ -103,54 +111,68 @@ def convert(model: nn.Module, config: FP8Config | None = None) -> nn.Module:
             measurements of another model.
         FP8ScaleError: a weight that has no sound scale.
     """
+    from .hf.attach import attach_quantizer
+
     state = state_of(model)
     if state is None or state.phase == "converted":
         _refuse_second_time(model, "convert")
         if config is None:
             raise FP8StateError("convert: this model was not prepared: call prepare(model, config), or pass a config")
         state = _unmeasured_state(model, config)
-    convert_with(model, state)
-    if isinstance(model, PreTrainedModel):
-        from .hf.attach import attach_quantizer
-
-        attach_quantizer(model)
+    elif config is not None and config != state.config:
+        raise FP8StateError("convert: this model was prepared with another config: leave the argument out")
+    convert_with(model, state, attach_quantizer if isinstance(model, PreTrainedModel) else None)
     return model
 
 
-def convert_with(model: nn.Module, state: FP8State) -> None:
-    """Convert with what `state` knows: everything that can fail happens before the model is touched."""
+def convert_with(model: nn.Module, state: FP8State, finish: Callable[[Any], None] | None = None) -> None:
+    """Convert with what `state` knows, then call `finish(model)`; an error leaves the model as it was."""
     config, found = state.config, dict(model.named_modules())
-    if needs_ranges(config) and config.scheme == "auto" and not state.measurements.tensors and state.observers is None:
-        config = config.replace(activation_scheme="dynamic")
-        logger.info("no calibration data: activations are scaled dynamically (activation_scheme='dynamic')")
-    static = needs_ranges(config)
-    if static:
-        _require_data(state)
-    unreached = _unreached(state, config) if static else {}
+    saw_inputs = any(kind == "input" for _, kind in state.measurements.tensors)
+    if needs_ranges(config):
+        if config.scheme == "auto" and not saw_inputs and (state.observers is None or "input" not in config.measured):
+            config = config.replace(activation_scheme="dynamic")
+            logger.info("no calibration data: activations are scaled dynamically (activation_scheme='dynamic')")
+        elif not saw_inputs:
+            raise FP8MeasurementError(
+                "static activations need calibration data and none went through the model: run your data through it "
+                "after prepare(), give a `dataset`, or use activation_scheme='dynamic'"
+            )
+    unreached = _unreached(state, config) if needs_ranges(config) else {}
     recipe = recipe_for(config, dynamic=config.scheme == "dynamic")
     input_scales = {name: _input_scale(name, state, config) for name in state.selected if name not in unreached}
-    replacements = _quantized_modules(found, state, config, unreached)
+    replacements = {found[name]: new for name, new in _quantized_modules(found, state, config, unreached).items()}
+    converted = replace(
+        state, config=config, phase="converted", observers=None, decisions=without(state.decisions, unreached)
+    )
 
-    swap(model, {found[name]: module for name, module in replacements.items()})
+    before = [(module, module.recipe, module.input_scale) for module in fp8_modules(model).values()]
+    swap(model, replacements)
+    set_state(model, converted)
+    modules = fp8_modules(model)
+    for name, input_scale in input_scales.items():
+        modules[name].start(recipe, input_scale)
+    try:
+        if finish is not None:
+            finish(model)
+    except BaseException:
+        swap(model, {new: old for old, new in replacements.items()})
+        for module, old_recipe, old_scale in before:
+            module.start(old_recipe, old_scale)
+        set_state(model, state if state.observers is not None else None)
+        raise
     if state.observers is not None:
         state.observers.remove()
-    state.deselect(unreached)
-    modules = fp8_modules(model)
-    for name in state.selected:
-        modules[name].owner = ops.new_owner()  # calls made while calibrating do not count
-        modules[name].recipe = recipe
-        modules[name].set_input_scale(input_scales[name])
-    state.config, state.phase, state.observers = config, "converted", None
-    set_state(model, state)
 
 
 def _unmeasured_state(model: nn.Module, config: FP8Config) -> FP8State:
     """The state of a model that was not prepared: measurements come from the file, where there is one."""
+    config.post_init()
     decisions = select(model, config)
     measurements = Measurements(_fingerprint(candidates(model)))
     if needs_ranges(config):
-        stored = stored_measurements(config, measurements.fingerprint)
-        measurements = stored or measurements
+        required = config.scheme == "static" or config.mode == "QUANTIZE"
+        measurements = stored_measurements(config, measurements.fingerprint, required=required) or measurements
     return FP8State(config, decisions, "measuring", measurements)
 
 
@@ -164,13 +186,12 @@ def _fingerprint(modules: dict[str, Any]) -> str:
     return model_fingerprint({name: weight_digest(module.weight) for name, module in modules.items()})
 
 
-def stored_measurements(config: FP8Config, fingerprint: str) -> Measurements | None:
-    """Measurements of this very model at `dump_stats_path`; None where they are optional and not there.
+def stored_measurements(config: FP8Config, fingerprint: str, *, required: bool) -> Measurements | None:
+    """Measurements of this very model at `dump_stats_path`; None where they are not `required` and not there.
 
     Raises:
-        FP8MeasurementError: static activations (or mode QUANTIZE) need them, and they are missing or of another model.
+        FP8MeasurementError: they are required, and missing or of another model.
     """
-    required = config.scheme == "static" or config.mode == "QUANTIZE"
     try:
         stored = Measurements.load(config.dump_stats_path)
     except FP8MeasurementError:
@@ -196,16 +217,6 @@ def _refuse_second_time(model: nn.Module, action: str) -> None:
     if state is not None and state.phase == "measuring":
         raise FP8StateError(f"{action}: this model is prepared already: run calibration data, then convert(model)")
     raise FP8StateError(f"{action}: this model is converted to FP8 already: load the original model to start again")
-
-
-def _require_data(state: FP8State) -> None:
-    if not needs_ranges(state.config):
-        return
-    if not any(kind == "input" for _, kind in state.measurements.tensors):
-        raise FP8MeasurementError(
-            "static activations need calibration data and none went through the model: run your data through it "
-            "after prepare(), give a `dataset`, or use activation_scheme='dynamic'"
-        )
 
 
 def _unreached(state: FP8State, config: FP8Config) -> dict[str, str]:

@@ -37,7 +37,7 @@ def round_scale(raw: torch.Tensor, rounding: str, fmt: NumberFormat) -> torch.Te
         scale that exists; what zero should mean is the caller's to decide.
     """
     if rounding == "identity":
-        return raw.float().clamp(2.0**MIN_EXPONENT, 2.0**MAX_EXPONENT)
+        return raw.float().nan_to_num(nan=1.0).clamp(2.0**MIN_EXPONENT, 2.0**MAX_EXPONENT)
     exponent = ceil_log2(raw)
     low, high, step = MIN_EXPONENT, MAX_EXPONENT, 1
     if rounding == "hardware":

@@ -54,12 +54,22 @@ def select(model: nn.Module, config: FP8Config) -> list[Decision]:
     skipped = {*heads, *precise}
     unfit = _unfit_modules(model)
     decisions = []
+    aliases = _all_names(model)
     for name, module in found.items():
-        reason = _refusal(module) or unfit.get(name) or _exclusion(name, module, config, skipped)
+        exclusions = (_exclusion(alias, module, config, skipped) for alias in aliases[module])
+        reason = _refusal(module) or unfit.get(name) or next(filter(None, exclusions), None)
         decisions.append(Decision(name, type(module).__name__, reason is None, reason or "selected"))
     if not any(decision.selected for decision in decisions):
         raise FP8SelectionError(_nothing_selected(model, decisions))
     return decisions
+
+
+def _all_names(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Every name of every module: one that stands in two places has two."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return names
 
 
 def default_skips(model: nn.Module) -> list[str]:
@@ -71,7 +81,7 @@ def default_skips(model: nn.Module) -> list[str]:
 
 def matches_name(entry: str, name: str) -> bool:
     """Whether `modules_to_not_convert`'s `entry` means the module `name`: itself, what is inside, or a regex for it."""
-    return name == entry or name.endswith(f".{entry}") or re.match(rf"(?:{entry})(?:\.|$)", name) is not None
+    return f".{entry}." in f".{name}." or re.match(rf"(?:{entry})(?:\.|$)", name) is not None
 
 
 def _precision_skips(model: nn.Module) -> list[str]:
@@ -97,6 +107,8 @@ def _refusal(module: Any) -> str | None:
     base = next(base for base in QUANTIZABLE if isinstance(module, base))
     if type(module).forward is not base.forward and type(module).__name__ not in _EQUIVALENT_TYPES:
         return f"{type(module).__name__} has a forward of its own"
+    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+        return "its forward was replaced"
     weight = module.weight
     if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.numel() == 0:
         return f"its weight is not a floating-point matrix ({tuple(weight.shape)}, {weight.dtype})"
@@ -132,7 +144,7 @@ def _is_type(module: nn.Module, kind: str) -> bool:
 
 
 def _check_patterns(model: nn.Module, config: FP8Config) -> None:
-    names = [name for name, _ in model.named_modules() if name]
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     modules = list(model.modules())
     known = {*INC_TYPES_NOT_THERE, *(kind.__name__ for kind in QUANTIZABLE), *_EQUIVALENT_TYPES}
     known |= {f"torch.nn.{kind}" for kind in known}

@@ -25,7 +25,8 @@ def dtype_read_by_owner(model: nn.Module) -> set[str]:
         attribute = next((part for part in reversed(name.split(".")) if not part.isdigit()), None)
         parts = name.split(".")
         owners = (modules.get(".".join(parts[:depth])) for depth in range(len(parts)))
-        if name and any(attribute in _weights_read_for_dtype(type(owner)) for owner in owners if owner is not None):
+        classes: list[Any] = [type(owner) for owner in owners if owner is not None]
+        if name and any(attribute in _weights_read_for_dtype(owner) for owner in classes):
             read.add(name)
     return read
 

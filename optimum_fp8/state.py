@@ -38,14 +38,13 @@ class FP8State:
         """Names of the selected modules."""
         return [decision.name for decision in self.decisions if decision.selected]
 
-    def deselect(self, reasons: Mapping[str, str]) -> None:
-        """Modules that are left out after all, and why."""
-        self.decisions = [
-            Decision(decision.name, decision.type, False, reasons[decision.name])
-            if decision.name in reasons
-            else decision
-            for decision in self.decisions
-        ]
+
+def without(decisions: list[Decision], reasons: Mapping[str, str]) -> list[Decision]:
+    """The decisions with some modules left out after all, and why."""
+    return [
+        Decision(decision.name, decision.type, False, reasons[decision.name]) if decision.name in reasons else decision
+        for decision in decisions
+    ]
 
 
 def state_of(model: nn.Module) -> FP8State | None:

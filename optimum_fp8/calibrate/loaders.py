@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -29,10 +29,10 @@ def batches(config: FP8Config, name_or_path: str) -> Iterator[Any]:
     """
     dataset, samples = config.dataset, config.num_calibration_samples
     if isinstance(dataset, str):
-        texts = _read_file(dataset, config.text_column)
-        return _tokenized(islice(texts, samples), config, name_or_path)
+        check_file(dataset)
+        return _tokenized(_read_file(dataset, config.text_column), config, name_or_path)
     if isinstance(dataset, (list, tuple)) and dataset and all(isinstance(item, str) for item in dataset):
-        return _tokenized(dataset[:samples], config, name_or_path)
+        return _tokenized(dataset, config, name_or_path)
     if type(dataset).__module__.split(".")[0] == "datasets":
         return _from_datasets(dataset, config, name_or_path)
     if isinstance(dataset, Iterable) and not isinstance(dataset, (Mapping, torch.Tensor)):
@@ -44,19 +44,24 @@ def batches(config: FP8Config, name_or_path: str) -> Iterator[Any]:
     )
 
 
-def _read_file(path: str, column: str) -> Iterator[str]:
-    """Paragraph-sized samples of a text file, or the `column` of each line of a JSON-lines file."""
+def check_file(path: str) -> None:
+    """Refuse a dataset path that cannot be read, before anything long is started."""
     if not os.path.isfile(path):
         raise FP8CalibrationError(
             f"dataset={path!r} is not a file: expected a local text (.txt) or JSON-lines (.jsonl) file; load hub "
             "datasets with datasets.load_dataset and pass the result"
         )
     suffix = os.path.splitext(path)[1].lower()
-    if suffix in _JSON_SUFFIXES:
-        return _json_lines(path, column)
-    if suffix in _TEXT_SUFFIXES:
-        return _paragraphs(path)
-    raise FP8CalibrationError(f"dataset={path!r} has suffix {suffix!r}: expected .txt, .md, .jsonl or .json")
+    if suffix not in (*_JSON_SUFFIXES, *_TEXT_SUFFIXES):
+        raise FP8CalibrationError(f"dataset={path!r} has suffix {suffix!r}: expected .txt, .md, .jsonl or .json")
+
+
+def _read_file(path: str, column: str) -> Iterator[str]:
+    """Paragraph-sized samples of a text file, or the `column` of each line of a JSON-lines file."""
+    try:
+        yield from _json_lines(path, column) if path.lower().endswith(_JSON_SUFFIXES) else _paragraphs(path)
+    except UnicodeDecodeError as error:
+        raise FP8CalibrationError(f"dataset={path!r} is not UTF-8 text: {error}") from None
 
 
 def _json_lines(path: str, column: str) -> Iterator[str]:
@@ -94,9 +99,10 @@ def _from_datasets(dataset: Any, config: FP8Config, name_or_path: str) -> Iterat
     first = next(rows, None)
     if not isinstance(first, Mapping):
         raise FP8CalibrationError("the dataset is empty, or a dict of splits: pass one split that has rows")
-    rows = islice(_chain(first, rows), config.num_calibration_samples)
-    if config.text_column in first and isinstance(first[config.text_column], str):
+    rows = chain([first], rows)
+    if config.text_column in first and isinstance(first[config.text_column], str | None):
         return _tokenized((row[config.text_column] for row in rows), config, name_or_path)
+    rows = islice(rows, config.num_calibration_samples)
     if "input_ids" in first or "pixel_values" in first:
         return _collated(rows, config.batch_size)
     image = next((key for key, value in first.items() if hasattr(value, "convert") and hasattr(value, "size")), None)
@@ -106,11 +112,6 @@ def _from_datasets(dataset: Any, config: FP8Config, name_or_path: str) -> Iterat
         f"the dataset has columns {sorted(first)}: expected text in {config.text_column!r} (set text_column), images, "
         "or model inputs such as 'input_ids' or 'pixel_values'"
     )
-
-
-def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
-    yield first
-    yield from rest
 
 
 def _groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -128,12 +129,21 @@ def _tokenized(texts: Iterable[str], config: FP8Config, name_or_path: str) -> It
         )
 
     def generate() -> Iterator[Any]:
-        for group in _groups((text for text in texts if text.strip()), config.batch_size):
+        for group in _groups(islice(_with_text(texts), config.num_calibration_samples), config.batch_size):
             yield tokenizer(
                 group, return_tensors="pt", truncation=True, max_length=config.max_seq_length, padding=len(group) > 1
             )
 
     return generate()
+
+
+def _with_text(texts: Iterable[Any]) -> Iterator[str]:
+    """The texts that hold something."""
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise FP8CalibrationError(f"sample {number} is {text!r}, not text: clean the column, or set text_column")
+        if text.strip():
+            yield text
 
 
 def _processed(rows: Iterable[Any], column: str, config: FP8Config, name_or_path: str) -> Iterator[Any]:
@@ -165,11 +175,9 @@ def _as_they_are(dataset: Iterable[Any], samples: int) -> Iterator[Any]:
 
 def batch_size_of(batch: Any) -> int:
     """How many samples a batch holds (1 if it cannot be told)."""
-    if isinstance(batch, Mapping):
-        batch = next(iter(batch.values()), None)
-    elif isinstance(batch, (list, tuple)):
-        batch = batch[0] if batch else None
-    return len(batch) if isinstance(batch, torch.Tensor) and batch.ndim > 0 else 1
+    values = list(batch.values()) if isinstance(batch, Mapping) else batch
+    values = list(values) if isinstance(values, (list, tuple)) else [values]
+    return next((len(value) for value in values if isinstance(value, torch.Tensor) and value.ndim > 0), 1)
 
 
 def _companion(kind: str, given: Any, name_or_path: str) -> Any:

@@ -12,7 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..config import FP8Config
-from ..errors import FP8CalibrationError
+from ..errors import FP8CalibrationError, FP8StateError
 from ..state import FP8State, measuring_state
 from .loaders import batch_size_of, batches
 
@@ -39,7 +39,9 @@ def calibrate(model: nn.Module, config: FP8Config | None = None) -> nn.Module:
     config = config or state.config
     if config.dataset is None:
         raise FP8CalibrationError("calibrate: the config has no dataset: pass FP8Config(dataset=…)")
-    training = model.training
+    if state.observers is None:
+        raise FP8StateError("calibrate: measuring has ended for this model: call convert(model)")
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad():
@@ -48,7 +50,8 @@ def calibrate(model: nn.Module, config: FP8Config | None = None) -> nn.Module:
             else:
                 _run_batches(model, state, config)
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
     return model
 
 
@@ -110,5 +113,7 @@ def _update(digest: Any, inputs: Any) -> int:
     for tensor in tensors:
         if torch.is_tensor(tensor):
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
-    return ids.numel() if torch.is_tensor(ids) else 0
+    if not isinstance(inputs, Mapping) or not torch.is_tensor(inputs.get("input_ids")):
+        return 0
+    mask = inputs.get("attention_mask")
+    return int(mask.sum()) if torch.is_tensor(mask) and mask.ndim == 2 else inputs["input_ids"].numel()

@@ -15,9 +15,9 @@ from torch import nn
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import HfQuantizer
 
-from ..calibrate import calibrate
+from ..calibrate import calibrate, check_file
 from ..config import FP8Config
-from ..errors import FP8CheckpointError, FP8ConfigError, FP8NotAvailableError, FP8ScaleError, FP8StateError
+from ..errors import FP8ConfigError, FP8NotAvailableError, FP8ScaleError
 from ..measure import Measurements, TensorStatistics, model_fingerprint, weight_digest
 from ..modules import FP8Module, fp8_modules, fp8_skeleton, frozen, recipe_for, swap
 from ..quantize import convert_with, finalize_calibration, needs_ranges, prepare, start_observing, stored_measurements
@@ -43,6 +43,9 @@ class FP8Quantizer(HfQuantizer):
         self._decisions: list[Decision] = []
         self._digests: dict[str, str] = {}
         self._weights: dict[str, TensorStatistics] = {}
+        quantization_config.post_init()  # keys may have been assigned since it was made
+        if isinstance(quantization_config.dataset, str):
+            check_file(quantization_config.dataset)
         if self.pre_quantized:
             honour_request(quantization_config)
         elif quantization_config.mode == "LOAD" or quantization_config.dequantize:
@@ -133,10 +136,8 @@ class FP8Quantizer(HfQuantizer):
         if config.dequantize:
             self._dequantize(model, model.dtype)
             return
-        state = FP8State(config, self._decisions, "converted", Measurements(fingerprint=""))
-        set_state(model, state)
-        self.quantization_config = checkpoint_config(state)
-        settle(model, self.quantization_config)
+        set_state(model, FP8State(config, self._decisions, "converted", Measurements(fingerprint="")))
+        self._settle(model)
 
     def _measure_only(self, model: Any) -> None:
         """mode MEASURE: the model stays in high precision, with observers on it."""
@@ -165,6 +166,11 @@ class FP8Quantizer(HfQuantizer):
             )
             return
         convert_with(model, state)
+        self._settle(model)
+
+    def _settle(self, model: Any) -> None:
+        state = state_of(model)
+        assert state is not None
         self.quantization_config = checkpoint_config(state)
         settle(model, self.quantization_config)
 
@@ -178,14 +184,11 @@ class FP8Quantizer(HfQuantizer):
             start_observing(state, {name: model.get_submodule(name) for name in state.selected})
             calibrate(model)
             return True
-        required = config.mode == "QUANTIZE"
-        optional = config.replace(activation_scheme="auto") if not required else config
-        stored = stored_measurements(optional, state.measurements.fingerprint)
+        stored = stored_measurements(config, state.measurements.fingerprint, required=config.mode == "QUANTIZE")
         if stored is not None:
             state.measurements = stored
             return True
         if config.scheme == "auto":
-            state.measurements.tensors.clear()
             return True
         start_observing(state, {name: model.get_submodule(name) for name in state.selected})
         return False
@@ -222,6 +225,3 @@ class FP8Quantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
-
-
-__all__ = ["FP8Quantizer", "FP8CheckpointError", "FP8StateError"]

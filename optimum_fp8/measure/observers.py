@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,9 +28,10 @@ class Observers:
         kinds = set(kinds)
         for name, module in modules.items():
             if "input" in kinds:
-                self._handles.append(module.register_forward_pre_hook(self._input_hook(name)))
+                hook = partial(self._see_input, name)
+                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             if "output" in kinds:
-                self._handles.append(module.register_forward_hook(self._output_hook(name)))
+                self._handles.append(module.register_forward_hook(partial(self._see_output, name)))
 
     def remove(self) -> None:
         """Take all hooks off."""
@@ -45,18 +47,13 @@ class Observers:
         finally:
             self._valid = None
 
-    def _input_hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if args:
-                self._observe(name, "input", args[0])
+    # Hooks are partials of methods, not closures: a deep copy of a model then records for itself.
 
-        return hook
+    def _see_input(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._observe(name, "input", next(iter((*args, *kwargs.values())), None))
 
-    def _output_hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self._observe(name, "output", output)
-
-        return hook
+    def _see_output(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._observe(name, "output", output)
 
     def _observe(self, name: str, kind: str, x: Any) -> None:
         if not isinstance(x, torch.Tensor):

@@ -7,16 +7,18 @@ there, so it is whole or not there.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import tempfile
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..errors import FP8MeasurementError
+from ..errors import FP8Error, FP8MeasurementError
 from .statistics import REDUCTIONS, TensorStatistics
 
 FORMAT_VERSION = 1
@@ -97,6 +99,7 @@ class Measurements:
         os.close(handle)
         try:
             save_file(tensors, temporary, metadata={"measurements": json.dumps(header)})
+            os.chmod(temporary, _ordinary_mode())
             os.replace(temporary, path)
         except BaseException:
             os.unlink(temporary)
@@ -117,18 +120,25 @@ class Measurements:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})["measurements"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise FP8MeasurementError(
-                f"{path} is not a measurements file or is damaged ({error}): measure again"
-            ) from None
+            return cls._from_file(path, header, tensors)
+        except (SafetensorError, KeyError, ValueError, TypeError, IndexError) as error:
+            if isinstance(error, FP8Error):
+                raise
+            message = f"{path} is not a measurements file or is damaged ({error}): measure again"
+            raise FP8MeasurementError(message) from None
+
+    @classmethod
+    def _from_file(cls, path: str, header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Measurements:
         if header["format_version"] > FORMAT_VERSION:
             raise FP8MeasurementError(f"{path} was written by a newer optimum_fp8: upgrade optimum_fp8")
         grouped: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
         for name, value in tensors.items():
             module, kind, statistic = name.rsplit("/", 2)
+            if kind not in KINDS or statistic not in REDUCTIONS or value.shape != (1,):
+                raise ValueError(f"tensor {name!r} is not a statistic")
             grouped.setdefault((module, kind), {})[statistic] = value[0]
         statistics = {key: TensorStatistics(**values) for key, values in grouped.items()}
-        return cls(header["fingerprint"], statistics, header["samples"], header["data"])
+        return cls(str(header["fingerprint"]), statistics, int(header["samples"]), str(header["data"]))
 
 
 def measurements_path(prefix: str | os.PathLike[str]) -> str:
@@ -136,11 +146,19 @@ def measurements_path(prefix: str | os.PathLike[str]) -> str:
     return f"{os.fspath(prefix)}_measurements.safetensors"
 
 
+def _ordinary_mode() -> int:
+    """The mode a new file would have: temporary ones are private, measurements are for colleagues and other ranks."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
 def _not_found(path: str, prefix: str) -> str:
-    if os.path.exists(f"{prefix}_hooks_maxabs.json"):
+    from_inc = sorted(glob.glob(f"{glob.escape(prefix)}_hooks_maxabs*"))
+    if from_inc:
         return (
-            f"{path} does not exist, only INC's own {prefix}_hooks_maxabs.json, which optimum_fp8 cannot read yet: "
-            "measure again with optimum_fp8"
+            f"{path} does not exist, only INC's own {from_inc[0]}, which optimum_fp8 cannot read yet: measure again "
+            "with optimum_fp8"
         )
     return (
         f"no measurements at {path}: give a `dataset`, or prepare the model, run calibration data through it and call "

@@ -64,9 +64,10 @@ class FP8Module(nn.Module):
         """Take FP8 codes and their float32 scale."""
         self.weight, self.weight_scale = frozen(weight), frozen(scale)
 
-    def set_input_scale(self, scale: torch.Tensor | None) -> None:
-        """Take the static scale of the input, `(1,)`; None computes with unrounded activations."""
-        self.input_scale = None if scale is None else frozen(scale.to(self.weight.device, torch.float32))
+    def start(self, recipe: Recipe, input_scale: torch.Tensor | None) -> None:
+        """Compute by `recipe` from now on, with a static scale `(1,)` of the input or none, and count calls anew."""
+        self.recipe, self.owner = recipe, ops.new_owner()
+        self.input_scale = None if input_scale is None else frozen(input_scale.to(self.weight.device, torch.float32))
 
     def activation_scale(self, x: torch.Tensor) -> torch.Tensor | None:
         """The scale to round `x` with: the rule's, the calibrated one, or none.

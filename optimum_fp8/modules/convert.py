@@ -22,7 +22,13 @@ _FP8_CLASSES: dict[type[nn.Module], Callable[[nn.Module, Recipe], FP8Module]] = 
     Conv1D: FP8Linear,
     nn.Conv2d: FP8Conv2d,
 }
-_HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs")
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+)
 _CHUNK_ELEMENTS = 4 << 20  # rows cast at a time: bounds the float32 working copy at 16 MiB
 
 

@@ -106,6 +106,9 @@ def run(op: str, owner: int, *args: Any) -> torch.Tensor:
         reason = kernel.refuses(*args)
         if reason is None:
             record.kernels[op, kernel.backend] += 1
+            if torch.is_autocast_enabled(device):  # where an operator rounds is its own affair
+                with torch.autocast(device, enabled=False):
+                    return kernel.run(*args)
             return kernel.run(*args)
         if forced:
             raise FP8NotAvailableError(f"backend {forced!r} cannot run {op!r} here: {reason}; leave the backend free")

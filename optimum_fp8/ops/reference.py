@@ -41,7 +41,7 @@ def dynamic_scale(
     fmt = number_format(fp8_config, target)
     if x.numel() == 0:
         return torch.ones((*x.shape[:-1], 1) if per_token else (1,), dtype=torch.float32, device=x.device)
-    maxabs = x.abs().amax(dim=-1, keepdim=True) if per_token else x.abs().amax().reshape(1)
+    maxabs = x.abs().amax(dim=-1).unsqueeze(-1) if per_token else x.abs().amax().reshape(1)
     return scale_from_maxabs(maxabs, divisor, rounding, fmt, hp_dtype, reciprocal=fmt.is_gaudi and not per_token)
 
 

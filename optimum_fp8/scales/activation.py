@@ -52,7 +52,7 @@ def activation_scale(
         )
     fixed = fixed_scale(rule, fmt)
     if fixed is not None:
-        return torch.full(ranges.shape, fixed, dtype=torch.float32)
+        return torch.full(ranges.shape, fixed, dtype=torch.float32, device=ranges.device)
     divisor = activation_divisor(rule, fmt, backoff=backoff, dynamic=dynamic)
     reciprocal = fmt.is_gaudi and rule.granularity == "tensor"
     return scale_from_maxabs(ranges, divisor, rule.rounding, fmt, hp_torch_dtype(hp_dtype), reciprocal=reciprocal)
@@ -60,8 +60,16 @@ def activation_scale(
 
 def activation_divisor(rule: ScaleRule, fmt: NumberFormat, *, backoff: float | None, dynamic: bool) -> float:
     """The FP8 value that the largest activation is mapped to: full scale times backoff."""
-    if backoff is None:
-        backoff = DYNAMIC_BACKOFF if dynamic else rule.backoff
+    return full_scale_part(fmt, backoff, DYNAMIC_BACKOFF if dynamic else rule.backoff)
+
+
+def full_scale_part(fmt: NumberFormat, backoff: float | None, default: float) -> float:
+    """The full scale times `backoff` (or the `default` where it is None).
+
+    Raises:
+        FP8ConfigError: the backoff is not above 0 and at most 1.
+    """
+    backoff = default if backoff is None else backoff
     if not 0.0 < backoff <= 1.0:
         raise FP8ConfigError(f"backoff={backoff} is out of range: expected 0 < backoff <= 1")
     return fmt.full_scale * backoff

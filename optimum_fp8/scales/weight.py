@@ -7,7 +7,7 @@ import torch
 from ..errors import FP8ScaleError
 from ..formats import MAX_EXPONENT, MIN_EXPONENT, NumberFormat, hp_torch_dtype, number_format
 from ..rounding import round_scale, scale_from_maxabs
-from .activation import fixed_scale
+from .activation import fixed_scale, full_scale_part
 from .methods import ScaleRule, scale_method
 from .search import search_channel_scales, search_tensor_scale
 
@@ -47,7 +47,7 @@ def weight_scale(
     fixed = fixed_scale(rule, fmt)
     if fixed is not None:
         return torch.full((1,), fixed, dtype=torch.float32, device=weight.device)
-    divisor = fmt.full_scale * (rule.backoff if backoff is None else backoff)
+    divisor = full_scale_part(fmt, backoff, rule.backoff)
     if rule.granularity == "channel":
         return _channel_scale(weight, maxabs, divisor, rule, fmt)
     if rule.value == "search":

@@ -1,0 +1,165 @@
+"""The Measurements store: exact, atomic, mergeable, and never applied to another model unnoticed."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from optimum_fp8 import Measurements
+from optimum_fp8.errors import FP8MeasurementError
+from optimum_fp8.measure import TensorStatistics, measurements_path, store
+
+
+def measured(*tensors, fingerprint="f" * 32, samples=1, data="d"):
+    measurements = Measurements(fingerprint, samples=samples, data=data)
+    for x in tensors:
+        measurements.observe("model.layers.0.fc/1", "input", TensorStatistics.of(x))
+    return measurements
+
+
+def same(a, b):
+    assert (a.fingerprint, a.samples, a.data) == (b.fingerprint, b.samples, b.data)
+    assert a.tensors.keys() == b.tensors.keys()
+    for key, statistics in a.tensors.items():
+        assert torch.equal(statistics.maxabs, b.tensors[key].maxabs) and statistics.maxabs.dtype == torch.float32
+        assert torch.equal(statistics.count, b.tensors[key].count) and b.tensors[key].count.dtype == torch.int64
+    return True
+
+
+@pytest.mark.core
+def test_saved_and_loaded_is_the_same(tmp_path):
+    measurements = measured(torch.tensor([0.1, -1e-30]), torch.tensor([3.3e30]), samples=7)
+    measurements.observe("äöü.1", "output", TensorStatistics.of(torch.randn(3).bfloat16()))
+    measurements.observe("fc", "weight", TensorStatistics.of(torch.randn(3, 4)))
+    path = measurements.save(tmp_path / "deep" / "folder" / "measure")
+    assert path == measurements_path(tmp_path / "deep" / "folder" / "measure")
+    assert same(measurements, Measurements.load(tmp_path / "deep" / "folder" / "measure"))
+
+
+def test_a_bare_prefix_is_a_file_in_this_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    measured(torch.ones(1)).save("measure")
+    assert Measurements.load("measure").maxabs("model.layers.0.fc/1") == 1.0
+
+
+def test_saving_again_replaces_and_leaves_nothing_else(tmp_path):
+    measured(torch.ones(1)).save(tmp_path / "measure")
+    measured(torch.ones(1) * 5).save(tmp_path / "measure")
+    assert Measurements.load(tmp_path / "measure").maxabs("model.layers.0.fc/1") == 5.0
+    assert len(os.listdir(tmp_path)) == 1
+
+
+def test_the_file_can_be_read_by_others(tmp_path):
+    path = measured(torch.ones(1)).save(tmp_path / "measure")
+    umask = os.umask(0)
+    os.umask(umask)
+    assert os.stat(path).st_mode & 0o777 == 0o666 & ~umask, "like any other file, not only by its owner"
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("crash", ["save_file", "replace"])
+def test_a_crash_in_the_middle_leaves_the_old_file(tmp_path, monkeypatch, crash):
+    old = measured(torch.ones(1))
+    old.save(tmp_path / "measure")
+
+    def fails(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(*{"save_file": (store, "save_file", fails), "replace": (os, "replace", fails)}[crash])
+    with pytest.raises(KeyboardInterrupt):
+        measured(torch.ones(1) * 5).save(tmp_path / "measure")
+    monkeypatch.undo()
+    assert same(old, Measurements.load(tmp_path / "measure"))
+    assert os.listdir(tmp_path) == ["measure_measurements.safetensors"]
+
+
+def write_header(path, header, tensors=None):
+    metadata = None if header is None else {"measurements": header}
+    save_file(tensors if tensors is not None else {"a/input/maxabs": torch.ones(1)}, path, metadata=metadata)
+
+
+HEADER = {"format_version": 1, "fingerprint": "f", "samples": 1, "data": ""}
+MAXABS = torch.ones(1)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-3]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"not a safetensors file at all"),
+        lambda path: write_header(path, None),
+        lambda path: write_header(path, "not JSON"),
+        lambda path: write_header(path, "[]"),
+        lambda path: write_header(path, "{}"),
+        lambda path: write_header(path, json.dumps({"format_version": 1})),
+        lambda path: write_header(path, json.dumps(HEADER)),
+        lambda path: write_header(path, json.dumps(HEADER), {"x": MAXABS}),
+        lambda path: write_header(path, json.dumps(HEADER), {"a/input/maxabs": MAXABS, "a/input/kurtosis": MAXABS * 2}),
+    ],
+    ids=[
+        "cut", "empty", "other format", "no header", "header not JSON", "header a list", "header empty",
+        "header incomplete", "statistic missing", "odd name", "odd statistic",
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_an_error_that_names_it(tmp_path, spoil):
+    path = measured(torch.ones(1)).save(tmp_path / "measure")
+    spoil(type(tmp_path)(path))
+    with pytest.raises(FP8MeasurementError, match="measure_measurements.safetensors .*measure again"):
+        Measurements.load(tmp_path / "measure")
+
+
+def test_a_file_of_a_newer_version(tmp_path):
+    write_header(measurements_path(tmp_path / "measure"), json.dumps({**HEADER, "format_version": 99}))
+    with pytest.raises(FP8MeasurementError, match="newer optimum_fp8: upgrade"):
+        Measurements.load(tmp_path / "measure")
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(FP8MeasurementError, match="no measurements at .*give a `dataset`"):
+        Measurements.load(tmp_path / "measure")
+
+
+@pytest.mark.parametrize("ending", [".json", "_0_2.json", ".npz"])
+def test_only_incs_own_files(tmp_path, ending):
+    name = f"measure_hooks_maxabs{ending}"
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(FP8MeasurementError, match=f"{name}, which optimum_fp8 cannot read yet"):
+        Measurements.load(tmp_path / "measure")
+
+
+# --- merging ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.core
+def test_merged_runs_are_one_run_over_everything():
+    a, b, c = torch.randn(3, 4), torch.randn(2, 4) * 3, torch.randn(5)
+    merged = measured(a, samples=3).merged(measured(b, c, samples=4))
+    assert same(merged, measured(a, b, c, samples=7))
+
+
+def test_merging_unites_modules_and_changes_neither_side():
+    one, two = Measurements("f"), Measurements("f")
+    one.observe("a", "input", TensorStatistics.of(torch.ones(2)))
+    two.observe("a", "input", TensorStatistics.of(torch.ones(2) * 3))
+    two.observe("b", "weight", TensorStatistics.of(torch.ones(2) * 2))
+    merged = one.merged(two)
+    assert (merged.maxabs("a"), merged.maxabs("b", "weight")) == (3.0, 2.0)
+    assert one.maxabs("a") == 1.0 and one.maxabs("b", "weight") is None and two.maxabs("a") == 3.0
+
+
+@pytest.mark.core
+def test_measurements_of_different_models_cannot_be_merged():
+    with pytest.raises(FP8MeasurementError, match="different models .* aaa and bbb"):
+        measured(fingerprint="aaa").merged(measured(fingerprint="bbb"))
+
+
+def test_a_range_that_is_not_finite_names_the_module():
+    with pytest.raises(FP8MeasurementError, match=r"model.layers.0.fc/1: the measured input holds NaN or Inf"):
+        measured(torch.tensor([float("nan")])).maxabs("model.layers.0.fc/1")
+
+
+def test_what_was_never_seen_has_no_range():
+    assert Measurements("f").maxabs("fc") is None
