@@ -29,7 +29,7 @@ _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
 )
-_CHUNK_ELEMENTS = 4 << 20  # rows cast at a time: bounds the float32 working copy at 16 MiB
+_CHUNK_ELEMENTS = 1 << 20  # rows cast at a time: bounds the float32 working copy at 4 MiB
 
 
 def fp8_skeleton(module: nn.Module, recipe: Recipe) -> FP8Module:

@@ -242,7 +242,7 @@ def test_size_of_a_batch(batch, size):
         (["a"], {"tokenizer": "./nowhere"}, "no tokenizer at './nowhere'.*pass tokenizer="),
         (["a"], {"batch_size": 2, "tokenizer": make_tokenizer()}, "no pad_token"),
         (datasets.Dataset.from_dict({"text": []}), {}, "the dataset is empty"),
-        (datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["a"]})}), {}, "pass one split"),
+        (datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["a"]})}), {}, "one split"),
         (datasets.Dataset.from_dict({"body": ["a"]}), {}, r"columns \['body'\].*set text_column"),
         (datasets.Dataset.from_dict({"input_ids": [[1], [1, 2]]}), {"batch_size": 2}, "different lengths"),
         (datasets.Dataset.from_dict({"text": ["a", None]}), {"tokenizer": make_tokenizer()}, "text"),

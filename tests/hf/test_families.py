@@ -52,6 +52,12 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, torch.Tensor], int]] = {
         PIXELS,
         5,
     ),
+    "dinov2, renamed and split weights": (
+        hf.Dinov2Model,
+        hf.Dinov2Config(**ENCODER, use_swiglu_ffn=True, mlp_ratio=2),
+        PIXELS,
+        14,
+    ),
     "siglip, attention pooling": (hf.SiglipVisionModel, hf.SiglipVisionConfig(**ENCODER), PIXELS, 13),
 }
 
