@@ -1,6 +1,6 @@
 """The main job on the embedded models: measure, quantize, compare, save and reload a language model and two classifiers.
 
-    python examples/demo.py
+python examples/demo.py
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """Quantize a causal language model to FP8 and see what it costs: one `from_pretrained` call, then a table.
 
-    python examples/llm/quantize_llm.py                       # the embedded model
-    python examples/llm/quantize_llm.py --model meta-llama/Llama-3.2-1B --calibration my.txt --heldout other.txt
+python examples/llm/quantize_llm.py                       # the embedded model
+python examples/llm/quantize_llm.py --model meta-llama/Llama-3.2-1B --calibration my.txt --heldout other.txt
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -41,14 +42,16 @@ def perplexity(log_p: torch.Tensor, ids: torch.Tensor) -> float:
     return math.exp(F.nll_loss(log_p, ids[:, 1:].flatten()).item())
 
 
-@torch.no_grad()
-def tokens_per_second(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int = 32) -> float:
-    """Greedy generation at batch 1, the first run left out."""
+def tokens_per_second(models: list[PreTrainedModel], prompt: torch.Tensor, new_tokens: int = 32) -> list[float]:
+    """Greedy generation at batch 1: medians of runs that take turns, after one to warm up."""
     options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
-    model.generate(prompt, max_new_tokens=2, do_sample=False)
-    started = time.perf_counter()
-    model.generate(prompt, **options)
-    return new_tokens / (time.perf_counter() - started)
+    times: list[list[float]] = [[] for _ in models]
+    for _ in range(4):
+        for model, seconds in zip(models, times, strict=True):
+            started = time.perf_counter()
+            model.generate(prompt.to(model.device), **options)
+            seconds.append(time.perf_counter() - started)
+    return [new_tokens / statistics.median(seconds[1:]) for seconds in times]
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
@@ -91,11 +94,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     # 3. What it costs.
     print(f"\n{header}\n{'-' * len(header)}")
-    for model, name, found in rows:
+    speeds = tokens_per_second([model for model, _, _ in rows], prompt)
+    for (model, name, found), speed in zip(rows, speeds, strict=True):
         ppl = perplexity(found, ids)
         divergence = F.kl_div(found, expected, log_target=True, reduction="batchmean").item()
         agreement = (found.argmax(-1) == expected.argmax(-1)).float().mean().item()
-        speed = tokens_per_second(model, prompt.to(model.device))
         print(
             f"{name:40} {weight_bytes(model) / 1e6:6.2f} {ppl:10.3f} {ppl / base:7.4f} {divergence:8.5f} "
             f"{agreement:7.2%} {speed:6.1f}"

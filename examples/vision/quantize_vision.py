@@ -1,6 +1,6 @@
 """Quantize image classifiers to FP8: a vision transformer while it is loaded, a ResNet by prepare and convert.
 
-    python examples/vision/quantize_vision.py
+python examples/vision/quantize_vision.py
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def check_round_trip(model: PreTrainedModel, pixels: torch.Tensor) -> None:
 def main() -> None:
     images, labels = load_split("all")
     truth, calibration_images = torch.tensor(labels), load_split("train")[0][:128]
-    print(f"\n{'model':12} {'FP8 modules':>11} {'KB before':>10} {'KB after':>9} {'accuracy':>9} {'FP8':>8} {'agree':>8}")
+    print(
+        f"\n{'model':12} {'FP8 modules':>11} {'KB before':>10} {'KB after':>9} {'accuracy':>9} {'FP8':>8} {'agree':>8}"
+    )
     for name, quantize in (("tiny_vit", quantize_vit), ("tiny_resnet", quantize_resnet)):
         pixels = pixel_values(HERE / name, images)
         original = AutoModelForImageClassification.from_pretrained(HERE / name)
