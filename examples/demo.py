@@ -1,4 +1,4 @@
-"""The main job on the embedded models: measure, quantize, compare, save and reload a language model and two classifiers.
+"""The main job on the embedded models, a language model and two classifiers: quantize, compare, save and reload.
 
 python examples/demo.py
 """

@@ -132,7 +132,7 @@ def convert_with(model: nn.Module, state: FP8State, finish: Callable[[Any], None
     if needs_ranges(config):
         if config.scheme == "auto" and not saw_inputs and (state.observers is None or "input" not in config.measured):
             config = config.replace(activation_scheme="dynamic")
-            logger.info("no calibration data: activations are scaled dynamically (activation_scheme='dynamic')")
+            logger.warning("no calibration data: activations are scaled dynamically (activation_scheme='dynamic')")
         elif not saw_inputs:
             raise FP8MeasurementError(
                 "static activations need calibration data and none went through the model: run your data through it "

@@ -88,7 +88,10 @@ class FP8Quantizer(HfQuantizer):
             if not decision.selected or decision.name in tied:  # tied ones get their weight after loading
                 continue
             skeleton = fp8_skeleton(found[decision.name], recipe)
-            if self.pre_quantized and config.scheme == "static":
+            if not self.pre_quantized:
+                # Checkpoint tensors may be cast to the dtype of the parameter they are for: not to FP8 before scaling.
+                skeleton.weight = frozen(torch.empty(skeleton.weight.shape, device="meta"))
+            elif config.scheme == "static":
                 skeleton.input_scale = frozen(torch.full((1,), torch.nan, dtype=torch.float32, device="meta"))
             skeletons[found[decision.name]] = skeleton
         swap(model, skeletons)
@@ -104,6 +107,10 @@ class FP8Quantizer(HfQuantizer):
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         name, _, parameter = param_name.rpartition(".")
         return not self.pre_quantized and parameter == "weight" and isinstance(model.get_submodule(name), FP8Module)
+
+    @property
+    def quantized_element_size(self) -> float:
+        return 1
 
     def get_quantize_ops(self) -> QuantizeWeight:
         return QuantizeWeight(self)

@@ -1,0 +1,170 @@
+"""The documentation is true: its snippets run, its links lead somewhere, its tables agree with the code."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from optimum_fp8 import FP8Config
+from optimum_fp8.scales import SCALE_METHODS, activation_scale
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The code of a page's fenced blocks, behind as many empty lines as stand before them: errors name the line."""
+    text = page.read_text(encoding="utf-8")
+    found = [match for match in BLOCK.finditer(text) if match[1] == language]
+    return ["\n" * text.count("\n", 0, match.start(2)) + match[2] for match in found]
+
+
+def commands(page: Path) -> list[str]:
+    return [line for block in blocks(page, "bash") for line in block.splitlines() if line.strip()]
+
+
+def table(page: Path, first_cell: str) -> list[list[str]]:
+    """The rows of the table whose header begins with `first_cell`, without header and rule."""
+    lines = iter(page.read_text(encoding="utf-8").splitlines())
+    for line in lines:
+        if line.startswith(f"| {first_cell} |"):
+            next(lines)
+            break
+    rows = []
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
+    return rows
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.fixture
+def beside_the_examples(tmp_path, monkeypatch):
+    """A folder of its own in which the examples are where the snippets expect them."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the models are tiny: more threads only wait for each other
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def registered_kernels():
+    """Kernels that a page registers are gone afterwards."""
+    from optimum_fp8.ops import dispatch
+
+    before = {op: list(kernels) for op, kernels in dispatch._kernels.items()}
+    yield
+    for op, kernels in dispatch._kernels.items():
+        kernels[:] = before[op]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+def test_python_snippets_run(page, beside_the_examples, registered_kernels):
+    namespace: dict[str, object] = {"__name__": page.stem}
+    for code in blocks(page, "python"):
+        with contextlib.redirect_stdout(None):
+            exec(compile(code, page, "exec"), namespace)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.name)
+def test_commands_run(page, beside_the_examples):
+    for command in commands(page):
+        assert command.startswith("optimum-cli "), command
+        run = subprocess.run(command, shell=True, capture_output=True, text=True)
+        assert run.returncode == 0 and "modules in FP8" in run.stdout, f"{command}\n{run.stderr}"
+
+
+def test_commands_have_flags_that_exist():
+    from argparse import ArgumentParser
+
+    from optimum.commands.register.register_fp8 import FP8QuantizeCommand
+
+    parser = ArgumentParser()
+    FP8QuantizeCommand.parse_args(parser)
+    for page in PAGES:
+        for command in commands(page):
+            program, group, action, *arguments = command.split()
+            assert (program, group, action) == ("optimum-cli", "fp8", "quantize")
+            parser.parse_args(arguments)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    broken = []
+    for link in LINK.findall(BLOCK.sub("", page.read_text(encoding="utf-8"))):
+        if link.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert not broken
+
+
+def test_every_page_is_linked_from_the_readme():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [page.name for page in PAGES[1:] if f"docs/{page.name}" not in text] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_lines_are_short_outside_tables_and_code(page):
+    prose = BLOCK.sub("", page.read_text(encoding="utf-8")).splitlines()
+    assert [line for line in prose if len(line) > 120 and not line.startswith("|")] == []
+
+
+def test_the_readme_lists_every_file_and_folder_of_the_package():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    entries = [path for path in (ROOT / "optimum_fp8").iterdir() if path.name[0] not in "_."]
+    names = [path.name if path.suffix else f"{path.name}/" for path in entries if path.suffix in ("", ".py")]
+    assert [name for name in names if name not in text] == []
+
+
+def test_the_configuration_reference_has_every_key_with_its_default():
+    rows = table(ROOT / "docs" / "configuration.md", "key")
+    documented = {row[0].strip("`"): ast.literal_eval(row[2].strip("`")) for row in rows}
+    assert documented == FP8Config.DEFAULTS
+    assert list(documented) == list(FP8Config.DEFAULTS)
+
+
+def test_every_overlap_has_one_row():
+    rows = [row[0] for row in table(ROOT / "docs" / "configuration.md", "keys")]
+    assert len(rows) == len(set(rows))
+    keys = {name for row in rows for name in row.split(" / ") if "_" in name}
+    assert keys <= {*FP8Config.DEFAULTS, "scale_params"}
+
+
+def test_the_scale_table_has_every_method():
+    rows = table(ROOT / "docs" / "scale-methods.md", "method")
+    assert [row[0].strip("`") for row in rows] == list(SCALE_METHODS)
+
+
+def test_the_example_scales_are_what_the_code_gives():
+    rows = table(ROOT / "docs" / "scale-methods.md", "maxabs")
+    assert len(rows) >= 12
+    for maxabs, method, *expected in rows:
+        for target, value in zip(("gaudi2", "gaudi3", "cuda", "cpu"), expected, strict=True):
+            found = activation_scale(float(maxabs), method=method.strip("`"), target=target).item()
+            assert found == float(value), (maxabs, method, target)
