@@ -129,7 +129,7 @@ class FP8Config(FineGrainedFP8Config):
         if options.pop("quant_method", QUANT_METHOD) != QUANT_METHOD:
             raise FP8ConfigError(f"quant_method must be {QUANT_METHOD!r} for FP8Config")
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
-        options = refuse_inc_switches(_unfold_scale_params(options))
+        options = refuse_inc_switches(_unfold_inc_keys(options))
         for key in options:
             if key not in self.DEFAULTS:
                 raise FP8ConfigError(f"unknown key {key!r} in FP8Config: {nearest(key, self.DEFAULTS)}")
@@ -283,9 +283,14 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
 
 
-def _unfold_scale_params(options: dict[str, Any]) -> dict[str, Any]:
-    """INC's `scale_params={"input_backoff": …}` said in our keys."""
+def _unfold_inc_keys(options: dict[str, Any]) -> dict[str, Any]:
+    """INC's `scale_params={"input_backoff": …}`, `device_for_scales` and older list names said in our keys."""
     options = dict(options)
+    for inc_key, key in (("whitelist", "allowlist"), ("blacklist", "blocklist"), ("device_for_scales", "target")):
+        if options.get(inc_key) is not None:
+            if key in options:
+                raise FP8ConfigError(f"both {inc_key!r} and {key!r} are given, which are the same: keep one of them")
+            options[key] = options.pop(inc_key)
     params = options.pop("scale_params", None) or {}
     if not isinstance(params, dict):
         raise FP8ConfigError(f"scale_params={params!r} must be a dict with 'input_backoff' and 'weight_backoff'")

@@ -13,7 +13,7 @@ from .errors import FP8ConfigError, nearest
 
 logger = logging.getLogger(__name__)
 
-_ALIASES = {"whitelist": "allowlist", "blacklist": "blocklist"}
+_ALIASES = {"whitelist": "allowlist", "blacklist": "blocklist", "device_for_scales": "target"}
 _RETIRED = ("method", "quantize_weight", "dump_stats_xlsx_path")
 # INC's own bookkeeping, and switches about its files and devices, which have no counterpart here.
 _BOOKKEEPING = [
@@ -61,11 +61,8 @@ def translate(options: dict[str, Any], known_keys: Iterable[str]) -> dict[str, A
         key = _ALIASES.get(key, key)
         if key in _RETIRED:
             logger.warning("%s is a retired key of INC and has no effect: remove it from the file", key)
-        elif key in _BOOKKEEPING:
+        elif key in _BOOKKEEPING or key == "target" and value is None:
             continue
-        elif key == "device_for_scales":
-            if value is not None:
-                translated["target"] = str(value).lower()
         elif key == "dump_stats_path" and value == "":
             logger.warning("dump_stats_path is empty: using the default")
         elif key in ("allowlist", "blocklist"):

@@ -42,10 +42,13 @@ class FP8NotAvailableError(FP8Error, NotImplementedError):
     """Something that `optimum_fp8` does not offer (yet)."""
 
 
+_SHOWN = 40
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """A hint for messages: the valid choice that looks most like `word`, then all of them."""
+    """A hint for messages: the valid choice that looks most like `word`, then all of them, up to a limit."""
     choices = [str(choice) for choice in choices]
     close = difflib.get_close_matches(str(word).lower(), [choice.lower() for choice in choices], n=1, cutoff=0.5)
     by_lower = {choice.lower(): choice for choice in choices}
     hint = f"did you mean {by_lower[close[0]]!r}? " if close else ""
-    return f"{hint}valid: {', '.join(choices)}"
+    return f"{hint}valid: {', '.join(choices[:_SHOWN])}{', …' if len(choices) > _SHOWN else ''}"

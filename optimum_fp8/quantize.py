@@ -127,7 +127,7 @@ def convert(model: nn.Module, config: FP8Config | None = None) -> nn.Module:
 
 def convert_with(model: nn.Module, state: FP8State, finish: Callable[[Any], None] | None = None) -> None:
     """Convert with what `state` knows, then call `finish(model)`; an error leaves the model as it was."""
-    config, found = state.config, dict(model.named_modules())
+    config, found, previous = state.config, dict(model.named_modules()), state_of(model)
     saw_inputs = any(kind == "input" for _, kind in state.measurements.tensors)
     if needs_ranges(config):
         if config.scheme == "auto" and not saw_inputs and (state.observers is None or "input" not in config.measured):
@@ -139,6 +139,7 @@ def convert_with(model: nn.Module, state: FP8State, finish: Callable[[Any], None
                 "after prepare(), give a `dataset`, or use activation_scheme='dynamic'"
             )
     unreached = _unreached(state, config) if needs_ranges(config) else {}
+    _warn_of_zero_ranges(state, config)
     recipe = recipe_for(config, dynamic=config.scheme == "dynamic")
     input_scales = {name: _input_scale(name, state, config) for name in state.selected if name not in unreached}
     replacements = {found[name]: new for name, new in _quantized_modules(found, state, config, unreached).items()}
@@ -159,7 +160,7 @@ def convert_with(model: nn.Module, state: FP8State, finish: Callable[[Any], None
         swap(model, {new: old for old, new in replacements.items()})
         for module, old_recipe, old_scale in before:
             module.start(old_recipe, old_scale)
-        set_state(model, state if state.observers is not None else None)
+        set_state(model, previous)
         raise
     if state.observers is not None:
         state.observers.remove()
@@ -231,6 +232,15 @@ def _unreached(state: FP8State, config: FP8Config) -> dict[str, str]:
     if missing:
         logger.warning("not reached by calibration, activations stay in high precision: %s", ", ".join(missing))
     return {name: "never reached by calibration" for name in missing}
+
+
+def _warn_of_zero_ranges(state: FP8State, config: FP8Config) -> None:
+    """A tensor that was always zero says nothing of what it may hold later."""
+    if needs_ranges(config):
+        ranges = {name: state.measurements.maxabs(name) for name in state.selected}
+        zero = [name for name, maxabs in ranges.items() if maxabs is not None and maxabs == 0]
+        if zero:
+            logger.warning("inputs that were zero throughout calibration: %s; calibrate with other data", zero[:8])
 
 
 def _input_scale(name: str, state: FP8State, config: FP8Config) -> torch.Tensor | None:

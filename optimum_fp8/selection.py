@@ -48,6 +48,8 @@ def select(model: nn.Module, config: FP8Config) -> list[Decision]:
         FP8SelectionError: a pattern matches no module (a warning for INC's files), or nothing is left to quantize.
     """
     found = candidates(model)
+    if "" in found:
+        raise FP8SelectionError(f"a {type(model).__name__} cannot be replaced by itself: put it into a module")
     _check_patterns(model, config)
     heads = [] if config.quantize_lm_head else default_skips(model)
     precise = [name for name in found if any(matches_name(re.escape(key), name) for key in _precision_skips(model))]
@@ -166,8 +168,8 @@ def _unmatched(message: str, pattern: str, names: Iterable[str], config: FP8Conf
     if config.lenient:
         logger.warning("%s of this model", message)
         return
-    shortened = list(dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name) for name in names))
-    raise FP8SelectionError(f"{message} of this model: correct or remove it ({nearest(pattern, shortened[:40])})")
+    parts = list(dict.fromkeys(part for name in names for part in name.split(".") if not part.isdigit()))
+    raise FP8SelectionError(f"{message} of this model: correct or remove it ({nearest(pattern, parts)})")
 
 
 def _nothing_selected(model: nn.Module, decisions: list[Decision]) -> str:

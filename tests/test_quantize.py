@@ -95,7 +95,7 @@ def test_auto_falls_to_dynamic_with_one_line(config, caplog):
     with caplog.at_level(logging.INFO, logger="optimum_fp8"):
         model = convert(net(), config())
     assert {module.activations for module in fp8_modules(model).values()} == {"dynamic"}
-    assert [record.levelname for record in caplog.records] == ["INFO"]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "activation_scheme='dynamic'" in caplog.text
 
 
@@ -314,3 +314,16 @@ def test_an_error_after_the_swap_leaves_a_transformers_model_as_it_was(monkeypat
     with pytest.raises(ValueError, match="no"):
         convert(model, FP8Config(activation_scheme="dynamic"))
     assert not fp8_modules(model) and state_of(model) is None
+
+
+@pytest.mark.parametrize("step", [prepare, convert])
+def test_a_model_that_is_a_linear_itself(step):
+    with pytest.raises(FP8SelectionError, match="put it into a module"):
+        step(nn.Linear(4, 4), FP8Config(activation_scheme="dynamic"))
+
+
+def test_inputs_that_were_always_zero_are_named(caplog):
+    model = prepare(nn.Sequential(nn.Linear(4, 4)), FP8Config(target="gaudi3"))
+    model(torch.zeros(1, 4))
+    convert(model)
+    assert "zero throughout calibration: ['0']" in caplog.text

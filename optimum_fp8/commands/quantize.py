@@ -75,7 +75,9 @@ def _fp8_config(args: Namespace) -> FP8Config:
     given = {key: getattr(args, key) for key in _CONFIG_KEYS.split() if getattr(args, key) is not None}
     if given.get("dataset") is not None and not os.path.isfile(given["dataset"]):
         raise FP8ConfigError(f"--dataset {given['dataset']!r} is not a file: expected a .txt, .md or .jsonl file")
-    return FP8Config.from_json_file(args.config).replace(**given) if args.config else FP8Config(**given)
+    if not args.config:
+        return FP8Config(**given)
+    return FP8Config.from_json_file(args.config).replace(mode="AUTO", **given)  # the command is one whole run
 
 
 def _model_class(name: str) -> Any:

@@ -30,6 +30,11 @@ def honour_request(config: FP8Config) -> None:
             the stored codes exceed.
     """
     requested: dict[str, Any] = config.__dict__.pop("_requested", {})
+    if requested.get("dataset") is not None:
+        raise FP8CheckpointError(
+            "a dataset was given, but this checkpoint is quantized already and cannot be calibrated again: leave it "
+            "out, or quantize the original model with it"
+        )
     for key, value in requested.items():
         if key in _LOADING_KEYS or value == getattr(config, key):
             continue

@@ -207,15 +207,16 @@ class FP8Quantizer(HfQuantizer):
 
     # --- afterwards -----------------------------------------------------------------------------------------------
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        dtype = model.dtype if dtype is None else dtype
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        # Saving leaves the dtype in the model's config as a string, and transformers passes it on.
+        restored_dtype: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
         modules = fp8_modules(model)
         if any(module.weight.device.type == "meta" for module in modules.values()):
             raise FP8NotAvailableError("dequantize: some weights are offloaded: load the model without offloading")
         state = state_of(model)
         if state is not None and state.observers is not None:
             state.observers.remove()
-        swap(model, {module: module.restored(dtype) for module in modules.values()})
+        swap(model, {module: module.restored(restored_dtype) for module in modules.values()})
         set_state(model, None)
         return model
 

@@ -74,7 +74,7 @@ class Measurements:
                 f"{other.fingerprint}"
             )
         merged = Measurements(self.fingerprint, dict(self.tensors), self.samples + other.samples)
-        merged.data = self.data if self.data == other.data else f"{self.data}+{other.data}"
+        merged.data = "+".join(sorted({*self.data.split("+"), *other.data.split("+")} - {""}))
         for (module, kind), statistics in other.tensors.items():
             merged.observe(module, kind, statistics)
         return merged

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ class ModuleReport:
         type: class of the original module.
         quantized: whether it is an FP8 module now.
         reason: why not (or "selected").
-        activations: "static", "dynamic", "weight_only", or "" in high precision.
+        activations: "static", "dynamic", "weight_only", "measuring", or "" in high precision.
         weight_scale: smallest and largest, or None.
         input_scale: the static scale, or None.
         kernels: calls by backend.
@@ -92,7 +92,8 @@ def quantization_report(model: nn.Module) -> QuantizationReport:
     for decision in state.decisions:
         module = modules.get(decision.name)
         if isinstance(module, FP8Module):
-            rows.append(_fp8_report(decision.name, decision.type, module))
+            row = _fp8_report(decision.name, decision.type, module)
+            rows.append(replace(row, activations="measuring") if state.phase == "measuring" else row)
         else:
             reason = "measuring" if decision.selected else decision.reason
             rows.append(ModuleReport(decision.name, decision.type, False, reason))

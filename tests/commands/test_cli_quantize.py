@@ -97,3 +97,14 @@ def test_existing_output_is_kept_unless_told(tmp_path, quantized):
 def test_the_models_own_folder_is_refused(tmp_path):
     run = cli("quantize", "--model", TINY_LM, "--output", TINY_LM, "--overwrite")
     assert run.returncode == 1 and "own folder" in run.stderr and (TINY_LM / "model.safetensors").exists()
+
+
+def test_a_measuring_config_still_makes_one_whole_run(tmp_path):
+    config = tmp_path / "inc.json"
+    config.write_text(json.dumps({"mode": "MEASURE", "scale_method": "maxabs_pow2"}))
+    dataset = tmp_path / "text.txt"
+    dataset.write_text("import os\n" * 20)
+    run = cli(
+        "quantize", "--model", TINY_LM, "--config", config, "--output", tmp_path / "fp8", "--dataset", dataset
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr

@@ -212,3 +212,8 @@ def test_moving_to_disk_and_dequantizing_at_once_is_refused(checkpoint, tmp_path
             offload_folder=tmp_path / "offload",
             quantization_config=FP8Config(dequantize=True),
         )
+
+
+def test_dequantize_after_saving(quantized, tmp_path):
+    quantized.save_pretrained(tmp_path / "again")
+    assert quantized.dequantize().model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
