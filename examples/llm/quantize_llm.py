@@ -21,7 +21,7 @@ from optimum_fp8 import FP8Config, quantization_report
 
 TINY_LM = Path(__file__).parent / "tiny_lm"
 SCALE_METHODS = ("maxabs_hw", "maxabs_arbitrary", "act_maxabs_pow2_weights_pcs_opt_pow2")
-PROMPT = "def read_lines(path):\n"
+PROMPT = "def __init__(self,"
 
 
 def windows(tokenizer, path: Path, length: int = 256) -> torch.Tensor:

@@ -88,8 +88,8 @@ def _checkpoint_keys(checkpoint_files: list[str] | None) -> set[str] | None:
     return keys
 
 
-def check_complete(model: PreTrainedModel, missing_keys: set[str]) -> None:
-    """Refuse a checkpoint that lacks, or spoils, a tensor an FP8 module needs.
+def check_complete(model: PreTrainedModel, missing_keys: set[str] | None) -> None:
+    """Refuse a checkpoint that lacks a tensor of an FP8 module: it would be left as uninitialized memory.
 
     Raises:
         FP8CheckpointError: names the tensors.
@@ -99,13 +99,13 @@ def check_complete(model: PreTrainedModel, missing_keys: set[str]) -> None:
         for name, module in fp8_modules(model).items()
         for parameter, _ in module.named_parameters()
     }
-    missing = sorted(needed & missing_keys)
+    missing = sorted(needed if missing_keys is None else needed & missing_keys)
     if missing:
         raise FP8CheckpointError(
-            f"the checkpoint lacks {len(missing)} tensors that its configuration promises ({', '.join(missing[:4])}"
-            f"{', …' if len(missing) > 4 else ''}): it is damaged or was made with another model class"
+            f"the checkpoint lacks {len(missing)} tensors of modules in FP8 ({', '.join(missing[:4])}"
+            f"{', …' if len(missing) > 4 else ''}): it is damaged, or was made with another model class; modules that "
+            "are new to the model go into modules_to_not_convert"
         )
-    _check_scales(model, "loaded")
 
 
 def tensors_to_save(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -122,13 +122,14 @@ def tensors_to_save(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     tensors, modules = model.state_dict(), fp8_modules(model)
     if any(module.weight.device.type == "meta" for module in modules.values()):
         raise FP8NotAvailableError("save_pretrained: some weights are offloaded: load the model without offloading")
-    _check_scales(model, "saved")
+    check_scales(model, "saved")
     for name in modules:
         tensors[f"{name}.weight"] = tensors[f"{name}.weight"].unsqueeze(0)
     return tensors
 
 
-def _check_scales(model: PreTrainedModel, action: str) -> None:
+def check_scales(model: PreTrainedModel, action: str) -> None:
+    """Refuse scales that are not set, zero, negative, NaN or infinite (`action`: "loaded" or "saved")."""
     for name, module in fp8_modules(model).items():
         for key in ("weight_scale", "input_scale"):
             scale = getattr(module, key)

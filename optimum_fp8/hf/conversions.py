@@ -26,6 +26,7 @@ class QuantizeWeight(ConversionOps):
     @torch.no_grad()
     def convert(self, input_dict: dict[str, Any], *args: Any, model: Any = None, **kwargs: Any) -> dict[str, Any]:
         """`{full name: tensor or [tensor]}` to `{full name: tensor}`, FP8 weights with their `weight_scale`."""
+        self.quantizer.missing_keys = kwargs.get("missing_keys")
         result: dict[str, torch.Tensor] = {}
         for key, value in input_dict.items():
             tensor = value[0] if isinstance(value, list) else value

@@ -24,7 +24,7 @@ from ..quantize import convert_with, finalize_calibration, needs_ranges, prepare
 from ..selection import Decision, candidates, select
 from ..state import FP8State, set_state, state_of
 from .attach import checkpoint_config, settle
-from .checkpoint import check_complete, honour_request, saved_decisions, tensors_to_save
+from .checkpoint import check_complete, check_scales, honour_request, saved_decisions, tensors_to_save
 from .conversions import QuantizeWeight, SqueezeWeight, without_fp8
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class FP8Quantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.quantization_config: FP8Config = quantization_config
         self.failures: dict[str, str] = {}
-        self.missing_keys: set[str] | None = None
+        self.missing_keys: set[str] | None = None  # transformers' own set, once any weight has been loaded
         self._decisions: list[Decision] = []
         self._digests: dict[str, str] = {}
         self._weights: dict[str, TensorStatistics] = {}
@@ -125,6 +125,7 @@ class FP8Quantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self._raise_failures()
+        check_complete(model, self.missing_keys)
         for module in fp8_modules(model).values():
             for parameter in (module.weight, module.weight_scale, module.input_scale):
                 if parameter is not None:
@@ -138,8 +139,8 @@ class FP8Quantizer(HfQuantizer):
         return model
 
     def _finish_checkpoint(self, model: Any) -> None:
-        check_complete(model, self.missing_keys or set())
         config = self.quantization_config
+        check_scales(model, "loaded")
         if config.dequantize:
             self._dequantize(model, model.dtype)
             return

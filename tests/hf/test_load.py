@@ -8,10 +8,12 @@ import logging
 import pytest
 import torch
 from hf.conftest import llama
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, pipeline
 
 from optimum_fp8 import FP8Config, calibrate, convert, finalize_calibration, quantization_report
 from optimum_fp8.errors import (
+    FP8CheckpointError,
     FP8ConfigError,
     FP8MeasurementError,
     FP8NotAvailableError,
@@ -251,3 +253,16 @@ def test_what_only_fp8_checkpoints_can_do(save, options, message):
 def test_other_dtypes_are_refused(save):
     with pytest.raises(FP8ConfigError, match="float64"):
         load(save(llama()), FP8Config(), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("tensor", ["mlp.up_proj.weight", "self_attn.q_proj.bias"])
+def test_a_tensor_missing_from_the_original_checkpoint_is_named(save, tensor):
+    folder = save(llama(attention_bias=True))
+    path, name = f"{folder}/model.safetensors", f"model.layers.1.{tensor}"
+    tensors = load_file(path)
+    del tensors[name]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(FP8CheckpointError, match=f"{name}.*modules_to_not_convert".replace(".layers", r"\.layers")):
+        load(folder, FP8Config())
+    name = name.rpartition(".")[0]
+    assert load(folder, FP8Config(modules_to_not_convert=[name])).get_submodule(name)
