@@ -10,7 +10,7 @@ from . import hf, ops, scales
 from .calibrate import calibrate
 from .config import FP8Config
 from .measure import Measurements
-from .quantize import convert, finalize_calibration, prepare
+from .quantize import convert, dequantize, finalize_calibration, prepare
 from .report import quantization_report
 
 __version__ = "0.1.0.dev0"
@@ -22,6 +22,7 @@ __all__ = [
     "Measurements",
     "calibrate",
     "convert",
+    "dequantize",
     "finalize_calibration",
     "ops",
     "prepare",

@@ -193,6 +193,16 @@ class FP8Config(FineGrainedFP8Config):
         return {"input_backoff": self.input_backoff, "weight_backoff": self.weight_backoff}
 
     @property
+    def measure(self) -> bool:
+        """Whether `mode` is MEASURE, as INC's scripts ask: then `prepare`."""
+        return self.mode == "MEASURE"
+
+    @property
+    def quantize(self) -> bool:
+        """Whether `mode` is QUANTIZE, as INC's scripts ask: then `convert`."""
+        return self.mode == "QUANTIZE"
+
+    @property
     def lenient(self) -> bool:
         """Whether patterns that match nothing only warn: configurations made for INC name modules others lack."""
         return self._lenient

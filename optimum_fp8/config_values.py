@@ -125,13 +125,17 @@ def _text(key: str, value: Any) -> str:
 
 
 def _live(key: str, value: Any) -> Any:
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if not isinstance(value, (int, float, bytes)):
+        return value
+    raise FP8ConfigError(f"{key} of type {type(value).__name__} is not valid: expected a {key} or its path")
 
 
 def _dataset(key: str, value: Any) -> Any:
     usable = value is None or callable(value) or isinstance(value, (Iterable, os.PathLike))
-    if usable and not isinstance(value, (Mapping, torch.Tensor)):
-        return _live(key, value)
+    if usable and not isinstance(value, (Mapping, torch.Tensor, bytes)):
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
     raise FP8ConfigError(
         f"{key} of type {type(value).__name__} is not valid: expected a list of strings, the path of a text or "
         "JSON-lines file, a datasets.Dataset (one split), a DataLoader, an iterable of batches, or a callable"
@@ -154,6 +158,8 @@ def _names(key: str, value: Any) -> list[str] | None:
     if value is None:
         return None
     if isinstance(value, (list, tuple)) and all(isinstance(name, str) and name for name in value):
+        for name in value:
+            _check_regex(key, name)
         return list(value)
     raise FP8ConfigError(f"{key}={value!r} is not valid: expected a list of module names")
 
@@ -168,11 +174,15 @@ def _module_list(key: str, value: Any) -> dict[str, list[str]]:
             raise FP8ConfigError(f"unknown key {part!r} in {key}: {nearest(str(part), ('names', 'types'))}")
     names, types = (_as_list(f"{key}[{part!r}]", value.get(part)) for part in ("names", "types"))
     for name in names:
-        try:
-            re.compile(name)
-        except (re.error, TypeError) as error:
-            raise FP8ConfigError(f"{key}['names'] holds {name!r}, not a regular expression: {error}") from None
+        _check_regex(f"{key}['names']", name)
     return {"names": names, "types": [_type_name(key, kind) for kind in types]}
+
+
+def _check_regex(where: str, name: Any) -> None:
+    try:
+        re.compile(name)
+    except (re.error, TypeError) as error:
+        raise FP8ConfigError(f"{where} holds {name!r}, not a regular expression: {error}") from None
 
 
 def _as_list(where: str, value: Any) -> list[Any]:

@@ -15,8 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .config import FP8Config
-from .errors import FP8MeasurementError, FP8ScaleError, FP8StateError
-from .measure import Measurements, Observers, TensorStatistics, model_fingerprint, weight_digest
+from .errors import FP8ConfigError, FP8MeasurementError, FP8NotAvailableError, FP8ScaleError, FP8StateError
+from .measure import Measurements, Observers, TensorStatistics, model_fingerprint
 from .modules import FP8Module, fp8_modules, fp8_skeleton, quantize_weight, recipe_for, swap
 from .scales import activation_scale
 from .selection import candidates, select
@@ -39,10 +39,10 @@ def prepare(model: nn.Module, config: FP8Config) -> nn.Module:
         FP8StateError: the model is prepared or converted already.
         FP8SelectionError: a pattern of the config matches nothing, or nothing is selected.
     """
-    _refuse_second_time(model, "prepare")
+    _refuse_second_time(model, "prepare", config)
     config.post_init()  # keys may have been assigned since it was made
     decisions, found = select(model, config), candidates(model)
-    state = FP8State(config, decisions, "measuring", Measurements(_fingerprint(found)))
+    state = FP8State(config, decisions, "measuring", Measurements(_fingerprint(model)))
     modules = {name: found[name] for name in state.selected}
     if "weight" in config.measured:
         for name, module in modules.items():
@@ -113,9 +113,9 @@ def convert(model: nn.Module, config: FP8Config | None = None) -> nn.Module:
     """
     from .hf.attach import attach_quantizer
 
-    state = state_of(model)
+    state = state_of(model) if isinstance(model, nn.Module) else None
     if state is None or state.phase == "converted":
-        _refuse_second_time(model, "convert")
+        _refuse_second_time(model, "convert", config)
         if config is None:
             raise FP8StateError("convert: this model was not prepared: call prepare(model, config), or pass a config")
         state = _unmeasured_state(model, config)
@@ -170,36 +170,35 @@ def _unmeasured_state(model: nn.Module, config: FP8Config) -> FP8State:
     """The state of a model that was not prepared: measurements come from the file, where there is one."""
     config.post_init()
     decisions = select(model, config)
-    measurements = Measurements(_fingerprint(candidates(model)))
+    measurements = Measurements(_fingerprint(model))
     if needs_ranges(config):
         required = config.scheme == "static" or config.mode == "QUANTIZE"
         measurements = stored_measurements(config, measurements.fingerprint, required=required) or measurements
     return FP8State(config, decisions, "measuring", measurements)
 
 
-def _fingerprint(modules: dict[str, Any]) -> str:
-    offloaded = [name for name, module in modules.items() if module.weight.device.type == "meta"]
+def _fingerprint(model: nn.Module) -> str:
+    offloaded = [name for name, module in candidates(model).items() if module.weight.device.type == "meta"]
     if offloaded:
         raise FP8StateError(
             f"the weights of {len(offloaded)} modules ({', '.join(offloaded[:3])}, …) are offloaded or not loaded: "
             "quantize while loading, with from_pretrained(…, quantization_config=…)"
         )
-    return model_fingerprint({name: weight_digest(module.weight) for name, module in modules.items()})
+    return model_fingerprint(model)
 
 
 def stored_measurements(config: FP8Config, fingerprint: str, *, required: bool) -> Measurements | None:
     """Measurements of this very model at `dump_stats_path`; None where they are not `required` and not there.
 
     Raises:
-        FP8MeasurementError: they are required, and missing or of another model.
+        FP8MeasurementError: they are damaged, or required and missing or of another model.
     """
-    try:
-        stored = Measurements.load(config.dump_stats_path)
-    except FP8MeasurementError:
-        if required:
-            raise
+    if not required and not Measurements.exist(config.dump_stats_path):
         return None
+    stored = Measurements.load(config.dump_stats_path)
     if stored.fingerprint == fingerprint:
+        if not required:
+            logger.warning("using the measurements of this model found at %r", config.dump_stats_path)
         return stored
     message = (
         f"the measurements at dump_stats_path={config.dump_stats_path!r} are of another model (fingerprint "
@@ -211,7 +210,35 @@ def stored_measurements(config: FP8Config, fingerprint: str, *, required: bool) 
     return None
 
 
-def _refuse_second_time(model: nn.Module, action: str) -> None:
+def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Put modules of the original classes, with dequantized weights, in place of the FP8 modules of `model`.
+
+    Args:
+        model: a converted model (transformers models have this as `model.dequantize()`).
+        dtype: of the weights; by default that of the rest of the model.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        FP8NotAvailableError: some weights are offloaded.
+    """
+    modules, state = fp8_modules(model), state_of(model)
+    if any(module.weight.device.type == "meta" for module in modules.values()):
+        raise FP8NotAvailableError("dequantize: some weights are offloaded: load the model without offloading")
+    if state is not None and state.observers is not None:
+        state.observers.remove()
+    dtype = dtype or _high_precision_dtype(model)
+    swap(model, {module: module.restored(dtype) for module in modules.values()})
+    set_state(model, None)
+    return model
+
+
+def _refuse_second_time(model: nn.Module, action: str, config: object = None) -> None:
+    if not isinstance(model, nn.Module):
+        raise FP8StateError(f"{action}: expected a torch.nn.Module, found {type(model).__name__}")
+    if config is not None and not isinstance(config, FP8Config):
+        raise FP8ConfigError(f"{action}: expected an FP8Config, found {config!r}: use FP8Config(…) or from_json_file")
     state = state_of(model)
     if state is None and not fp8_modules(model):
         return

@@ -17,7 +17,7 @@ from transformers.quantizers import HfQuantizer
 from .config import FP8Config
 from .config_values import INC_TYPES_NOT_THERE
 from .errors import FP8SelectionError, nearest
-from .selection_readers import dtype_read_by_owner, first_modules
+from .selection_readers import first_modules, read_by_owner
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def select(model: nn.Module, config: FP8Config) -> list[Decision]:
     """
     found = candidates(model)
     if "" in found:
-        raise FP8SelectionError(f"a {type(model).__name__} cannot be replaced by itself: put it into a module")
+        raise FP8SelectionError(f"a {type(model).__name__} cannot replace itself: wrap it, as nn.Sequential(layer)")
     _check_patterns(model, config)
     heads = [] if config.quantize_lm_head else default_skips(model)
     precise = [name for name in found if any(matches_name(re.escape(key), name) for key in _precision_skips(model))]
@@ -75,10 +75,22 @@ def _all_names(model: nn.Module) -> dict[nn.Module, list[str]]:
 
 
 def default_skips(model: nn.Module) -> list[str]:
-    """Names of transformers' defaults: the output head, tied modules and the last module."""
-    if not isinstance(model, PreTrainedModel):
-        return []
-    return [key.removesuffix(".bias") for key in HfQuantizer.get_modules_to_not_convert(model)]
+    """Names of transformers' defaults, for each of its models inside: output head, tied modules and last module."""
+    skips: list[str] = []
+    for prefix, part in _outermost_models(model):
+        keys = [key.removesuffix(".bias") for key in HfQuantizer.get_modules_to_not_convert(part)]
+        skips += [f"{prefix}.{key}" if prefix else key for key in keys]
+    return skips
+
+
+def _outermost_models(model: nn.Module) -> list[tuple[str, PreTrainedModel]]:
+    """transformers models that are not part of another, by name."""
+    found: list[tuple[str, PreTrainedModel]] = []
+    for name, part in model.named_modules():
+        inside = any(prefix == "" or name.startswith(f"{prefix}.") for prefix, _ in found)
+        if isinstance(part, PreTrainedModel) and not inside:
+            found.append((name, part))
+    return found
 
 
 def matches_name(entry: str, name: str) -> bool:
@@ -96,7 +108,7 @@ def _unfit_modules(model: nn.Module) -> dict[str, str]:
     """Modules that would break the code around them in FP8, and why."""
     bypassed = {module.out_proj for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
     first = first_modules(model)
-    unfit = dict.fromkeys(dtype_read_by_owner(model), "the code around it casts to the dtype of its weight")
+    unfit = dict.fromkeys(read_by_owner(model), "the code around it reads its weight")
     for name, module in model.named_modules():
         if module in bypassed:
             unfit[name] = "nn.MultiheadAttention reads its weight and never calls it"
@@ -111,11 +123,11 @@ def _refusal(module: Any) -> str | None:
         return f"{type(module).__name__} has a forward of its own"
     if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
         return "its forward was replaced"
+    if "weight" not in module._parameters or len(module._parameters) > 2:
+        return "its weight is parametrized"
     weight = module.weight
     if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.numel() == 0:
         return f"its weight is not a floating-point matrix ({tuple(weight.shape)}, {weight.dtype})"
-    if len(module._parameters) > 2 or hasattr(module, "parametrizations"):
-        return "its weight is parametrized"
     return None
 
 

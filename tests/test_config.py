@@ -284,3 +284,9 @@ def test_repr_can_be_typed_in_again():
 
 def test_repr_does_not_hide_live_objects():
     assert "dataset" in repr(FP8Config(dataset=loader()))
+
+
+@pytest.mark.parametrize("mode", ["MEASURE", "QUANTIZE", "AUTO"])
+def test_inc_scripts_ask_the_config_what_to_do(mode):
+    config = FP8Config(mode=mode)
+    assert (config.measure, config.quantize) == (mode == "MEASURE", mode == "QUANTIZE")

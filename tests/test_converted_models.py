@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from optimum_fp8 import FP8Config, convert, prepare
+from optimum_fp8 import FP8Config, convert, dequantize, prepare
+from optimum_fp8.errors import FP8ConfigError, FP8StateError
 from optimum_fp8.modules import FP8Linear
 from optimum_fp8.state import state_of
 
@@ -125,3 +126,71 @@ def test_hooks_that_are_always_called_still_are():
 def test_the_training_flag_is_kept(training):
     model = converted(net().train(training))
     assert model[3].training is training and model.training is training
+
+
+def test_a_state_dict_of_a_part_cannot_be_taken_for_values():
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 3)))
+    convert(model[0], FP8Config(activation_scheme="dynamic"))
+    state = model.state_dict()
+    assert state["0.0.weight"].shape == (1, 3, 4) and model[0][0].weight.shape == (3, 4)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        nn.Sequential(nn.Sequential(nn.Linear(4, 3))).load_state_dict(state, strict=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.update({"0.weight": torch.ones(3, 4)}), "expected FP8 codes"),
+        (lambda state: state.pop("0.weight_scale"), "weight_scale is missing"),
+        (lambda state: state["0.weight_scale"].zero_(), "expected finite values above 0"),
+    ],
+)
+@pytest.mark.parametrize("assign", [False, True])
+def test_unsound_state_dicts_are_refused(change, message, assign):
+    model = convert(nn.Sequential(nn.Linear(4, 3)), FP8Config(activation_scheme="dynamic"))
+    before, state = model(torch.ones(1, 4)), {key: value.clone() for key, value in model.state_dict().items()}
+    change(state)
+    with pytest.raises(RuntimeError, match=message):
+        model.load_state_dict(state, strict=False, assign=assign)
+    assert torch.equal(model(torch.ones(1, 4)), before)
+
+
+@pytest.mark.parametrize("x", [torch.ones(2, 4, dtype=torch.int64), torch.ones(2, 4).to(torch.float8_e5m2)])
+def test_inputs_that_are_not_high_precision_are_refused(x):
+    model = convert(nn.Sequential(nn.Linear(4, 3)), FP8Config(activation_scheme="dynamic"))
+    with pytest.raises(FP8StateError, match="expects high precision"):
+        model(x)
+
+
+def test_a_weight_put_in_by_hand_is_refused():
+    model = convert(nn.Sequential(nn.Linear(4, 3)), FP8Config(activation_scheme="dynamic"))
+    model[0].weight = nn.Parameter(torch.ones(3, 4))
+    with pytest.raises(FP8StateError, match="was replaced by one in torch.float32"):
+        model(torch.ones(1, 4))
+
+
+def test_dequantize_any_module():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Conv2d(1, 2, 3))
+    original = copy.deepcopy(model)
+    convert(model, FP8Config(activation_scheme="weight_only"))
+    dequantize(model)
+    assert [type(module) for module in model] == [nn.Linear, nn.Conv2d]
+    assert torch.allclose(model[0].weight, original[0].weight, rtol=0.07)
+    prepare(model, FP8Config())  # it can start again
+
+
+@pytest.mark.parametrize(
+    ("model", "config"), [("m", FP8Config()), (nn.Sequential(), {"a": 1}), (nn.Sequential(), FP8Config)]
+)
+@pytest.mark.parametrize("step", [prepare, convert])
+def test_wrong_arguments_say_what_was_expected(step, model, config):
+    with pytest.raises((FP8StateError, FP8ConfigError), match="expected an? (torch.nn.Module|FP8Config)"):
+        step(model, config)
+
+
+def test_a_hook_that_comes_after_the_observer_is_named(caplog):
+    model = prepare(nn.Sequential(nn.Linear(4, 3)), FP8Config())
+    model[0].register_forward_pre_hook(lambda module, args: (args[0] * 100,))
+    model(torch.ones(1, 4))
+    convert(model)
+    assert "registered after measuring began" in caplog.text and "'0'" in caplog.text

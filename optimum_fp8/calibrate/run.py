@@ -12,7 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..config import FP8Config
-from ..errors import FP8CalibrationError, FP8StateError
+from ..errors import FP8CalibrationError, FP8Error, FP8StateError
 from ..state import FP8State, measuring_state
 from .loaders import batch_size_of, batches
 
@@ -65,7 +65,7 @@ def _run_batches(model: nn.Module, state: FP8State, config: FP8Config) -> None:
             mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
             assert state.observers is not None
             with state.observers.only_where(mask if mask is not None and mask.ndim == 2 else None):
-                _call(model, inputs)
+                _call(model, inputs, samples)
             size = batch_size_of(batch)
             samples, tokens = samples + size, tokens + _update(digest, inputs)
             progress.update(size)
@@ -92,12 +92,20 @@ def _to_device(batch: Any, device: torch.device) -> Any:
     )
 
 
-def _call(model: nn.Module, inputs: Any) -> None:
-    if isinstance(inputs, Mapping):
-        dtype = getattr(model, "dtype", None)
-        model(**{key: _as_dtype(value, dtype) for key, value in inputs.items()})
-    else:
-        model(_as_dtype(inputs, getattr(model, "dtype", None)))
+def _call(model: nn.Module, inputs: Any, samples: int) -> None:
+    dtype = getattr(model, "dtype", None)
+    try:
+        if isinstance(inputs, Mapping):
+            model(**{key: _as_dtype(value, dtype) for key, value in inputs.items()})
+        else:
+            model(_as_dtype(inputs, dtype))
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        if isinstance(error, FP8Error):
+            raise
+        given = sorted(inputs) if isinstance(inputs, Mapping) else f"a tensor of shape {tuple(inputs.shape)}"
+        raise FP8CalibrationError(
+            f"the model cannot be run on the calibration batch after {samples} samples ({given}): {error}"
+        ) from error
 
 
 def _as_dtype(value: Any, dtype: torch.dtype | None) -> Any:

@@ -77,7 +77,12 @@ def _fp8_config(args: Namespace) -> FP8Config:
         raise FP8ConfigError(f"--dataset {given['dataset']!r} is not a file: expected a .txt, .md or .jsonl file")
     if not args.config:
         return FP8Config(**given)
-    return FP8Config.from_json_file(args.config).replace(mode="AUTO", **given)  # the command is one whole run
+    config = FP8Config.from_json_file(args.config)
+    if config.mode in ("MEASURE", "LOAD") or (config.mode == "QUANTIZE" and "dataset" in given):
+        note = f"note: mode {config.mode} of {args.config} is not used: this is one run from model to checkpoint"
+        print(note, file=sys.stderr)
+        given["mode"] = "AUTO"
+    return config.replace(**given)
 
 
 def _model_class(name: str) -> Any:

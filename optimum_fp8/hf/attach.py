@@ -32,7 +32,10 @@ def attach_quantizer(model: Any) -> None:
 def settle(model: Any, config: FP8Config) -> None:
     """What a converted model needs to be saved soundly: its config, no stale weight conversions, no broken ties."""
     model.config.quantization_config = config
-    names = list(fp8_modules(model))
+    modules = fp8_modules(model)
+    names = list(modules)
+    for module in modules.values():
+        module.managed = True
     conversions: Any = getattr(model, "_weight_conversions", None)
     if conversions is None:  # made from a config: what transformers would look up when saving
         conversions = get_model_conversion_mapping(model, add_legacy=False)

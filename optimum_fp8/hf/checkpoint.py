@@ -53,8 +53,8 @@ def _retarget(config: FP8Config, target: str) -> None:
     before, after = config.number_format, number_format(config.fp8_config, target)
     if after.full_scale < before.full_scale:
         raise FP8CheckpointError(
-            f"target={target!r} was asked for, but the checkpoint's codes go up to {before.full_scale:g} (made for "
-            f"{config.target}), and {target} reads those above {after.full_scale:g} as Inf: quantize the original "
+            f"target={target!r} was asked for, but the checkpoint was scaled for codes up to {before.full_scale:g} "
+            f"({config.target}), and {target} reads those above {after.full_scale:g} as Inf: quantize the original "
             f"model again with FP8Config(target={target!r})"
         )
     config.target = target

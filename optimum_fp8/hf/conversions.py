@@ -10,7 +10,6 @@ import torch
 from transformers.core_model_loading import ConversionOps, WeightConverter, _IdentityOp
 
 from ..errors import FP8ScaleError
-from ..formats import is_fp8
 from ..modules import FP8Module, quantize_weight
 
 if TYPE_CHECKING:
@@ -58,12 +57,19 @@ class SqueezeWeight(ConversionOps):
         return self  # one converter is copied for every key
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """`{pattern: [tensor]}` to `{pattern: tensor}`; whatever is not FP8 passes through."""
+        """`{pattern: [tensor]}` to `{pattern: tensor}`; weights of other modules pass through."""
         self.quantizer.missing_keys = kwargs.get("missing_keys")
-        result = {}
-        for key, value in input_dict.items():
-            tensor = value[0] if isinstance(value, list) else value
-            result[key] = tensor.squeeze(0) if is_fp8(tensor.dtype) and tensor.shape[:1] == (1,) else tensor
+        name = kwargs["full_layer_name"].rpartition(".")[0]
+        module = kwargs["model"].get_submodule(name)
+        result = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        if isinstance(module, FP8Module):
+            for key, tensor in result.items():
+                stored, expected = (tensor.dtype, tuple(tensor.shape)), module.recipe.fmt.dtype
+                if stored == (expected, (1, *module.weight.shape)):
+                    result[key] = tensor.squeeze(0)
+                else:
+                    self.quantizer.failures[name] = f"found {stored}, expected {(expected, (1, *module.weight.shape))}"
+                    result[key] = torch.zeros(module.weight.shape, dtype=expected, device=tensor.device)
         return result
 
     @property

@@ -17,10 +17,19 @@ from transformers.quantizers import HfQuantizer
 
 from ..calibrate import calibrate, check_file
 from ..config import FP8Config
-from ..errors import FP8ConfigError, FP8NotAvailableError, FP8ScaleError
+from ..errors import FP8CheckpointError, FP8ConfigError, FP8NotAvailableError, FP8ScaleError
+from ..formats import is_fp8
 from ..measure import Measurements, TensorStatistics, model_fingerprint, weight_digest
 from ..modules import FP8Module, fp8_modules, fp8_skeleton, frozen, recipe_for, swap
-from ..quantize import convert_with, finalize_calibration, needs_ranges, prepare, start_observing, stored_measurements
+from ..quantize import (
+    convert_with,
+    dequantize,
+    finalize_calibration,
+    needs_ranges,
+    prepare,
+    start_observing,
+    stored_measurements,
+)
 from ..selection import Decision, candidates, select
 from ..state import FP8State, set_state, state_of
 from .attach import checkpoint_config, settle
@@ -88,6 +97,7 @@ class FP8Quantizer(HfQuantizer):
             if not decision.selected or decision.name in tied:  # tied ones get their weight after loading
                 continue
             skeleton = fp8_skeleton(found[decision.name], recipe)
+            skeleton.managed = True
             if not self.pre_quantized:
                 # Checkpoint tensors may be cast to the dtype of the parameter they are for: not to FP8 before scaling.
                 skeleton.weight = frozen(torch.empty(skeleton.weight.shape, device="meta"))
@@ -112,12 +122,16 @@ class FP8Quantizer(HfQuantizer):
     def quantized_element_size(self) -> float:
         return 1
 
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Nothing is cast to FP8 while loading: codes are taken as they are, and anything else is refused."""
+        return None if dtype is not None and is_fp8(dtype) else dtype
+
     def get_quantize_ops(self) -> QuantizeWeight:
         return QuantizeWeight(self)
 
     def observe_weight(self, name: str, weight: torch.Tensor) -> None:
         """Remember what only the high-precision weight can tell: its part of the fingerprint, and its range."""
-        self._digests[name] = weight_digest(weight)
+        self._digests[f"{name}.weight"] = weight_digest(weight)
         if "weight" in self.quantization_config.measured:
             self._weights[name] = TensorStatistics.of(weight)
 
@@ -161,8 +175,7 @@ class FP8Quantizer(HfQuantizer):
 
     def _finish_on_the_fly(self, model: Any) -> None:
         config = self.quantization_config
-        digests = {name: weight_digest(module.weight) for name, module in candidates(model).items()}
-        measurements = Measurements(model_fingerprint({**digests, **self._digests}))
+        measurements = Measurements(model_fingerprint(model, self._digests))
         for name, statistics in self._weights.items():
             measurements.observe(name, "weight", statistics)
         state = FP8State(config, self._decisions, "measuring", measurements)
@@ -204,24 +217,19 @@ class FP8Quantizer(HfQuantizer):
     def _raise_failures(self) -> None:
         if self.failures:
             listed = "; ".join(f"{name}: {error}" for name, error in sorted(self.failures.items()))
-            raise FP8ScaleError(f"{len(self.failures)} weights have no sound scale: {listed}")
+            error = FP8CheckpointError if self.pre_quantized else FP8ScaleError
+            raise error(f"{len(self.failures)} weights cannot be used: {listed}")
 
     # --- afterwards -----------------------------------------------------------------------------------------------
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         # Saving leaves the dtype in the model's config as a string, and transformers passes it on.
         restored_dtype: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
-        modules = fp8_modules(model)
-        if any(module.weight.device.type == "meta" for module in modules.values()):
-            raise FP8NotAvailableError("dequantize: some weights are offloaded: load the model without offloading")
-        state = state_of(model)
-        if state is not None and state.observers is not None:
-            state.observers.remove()
-        swap(model, {module: module.restored(restored_dtype) for module in modules.values()})
-        set_state(model, None)
-        return model
+        return dequantize(model, restored_dtype)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        if state_of(model) is not None:
+            self._settle(model)  # what is written is what was done, whatever became of the model's config since
         return tensors_to_save(model), {"optimum_fp8": json.dumps({"format_version": FP8Config().format_version})}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

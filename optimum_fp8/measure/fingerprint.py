@@ -1,7 +1,7 @@
-"""A fingerprint of a model's weights, so that measurements are never applied to another model unnoticed.
+"""A fingerprint of a model's parameters, so that measurements are never applied to another model unnoticed.
 
-It hashes an evenly spaced sample of each candidate module's weight, rounded to bfloat16: cheap on any size, and the
-same whether the checkpoint was loaded as bfloat16 or float32.
+It hashes an evenly spaced sample of each parameter, rounded to bfloat16: cheap on any size, and the same whether the
+checkpoint was loaded as bfloat16 or float32.
 """
 
 from __future__ import annotations
@@ -10,20 +10,33 @@ import hashlib
 from collections.abc import Mapping
 
 import torch
+from torch import nn
 
 _SAMPLES = 4096
 
 
 def weight_digest(weight: torch.Tensor) -> str:
     """16 hex digits for one high-precision weight of any shape (as the original module stores it)."""
+    digest = hashlib.sha256(repr(tuple(weight.shape)).encode())
+    if weight.device.type == "meta":  # offloaded: its values are elsewhere
+        return digest.hexdigest()[:16]
     flat = weight.detach().reshape(-1)
     sample = flat[:: max(1, flat.numel() // _SAMPLES)].to(torch.bfloat16).cpu().contiguous()
-    digest = hashlib.sha256(repr(tuple(weight.shape)).encode())
     digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def model_fingerprint(digests: Mapping[str, str]) -> str:
-    """32 hex digits for a model, from the digests of its candidate modules by name."""
+def model_fingerprint(model: nn.Module, known: Mapping[str, str] | None = None) -> str:
+    """32 hex digits for a model in high precision.
+
+    Args:
+        model: its parameters in FP8, and their scales, are left out: only the originals tell.
+        known: digests by parameter name of weights that were in high precision before they became FP8.
+    """
+    digests = dict(known or {})
+    for name, parameter in model.named_parameters():
+        weight = f"{name.rpartition('.')[0]}.weight" if name.endswith("_scale") else name
+        if weight not in digests and parameter.numel():
+            digests[name] = weight_digest(parameter)
     lines = "\n".join(f"{name} {digests[name]}" for name in sorted(digests))
     return hashlib.sha256(lines.encode()).hexdigest()[:32]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from .statistics import TensorStatistics
 from .store import Measurements
 
+logger = logging.getLogger(__name__)
+
 
 class Observers:
     """Records the inputs and outputs of modules into `measurements` until `remove()`."""
@@ -21,6 +24,7 @@ class Observers:
     def __init__(self, measurements: Measurements):
         self.measurements = measurements
         self._handles: list[RemovableHandle] = []
+        self._inputs: list[tuple[str, nn.Module, int]] = []
         self._valid: torch.Tensor | None = None
 
     def attach(self, modules: Mapping[str, nn.Module], kinds: Iterable[str]) -> None:
@@ -30,11 +34,15 @@ class Observers:
             if "input" in kinds:
                 hook = partial(self._see_input, name)
                 self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                self._inputs.append((name, module, self._handles[-1].id))
             if "output" in kinds:
                 self._handles.append(module.register_forward_hook(partial(self._see_output, name)))
 
     def remove(self) -> None:
-        """Take all hooks off."""
+        """Take all hooks off; warns of others that may have changed an input after it was measured."""
+        late = [name for name, module, hook in self._inputs if next(reversed(module._forward_pre_hooks), hook) != hook]
+        if late and self._handles:
+            logger.warning("forward pre-hooks registered after measuring began are not in the ranges of: %s", late[:8])
         while self._handles:
             self._handles.pop().remove()
 

@@ -106,6 +106,11 @@ class Measurements:
             raise
         return path
 
+    @staticmethod
+    def exist(prefix: str | os.PathLike[str]) -> bool:
+        """Whether `save(prefix)` has left a file."""
+        return os.path.exists(measurements_path(prefix))
+
     @classmethod
     def load(cls, prefix: str | os.PathLike[str]) -> Measurements:
         """Read what `save(prefix)` wrote.

@@ -29,6 +29,7 @@ class FP8Module(nn.Module):
     """
 
     rows_are_tokens = True  # whether the last dimension of an input is its features
+    managed = False  # whether a transformers quantizer saves it
 
     weight: nn.Parameter
     weight_scale: nn.Parameter
@@ -73,12 +74,18 @@ class FP8Module(nn.Module):
         """The scale to round `x` with: the rule's, the calibrated one, or none.
 
         Raises:
-            FP8StateError: `x` is FP8 already: some code cast it to this weight's dtype, without a scale.
+            FP8StateError: `x` is not in high precision (some code cast it to this weight's dtype, without a scale), or
+                the weight is no longer in FP8.
         """
-        if is_fp8(x.dtype):
+        if not x.is_floating_point() or is_fp8(x.dtype):
             raise FP8StateError(
-                f"an FP8 module was given an input in {x.dtype}, cast without a scale by the code around it, which "
-                "reads the dtype of an FP8 weight: put the module on the blocklist"
+                f"an FP8 module was given an input in {x.dtype}, but expects high precision: where the code around it "
+                "cast it to the dtype of the weight, without a scale, put the module on the blocklist"
+            )
+        if self.weight.dtype is not self.recipe.fmt.dtype:
+            raise FP8StateError(
+                f"the weight of an FP8 module was replaced by one in {self.weight.dtype}: expected "
+                f"{self.recipe.fmt.dtype} with its scale; convert the original model again"
             )
         if self.recipe.dynamic is not None:
             return self.recipe.dynamic.scale(x, self.recipe.fmt, self.rows_are_tokens)
@@ -104,6 +111,31 @@ class FP8Module(nn.Module):
             return tensor.to(applied.device) if keep and applied.dtype != tensor.dtype else applied
 
         return super()._apply(keep_dtype, recurse)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Outside of a transformers quantizer, which does it when saving, weights are handed out as they go to disk:
+        with a leading dimension of one, so that code that knows nothing of their scales cannot take them for values."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.managed:
+            destination[f"{prefix}weight"] = destination[f"{prefix}weight"].unsqueeze(0)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Only FP8 codes with sound scales are taken."""
+        errors: list[str] = args[-1]
+        weight = state_dict.get(f"{prefix}weight")
+        if weight is not None:
+            if weight.dtype != self.weight.dtype:
+                errors.append(f"{prefix}weight is {weight.dtype}, expected FP8 codes in {self.weight.dtype}")
+            if f"{prefix}weight_scale" not in state_dict:
+                errors.append(f"{prefix}weight_scale is missing: codes mean nothing without their scale")
+            if weight.ndim == self.weight.ndim + 1 and weight.shape[0] == 1:
+                state_dict[f"{prefix}weight"] = weight.squeeze(0)
+        for name in ("weight_scale", "input_scale"):
+            scale = state_dict.get(f"{prefix}{name}")
+            if scale is not None and not bool((torch.isfinite(scale) & (scale > 0)).all()):
+                errors.append(f"{prefix}{name} is {scale.flatten()[:4].tolist()}, expected finite values above 0")
+        if not errors:
+            super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

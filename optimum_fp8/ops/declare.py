@@ -163,7 +163,7 @@ def _no_backward(op: str):  # type: ignore[no-untyped-def]
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         raise FP8NotAvailableError(
             f"there is no gradient through optimum_fp8::{op}: FP8 modules are for inference; "
-            "call model.dequantize() to fine-tune, or run under torch.no_grad()"
+            "call optimum_fp8.dequantize(model) to fine-tune, or run under torch.no_grad()"
         )
 
     return backward

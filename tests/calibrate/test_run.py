@@ -112,7 +112,7 @@ def test_flags_of_single_modules_come_back():
 
 def test_the_training_flag_comes_back_after_an_error():
     model = prepare(nn.Sequential(nn.Linear(4, 4)), FP8Config(dataset=[torch.ones(1, 5)])).train()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(FP8CalibrationError, match=r"after 0 samples \(a tensor of shape \(1, 5\)\): mat1"):
         calibrate(model)
     assert model.training
 

@@ -115,7 +115,7 @@ def test_target_takes_effect(checkpoint):
 
 
 def test_a_target_the_codes_do_not_fit_raises(checkpoint):
-    with pytest.raises(FP8CheckpointError, match="gaudi2.*go up to 448.*quantize the original"):
+    with pytest.raises(FP8CheckpointError, match="gaudi2.*scaled for codes up to 448.*quantize the original"):
         AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=FP8Config(target="gaudi2"))
 
 
@@ -217,3 +217,44 @@ def test_moving_to_disk_and_dequantizing_at_once_is_refused(checkpoint, tmp_path
 def test_dequantize_after_saving(quantized, tmp_path):
     quantized.save_pretrained(tmp_path / "again")
     assert quantized.dequantize().model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda weight: weight[0],
+        lambda weight: weight[0].to(torch.bfloat16),
+        lambda weight: weight.to(torch.float32).to(torch.float8_e5m2),
+        lambda weight: weight.transpose(1, 2).contiguous(),
+    ],
+    ids=["two dimensions", "high precision", "other format", "transposed"],
+)
+def test_a_weight_that_is_not_as_we_write_it_is_refused(checkpoint, spoil):
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit(checkpoint, lambda tensors: tensors.update({name: spoil(tensors[name])}))
+    with pytest.raises(FP8CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj: found .* expected "):
+        AutoModelForCausalLM.from_pretrained(checkpoint)
+
+
+def test_what_is_saved_is_what_was_done(quantized, ids, tmp_path):
+    quantized.config.quantization_config.target = "gaudi2"
+    quantized.config.quantization_config.activation_scheme = "dynamic"
+    quantized.save_pretrained(tmp_path / "again")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert reloaded.config.quantization_config.target == "cpu"
+    assert torch.equal(logits(reloaded, ids), logits(quantized, ids))
+
+
+@pytest.mark.parametrize("part", [lambda model: model.model.layers[0], lambda model: nn.ModuleList([model])])
+def test_a_model_of_which_a_part_was_converted_is_not_misread(save, tmp_path, part):
+    model = AutoModelForCausalLM.from_pretrained(save(llama()))
+    convert(part(model), FP8Config(activation_scheme="dynamic"))
+    model.save_pretrained(tmp_path / "part")
+    with pytest.raises(RuntimeError, match="mismatch"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "part")
+
+
+def test_the_head_of_a_wrapped_model_keeps_its_precision(save):
+    wrapper = nn.ModuleList([AutoModelForCausalLM.from_pretrained(save(llama()))])
+    convert(wrapper, FP8Config(activation_scheme="dynamic"))
+    assert len(fp8_modules(wrapper)) == 14 and type(wrapper[0].lm_head) is nn.Linear

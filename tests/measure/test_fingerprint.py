@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
 
+from optimum_fp8 import FP8Config, convert
 from optimum_fp8.measure import model_fingerprint, weight_digest
 
 WEIGHT = torch.arange(6000, dtype=torch.float32).reshape(60, 100).sin().bfloat16().float()
@@ -26,10 +28,23 @@ def test_it_does_not_depend_on_memory_layout():
     assert weight_digest(WEIGHT.t().contiguous().t()) == weight_digest(WEIGHT)
 
 
-def test_a_model_is_its_names_and_weights():
-    digests = {"a": "1", "b": "2"}
-    whole = model_fingerprint(digests)
-    assert whole == model_fingerprint({"b": "2", "a": "1"}), "the order does not matter"
-    others = [{"a": "1"}, {"a": "2", "b": "1"}, {"a": "1", "c": "2"}, {}]
-    assert whole not in {model_fingerprint(other) for other in others}
-    assert len(whole) == 32 and int(whole, 16) >= 0
+def small_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.Embedding(3, 4))
+
+
+@pytest.mark.parametrize("name", [name for name, _ in small_model().named_parameters()])
+def test_a_model_is_all_its_parameters(name):
+    whole = model_fingerprint(small_model())
+    assert whole == model_fingerprint(small_model()) and len(whole) == 32
+    assert whole == model_fingerprint(small_model().to(torch.bfloat16)), "the same weights in another dtype"
+    other = small_model()
+    other.get_parameter(name).data[0] += 1
+    assert whole != model_fingerprint(other)
+
+
+def test_weights_that_became_fp8_count_as_they_were():
+    model = small_model()
+    whole, known = model_fingerprint(model), {"1.weight": weight_digest(model[1].weight)}
+    convert(model, FP8Config(activation_scheme="weight_only"))
+    assert model_fingerprint(model, known) == whole
