@@ -94,3 +94,16 @@ def test_family(save, tmp_path, family):
     plain = reloaded.dequantize()
     assert [type(module) for module in plain.modules()] == [type(module) for module in original.modules()]
     assert ((output(plain, inputs) - expected).float().norm() / expected.float().norm()).item() < 0.15
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weight_only_computes_what_the_dequantized_model_computes(save, family):
+    """Any difference would come from code that takes FP8 codes for values."""
+    model_class, config, inputs, in_fp8 = FAMILIES[family]
+    folder = save(model_class(config).eval(), torch.float32)
+    model = model_class.from_pretrained(folder, quantization_config=FP8Config(activation_scheme="weight_only"))
+    found = output(model, inputs)
+    report = quantization_report(model)
+    assert len(report.quantized) == in_fp8 and all(module.kernels for module in report.quantized)
+    expected = output(model.dequantize(), inputs)
+    assert ((found - expected).norm() / expected.norm()).item() < 1e-5
