@@ -12,22 +12,25 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
+from .. import ops
 from ..config import FP8Config
 from ..errors import FP8CheckpointError, FP8NotAvailableError, FP8StateError
 from ..formats import number_format
-from ..modules import fp8_modules
+from ..modules import fp8_modules, frozen
 from ..selection import Decision, candidates, default_skips
 from ..state import state_of
 
 _LOADING_KEYS = ("target", "dequantize", "mode")
 
 
-def honour_request(config: FP8Config) -> None:
+def honour_request(config: FP8Config) -> str:
     """Apply what was asked for by a `quantization_config` passed to load an FP8 checkpoint, or refuse it.
 
+    Returns:
+        the target the checkpoint was made for.
+
     Raises:
-        FP8CheckpointError: a key that would need the original weights or new calibration, or a target whose range
-            the stored codes exceed.
+        FP8CheckpointError: a key that would need the original weights or new calibration.
     """
     requested: dict[str, Any] = config.__dict__.pop("_requested", {})
     if requested.get("dataset") is not None:
@@ -45,19 +48,10 @@ def honour_request(config: FP8Config) -> None:
     if requested.get("mode", "AUTO") not in ("AUTO", "LOAD"):
         raise FP8CheckpointError(f"mode={requested['mode']!r}: this checkpoint is FP8 already; use mode='AUTO'")
     config.dequantize = requested.get("dequantize", config.dequantize)
-    if requested.get("target", "auto") not in ("auto", config.target):
-        _retarget(config, requested["target"])
-
-
-def _retarget(config: FP8Config, target: str) -> None:
-    before, after = config.number_format, number_format(config.fp8_config, target)
-    if after.full_scale < before.full_scale:
-        raise FP8CheckpointError(
-            f"target={target!r} was asked for, but the checkpoint was scaled for codes up to {before.full_scale:g} "
-            f"({config.target}), and {target} reads those above {after.full_scale:g} as Inf: quantize the original "
-            f"model again with FP8Config(target={target!r})"
-        )
-    config.target = target
+    made_for = config.resolved_target
+    if requested.get("target", "auto") != "auto":
+        config.target = requested["target"]
+    return made_for
 
 
 def saved_decisions(model: PreTrainedModel, config: FP8Config, checkpoint_files: list[str] | None) -> list[Decision]:
@@ -106,6 +100,36 @@ def check_complete(model: PreTrainedModel, missing_keys: set[str] | None) -> Non
             f"{', …' if len(missing) > 4 else ''}): it is damaged, or was made with another model class; modules that "
             "are new to the model go into modules_to_not_convert"
         )
+
+
+def fit_to_target(model: PreTrainedModel, made_for: str) -> None:
+    """Bring codes and scales within the full scale of the target a checkpoint is loaded for.
+
+    Gaudi2 reads E4M3 codes above 240 as Inf. Codes made for a full scale of 448 are halved and scales doubled: a power
+    of two keeps all values but the smallest subnormal ones, where 240/448 would round nearly all of them again.
+
+    Raises:
+        FP8CheckpointError: codes exceed the target's full scale although the checkpoint says they were made for it.
+        FP8NotAvailableError: codes have to be changed and some weights are offloaded.
+    """
+    for name, module in fp8_modules(model).items():
+        fmt = module.recipe.fmt
+        if fmt.full_scale < number_format(fmt.name, made_for).full_scale:
+            if module.weight.device.type == "meta":
+                raise FP8NotAvailableError(f"{name}: changing the target to {fmt.target} cannot be offloaded")
+            two = torch.full((1,), 2.0, device=module.weight.device)
+            halved = ops.cast_to_fp8(module.weight, two, fmt.dtype, fmt.full_scale)
+            module.set_weight(halved, module.weight_scale * two)
+            if module.input_scale is not None:
+                module.input_scale = frozen(module.input_scale * two)
+        elif fmt.full_scale < 448 and module.weight.device.type != "meta":
+            largest = float((module.weight.view(torch.uint8) & 0x7F).max().view(fmt.dtype).float())  # without the sign
+            if largest > fmt.full_scale:
+                raise FP8CheckpointError(
+                    f"{name}.weight holds codes up to {largest:g}, but {fmt.target} reads those above "
+                    f"{fmt.full_scale:g} as Inf: the checkpoint was not made for it; pass the target when loading "
+                    "instead of changing the checkpoint's configuration"
+                )
 
 
 def tensors_to_save(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -33,7 +33,7 @@ from ..quantize import (
 from ..selection import Decision, candidates, select
 from ..state import FP8State, set_state, state_of
 from .attach import checkpoint_config, settle
-from .checkpoint import check_complete, check_scales, honour_request, saved_decisions, tensors_to_save
+from .checkpoint import check_complete, check_scales, fit_to_target, honour_request, saved_decisions, tensors_to_save
 from .conversions import QuantizeWeight, SqueezeWeight, without_fp8
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class FP8Quantizer(HfQuantizer):
         if isinstance(quantization_config.dataset, str):
             check_file(quantization_config.dataset)
         if self.pre_quantized:
-            honour_request(quantization_config)
+            self._made_for = honour_request(quantization_config)
         elif quantization_config.mode == "LOAD" or quantization_config.dequantize:
             key = "dequantize=True" if quantization_config.dequantize else "mode='LOAD'"
             raise FP8ConfigError(f"{key} is for FP8 checkpoints, and this checkpoint is not one: use mode='AUTO'")
@@ -158,6 +158,7 @@ class FP8Quantizer(HfQuantizer):
         if config.dequantize:
             self._dequantize(model, model.dtype)
             return
+        fit_to_target(model, self._made_for)
         set_state(model, FP8State(config, self._decisions, "converted", Measurements(fingerprint="")))
         self._settle(model)
 

@@ -114,9 +114,36 @@ def test_target_takes_effect(checkpoint):
     assert model.config.quantization_config.target == "gaudi3"
 
 
-def test_a_target_the_codes_do_not_fit_raises(checkpoint):
-    with pytest.raises(FP8CheckpointError, match="gaudi2.*scaled for codes up to 448.*quantize the original"):
-        AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=FP8Config(target="gaudi2"))
+@pytest.mark.parametrize("method", ["maxabs_hw", "maxabs_pcs_pow2"])
+def test_a_target_of_a_smaller_full_scale_takes_effect(save, ids, batches, tmp_path, method):
+    config = FP8Config(scale_method=method, weight_backoff=1.0)  # codes use all of the range
+    config = config if config.scheme == "dynamic" else config.replace(dataset=batches)
+    original = AutoModelForCausalLM.from_pretrained(save(llama()), quantization_config=config)
+    original.save_pretrained(tmp_path / "fp8")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "fp8", quantization_config=FP8Config(target="gaudi2"))
+    for name, module in fp8_modules(model).items():
+        before = original.get_submodule(name)
+        codes = module.weight.view(torch.uint8) & 0x7F
+        assert codes.max() <= 0x77 < (before.weight.view(torch.uint8) & 0x7F).max()
+        values, expected = module.dequantized_weight(torch.float32), before.dequantized_weight(torch.float32)
+        assert torch.equal(module.weight_scale, 2 * before.weight_scale)
+        assert ((values - expected).abs() <= before.weight_scale * 2**-9).all(), "only subnormal codes may round"
+        if before.input_scale is not None:
+            assert torch.equal(module.input_scale, 2 * before.input_scale)
+    found, expected = logits(model, ids), logits(original, ids)
+    assert ((found - expected).norm() / expected.norm()).item() < 0.05
+    model.save_pretrained(tmp_path / "gaudi2")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "gaudi2")
+    assert reloaded.config.quantization_config.target == "gaudi2" and torch.equal(logits(reloaded, ids), found)
+
+
+def test_a_target_written_into_the_configuration_is_checked(save, tmp_path):
+    config = FP8Config(weight_backoff=1.0, activation_scheme="dynamic")
+    AutoModelForCausalLM.from_pretrained(save(llama()), quantization_config=config).save_pretrained(tmp_path / "fp8")
+    edited = AutoConfig.from_pretrained(tmp_path / "fp8")
+    edited.quantization_config["target"] = "gaudi2"
+    with pytest.raises(FP8CheckpointError, match=r"codes up to \d+.*gaudi2 reads those above 240 as Inf"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "fp8", config=edited)
 
 
 @pytest.mark.parametrize(
