@@ -40,7 +40,10 @@ class QuantizeWeight(ConversionOps):
     def _quantize(self, name: str, module: FP8Module, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self.quantizer.observe_weight(name, tensor)
         try:
-            return quantize_weight(module.canonical(tensor), self.quantizer.quantization_config, module.recipe.fmt)
+            weight, expected = module.canonical(tensor), tuple(module.weight.shape)
+            if tuple(weight.shape) != expected:  # transformers leaves the shapes of quantized weights to the quantizer
+                raise FP8ScaleError(f"the checkpoint's weight is {tuple(weight.shape)}, the model expects {expected}")
+            return quantize_weight(weight, self.quantizer.quantization_config, module.recipe.fmt)
         except FP8ScaleError as error:
             # transformers would bury an exception in its load report: the quantizer raises it when loading is done.
             self.quantizer.failures[name] = str(error)

@@ -266,3 +266,14 @@ def test_a_tensor_missing_from_the_original_checkpoint_is_named(save, tensor):
         load(folder, FP8Config())
     name = name.rpartition(".")[0]
     assert load(folder, FP8Config(modules_to_not_convert=[name])).get_submodule(name)
+
+
+def test_a_weight_of_another_shape_is_named(save):
+    folder = save(llama())
+    path, name = f"{folder}/model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(path)
+    save_file(tensors | {name: tensors[name][:-1].clone()}, path, metadata={"format": "pt"})
+    with pytest.raises(
+        FP8ScaleError, match=r"up_proj: the checkpoint's weight is \(95, 64\), the model expects \(96, 64\)"
+    ):
+        load(folder, FP8Config())
