@@ -215,7 +215,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
     Args:
         model: a converted model (transformers models have this as `model.dequantize()`).
-        dtype: of the weights; by default that of the rest of the model.
+        dtype: of the weights; by default the one they had.
 
     Returns:
         `model` itself.
@@ -228,7 +228,6 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         raise FP8NotAvailableError("dequantize: some weights are offloaded: load the model without offloading")
     if state is not None and state.observers is not None:
         state.observers.remove()
-    dtype = dtype or _high_precision_dtype(model)
     swap(model, {module: module.restored(dtype) for module in modules.values()})
     set_state(model, None)
     return model
@@ -300,7 +299,7 @@ def _quantized_modules(
         module = found[name]
         if isinstance(module, FP8Module):
             if name in unreached:
-                replacements[name] = module.restored(_high_precision_dtype(found[""]))
+                replacements[name] = module.restored()
         elif name not in unreached:
             fp8 = fp8_skeleton(module, recipe)
             twin = by_weight.setdefault(id(module.weight), fp8)
@@ -317,10 +316,3 @@ def _codes_and_scale(name: str, weight: torch.Tensor, config: FP8Config) -> tupl
         return quantize_weight(weight, config, config.number_format)
     except FP8ScaleError as error:
         raise FP8ScaleError(f"{name}: {error}") from None
-
-
-def _high_precision_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of what is not FP8."""
-    scales = {id(module.weight_scale) for module in fp8_modules(model).values()}
-    dtypes = (p.dtype for p in model.parameters() if p.element_size() > 1 and id(p) not in scales)
-    return next(dtypes, torch.bfloat16)

@@ -194,3 +194,15 @@ def test_a_hook_that_comes_after_the_observer_is_named(caplog):
     model(torch.ones(1, 4))
     convert(model)
     assert "registered after measuring began" in caplog.text and "'0'" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("scheme", ["static", "weight_only"])
+def test_dequantize_gives_back_the_original_dtype(dtype, scheme):
+    model, x = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 3, bias=False)).to(dtype), torch.ones(1, 4)
+    prepare(model, FP8Config(activation_scheme=scheme))
+    model(x.to(dtype))
+    convert(model)
+    assert dequantize(copy.deepcopy(model))(x.to(dtype)).dtype == dtype
+    cast = copy.deepcopy(model).to(torch.float64)
+    assert {module.weight.dtype for module in dequantize(cast)} == {torch.float64}, "as it would have been cast"

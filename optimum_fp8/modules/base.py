@@ -24,6 +24,7 @@ class FP8Module(nn.Module):
         input_scale: float32 `(1,)`, or None where activations are not rounded, or rounded dynamically.
         bias: `(out,)` in high precision, or None.
         origin: the module this one stands for, without its parameters.
+        high_precision: the dtype its weight had, or would have been cast to since.
         recipe: how it computes.
         owner: the number its operator calls are counted under.
     """
@@ -40,6 +41,7 @@ class FP8Module(nn.Module):
         super().__init__()
         device = origin.weight.device
         self.__dict__["origin"] = _shell(origin)  # not a submodule
+        self.high_precision: torch.dtype = origin.weight.dtype
         self.recipe = recipe
         self.owner = ops.new_owner()
         scale_shape = (shape[0], *[1] * (len(shape) - 1)) if recipe.per_channel else (1,)
@@ -54,9 +56,9 @@ class FP8Module(nn.Module):
         """The original module's weight with output channels first, and the other way round."""
         return weight
 
-    def restored(self, dtype: torch.dtype) -> nn.Module:
-        """The original module, with the dequantized weight in `dtype`."""
-        module = _shell(self.origin)
+    def restored(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """The original module, with the dequantized weight in `dtype` (by default `high_precision`)."""
+        module, dtype = _shell(self.origin), dtype or self.high_precision
         module.weight = nn.Parameter(self.canonical(self.dequantized_weight(dtype)).contiguous())
         module.bias = self.bias
         return module
@@ -108,6 +110,8 @@ class FP8Module(nn.Module):
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
             applied = fn(tensor)
             keep = is_fp8(tensor.dtype) or any(tensor is scale for scale in (self.weight_scale, self.input_scale))
+            if is_fp8(tensor.dtype) and applied.dtype != tensor.dtype:
+                self.high_precision = applied.dtype
             return tensor.to(applied.device) if keep and applied.dtype != tensor.dtype else applied
 
         return super()._apply(keep_dtype, recurse)
