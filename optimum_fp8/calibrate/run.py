@@ -58,7 +58,7 @@ def calibrate(model: nn.Module, config: FP8Config | None = None) -> nn.Module:
 def _run_batches(model: nn.Module, state: FP8State, config: FP8Config) -> None:
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     name_or_path = str(getattr(model, "name_or_path", "") or "")
-    digest, samples, tokens = hashlib.sha256(), 0, 0
+    digest, samples, tokens = hashlib.sha256(state.measurements.data.encode()), 0, 0
     with tqdm(total=config.num_calibration_samples, desc="Calibrating", unit="sample") as progress:
         for batch in batches(config, name_or_path):
             inputs = _to_device(batch, device)

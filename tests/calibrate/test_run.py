@@ -182,3 +182,14 @@ def test_only_a_model_that_is_measured_can_be_calibrated(state, tmp_path):
         (convert if state == "converted" else finalize_calibration)(model)
     with pytest.raises(FP8StateError, match="calibrate: "):
         calibrate(model, config)
+
+
+def test_the_data_of_all_runs_counts():
+    def digest(*runs):
+        model = prepare(nn.Sequential(nn.Linear(4, 4)), FP8Config())
+        for value in runs:
+            calibrate(model, FP8Config(dataset=[torch.full((1, 4), value)]))
+        return state_of(model).measurements.data
+
+    assert len({digest(1.0), digest(2.0), digest(1.0, 2.0), digest(2.0, 2.0)}) == 4
+    assert digest(1.0, 2.0) == digest(1.0, 2.0)
