@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from .errors import FP8ConfigError, nearest
 from .formats import MAX_EXPONENT, MIN_EXPONENT, NumberFormat
 
 ROUNDINGS = ("identity", "pow2", "hardware")
@@ -36,6 +37,8 @@ def round_scale(raw: torch.Tensor, rounding: str, fmt: NumberFormat) -> torch.Te
         float32 scales of the same shape, finite, positive and with a finite reciprocal. Zeros become the smallest
         scale that exists; what zero should mean is the caller's to decide.
     """
+    if rounding not in ROUNDINGS:
+        raise FP8ConfigError(f"rounding={rounding!r} is unknown: {nearest(rounding, ROUNDINGS)}")
     if rounding == "identity":
         return raw.float().nan_to_num(nan=1.0).clamp(2.0**MIN_EXPONENT, 2.0**MAX_EXPONENT)
     exponent = ceil_log2(raw)

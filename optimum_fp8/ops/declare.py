@@ -16,8 +16,6 @@ from torch.library import Library
 from ..errors import FP8NotAvailableError
 from . import dispatch, reference
 
-ARITHMETICS = ("fused", "gaudi", "qdq")
-
 _library = Library("optimum_fp8", "DEF")
 _SCHEMAS = {
     "cast_to_fp8": "(Tensor x, Tensor scale, ScalarType dtype, float full_scale) -> Tensor",

@@ -16,8 +16,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from ..errors import FP8ConfigError, nearest
 from ..formats import number_format
 from ..rounding import scale_from_maxabs
+
+ARITHMETICS = ("fused", "gaudi", "qdq")
 
 
 def cast_to_fp8(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, full_scale: float) -> torch.Tensor:
@@ -88,6 +91,8 @@ def _apply(
     channel_dim: int,
 ) -> torch.Tensor:
     """Round the operands, multiply them with `product`, and round the result where `arithmetic` says."""
+    if arithmetic not in ARITHMETICS:
+        raise FP8ConfigError(f"arithmetic={arithmetic!r} is unknown: {nearest(arithmetic, ARITHMETICS)}")
     if arithmetic == "qdq":
         if input_scale is not None:
             x = cast_from_fp8(cast_to_fp8(x, input_scale, weight.dtype, full_scale), input_scale, x.dtype)

@@ -158,3 +158,12 @@ def test_convolutions_are_counted_too():
         owner=owner,
     )
     assert ops.calls(owner).kernels == {("conv2d", "reference"): 1}
+
+
+def test_unknown_words_are_refused():
+    x, weight, one = torch.ones(1, 4), torch.ones(3, 4).to(torch.float8_e4m3fn), torch.ones(1)
+    with pytest.raises(FP8ConfigError, match="arithmetic.*did you mean 'gaudi'"):
+        ops.linear(x, weight, one, one, None, full_scale=448.0, arithmetic="gaudy")
+    options = {"per_token": False, "divisor": 224.0, "fp8_config": "E4M3", "target": "cpu", "hp_dtype": torch.bfloat16}
+    with pytest.raises(FP8ConfigError, match="rounding.*did you mean 'pow2'"):
+        ops.dynamic_scale(x, rounding="pow", **options)
