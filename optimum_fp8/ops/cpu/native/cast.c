@@ -27,9 +27,7 @@ INLINE float scale_of(const fp8cpu_cast_args *a, piece p) {
     return scale[p.row / a->block * ((a->cols + a->block - 1) / a->block) + p.start / a->block];
 }
 
-/* Magnitudes compare as integers, and NaN is above everything. */
-INLINE vi larger(vi a, vi b) { return pick(a > b, a, b); }
-
+/* Magnitudes compare as integers. */
 static float largest_lane(vi magnitudes) {
     int32_t largest = 0;
     for (int lane = 0; lane < LANES; lane++)
@@ -50,7 +48,7 @@ static void raise_to(float *maxabs, float value) {
 }
 
 INLINE void store_codes(uint8_t *y, vi codes) {
-    const vquarter bytes = __builtin_convertvector((vu)codes, vquarter);
+    const vquarter bytes = narrow_to_bytes(codes);
     memcpy(y, &bytes, sizeof bytes);
 }
 
@@ -60,12 +58,12 @@ INLINE void encode_range(const char *x, uint8_t *y, int64_t count, int64_t type,
     int64_t i = 0;
     for (; i + LANES <= count; i += LANES) {
         const vf value = load_values(x + i * value_size(type), type);
-        if (maxabs) largest = larger((vi)value & 0x7FFFFFFF, largest);
+        if (maxabs) largest = larger_of((vi)value & 0x7FFFFFFF, largest); /* NaN is above all */
         if (wants_codes) store_codes(y + i, encode(value * reciprocal, full_scale, format));
     }
     if (i < count) {
         const vf value = load_some(x + i * value_size(type), type, count - i);
-        if (maxabs) largest = larger((vi)value & 0x7FFFFFFF, largest);
+        if (maxabs) largest = larger_of((vi)value & 0x7FFFFFFF, largest); /* NaN is above all */
         if (wants_codes) {
             uint8_t codes[LANES];
             store_codes(codes, encode(value * reciprocal, full_scale, format));
@@ -105,7 +103,7 @@ static void encode_task(void *context, int64_t task, int64_t thread) {
 INLINE vi load_codes(const uint8_t *x) {
     vquarter bytes;
     memcpy(&bytes, x, sizeof bytes);
-    return (vi)(__builtin_convertvector(bytes, vu) << 24);
+    return widen_bytes(bytes) << 24;
 }
 
 INLINE void decode_range(const uint8_t *x, char *y, int64_t count, int64_t type, vf scale, fp8_format format) {

@@ -43,6 +43,26 @@ INLINE vf splat(float value) { /* as bits: 0 + value would be an addition, and l
 /* Where mask (all ones or all zeros a lane) is set: a, else b. */
 INLINE vi pick(vi mask, vi a, vi b) { return (mask & a) | (~mask & b); }
 
+INLINE vi smaller_of(vi a, vi b) {
+#if defined(__AVX512F__)
+    return (vi)_mm512_min_epi32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return (vi)_mm256_min_epi32((__m256i)a, (__m256i)b);
+#else
+    return pick(a < b, a, b);
+#endif
+}
+
+INLINE vi larger_of(vi a, vi b) {
+#if defined(__AVX512F__)
+    return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return (vi)_mm256_max_epi32((__m256i)a, (__m256i)b);
+#else
+    return pick(a > b, a, b);
+#endif
+}
+
 INLINE vi load_bits(const void *p) {
     vi v;
     memcpy(&v, p, sizeof v);
@@ -56,6 +76,53 @@ INLINE vf load_floats(const float *p) {
 }
 
 INLINE void store_floats(float *p, vf v) { memcpy(p, &v, sizeof v); }
+
+/* --- wider and narrower lanes -----------------------------------------------------------------------------------------
+ * Compilers do it lane by lane where the intrinsics do it at once. Narrowing keeps low bits; what is above is zero. */
+
+INLINE vi widen(vhalf v) {
+#if defined(__AVX512F__)
+    return (vi)_mm512_cvtepu16_epi32((__m256i)v);
+#elif defined(__AVX2__)
+    return (vi)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+    return (vi)__builtin_convertvector(v, vu);
+#endif
+}
+
+INLINE vi widen_bytes(vquarter v) {
+#if defined(__AVX512F__)
+    return (vi)_mm512_cvtepu8_epi32((__m128i)v);
+#elif defined(__AVX2__)
+    return (vi)_mm256_cvtepu8_epi32(_mm_loadu_si64(&v));
+#else
+    return (vi)__builtin_convertvector(v, vu);
+#endif
+}
+
+INLINE vhalf narrow(vi v) {
+#if defined(__AVX512F__)
+    return (vhalf)_mm512_cvtepi32_epi16((__m512i)v);
+#elif defined(__AVX2__)
+    const __m256i halves = _mm256_packus_epi32((__m256i)v, (__m256i)v);
+    return (vhalf)_mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0x08));
+#else
+    return __builtin_convertvector((vu)v, vhalf);
+#endif
+}
+
+INLINE vquarter narrow_to_bytes(vi v) {
+    vquarter bytes;
+#if defined(__AVX512F__)
+    bytes = (vquarter)_mm512_cvtepi32_epi8((__m512i)v);
+#elif defined(__AVX2__)
+    const __m128i halves = (__m128i)narrow(v), packed = _mm_packus_epi16(halves, halves);
+    memcpy(&bytes, &packed, sizeof bytes);
+#else
+    bytes = __builtin_convertvector((vu)v, vquarter);
+#endif
+    return bytes;
+}
 
 /* --- FP8 to float32 ------------------------------------------------------------------------------------------------
  * A code in the top byte of a lane, shifted right arithmetically until its exponent's last bit is float32's, and masked,
@@ -116,8 +183,7 @@ INLINE int any_exceptional(vi codes, fp8_format format) {
 INLINE vi encode(vf x, float full_scale, fp8_format format) {
     const vi bits = (vi)x, sign = (bits >> 24) & 0x80, magnitude = bits & 0x7FFFFFFF;
     const vi is_nan = magnitude > 0x7F800000;
-    const vi largest = (vi)splat(full_scale);
-    const vi clamped = pick(magnitude > largest, largest, magnitude);
+    const vi clamped = smaller_of(magnitude, (vi)splat(full_scale)); /* floats without sign compare as integers */
     const int drop = 23 - format.mantissa;
     const vi rounded = (clamped + ((1 << (drop - 1)) - 1) + ((clamped >> drop) & 1)) >> drop;
     const vi normal = rounded - (format.bias >> drop);
@@ -135,8 +201,6 @@ INLINE vf to_grid(vf x, float full_scale, fp8_format format) {
 
 /* --- bfloat16 and float16 ------------------------------------------------------------------------------------------ */
 
-INLINE vi widen(vhalf v) { return (vi)__builtin_convertvector(v, vu); }
-INLINE vhalf narrow(vi v) { return __builtin_convertvector((vu)v, vhalf); }
 
 INLINE vf from_half(vhalf v) {
 #if defined(__AVX512F__)
