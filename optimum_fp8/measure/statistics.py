@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .. import ops
+
 # How each statistic merges, across batches, runs and ranks alike.
 REDUCTIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "maxabs": torch.maximum,
@@ -29,9 +31,7 @@ class TensorStatistics:
     @classmethod
     def of(cls, x: torch.Tensor) -> TensorStatistics:
         """Statistics of one tensor (non-empty, any floating-point dtype); stays on its device, never waits for it."""
-        low, high = torch.aminmax(x.detach())
-        maxabs = torch.maximum(low.abs(), high.abs()).float()
-        return cls(maxabs, torch.tensor(x.numel(), dtype=torch.int64, device=x.device))
+        return cls(ops.maxabs(x.detach()).reshape(()), torch.tensor(x.numel(), dtype=torch.int64, device=x.device))
 
     def merged(self, other: TensorStatistics) -> TensorStatistics:
         """The statistics of both together."""

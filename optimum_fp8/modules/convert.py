@@ -29,7 +29,6 @@ _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
 )
-_CHUNK_ELEMENTS = 1 << 20  # rows cast at a time: bounds the float32 working copy at 4 MiB
 
 
 def fp8_skeleton(module: nn.Module, recipe: Recipe) -> FP8Module:
@@ -63,13 +62,7 @@ def quantize_weight(weight: torch.Tensor, config: FP8Config, fmt: NumberFormat) 
         hp_dtype=config.hp_dtype,
         backoff=config.weight_backoff,
     )
-    codes = torch.empty(weight.shape, dtype=fmt.dtype, device=weight.device)
-    rows = max(1, _CHUNK_ELEMENTS * weight.shape[0] // weight.numel())
-    for start in range(0, weight.shape[0], rows):
-        part = slice(start, start + rows)
-        part_scale = scale[part] if scale.shape[0] > 1 else scale
-        codes[part] = ops.cast_to_fp8(weight[part], part_scale, fmt.dtype, fmt.full_scale)
-    return codes, scale
+    return ops.cast_to_fp8(weight, scale, fmt.dtype, fmt.full_scale), scale
 
 
 def swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:

@@ -56,6 +56,7 @@ class CallRecord:
 
 _kernels: dict[str, list[Kernel]] = {}
 _records: dict[int, CallRecord] = {}
+_NO_TENSORS = frozenset({type(None), float, str, int, bool, torch.dtype})
 _missing: dict[str, str] = {}
 _warned: set[str] = set()
 _next_owner = itertools.count(1)  # 0 is "nobody"
@@ -124,7 +125,7 @@ def is_plain(*arguments: Any) -> bool:
         if kind is torch.Tensor or kind is torch.nn.Parameter:
             if gradients and argument.requires_grad:
                 return False
-        elif isinstance(argument, torch.Tensor):
+        elif kind not in _NO_TENSORS and isinstance(argument, torch.Tensor):
             return False
     return True
 

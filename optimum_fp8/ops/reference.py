@@ -21,12 +21,21 @@ from ..formats import number_format
 from ..rounding import scale_from_maxabs
 
 ARITHMETICS = ("fused", "gaudi", "qdq")
+_CHUNK_ELEMENTS = 1 << 20  # cast at a time: bounds the float32 working copy at 4 MiB
 BLOCK = 128  # side of the blocks of a weight that share a scale
 
 
 def cast_to_fp8(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, full_scale: float) -> torch.Tensor:
-    scaled = x.float() * spread(scale, x).float().reciprocal()
-    return scaled.clamp_(-full_scale, full_scale).to(dtype)
+    scale = spread(scale, x).float()
+    if x.numel() <= _CHUNK_ELEMENTS or x.ndim < 2:
+        return (x.float() * scale.reciprocal()).clamp_(-full_scale, full_scale).to(dtype)
+    codes = torch.empty_like(x, dtype=dtype)
+    rows = max(1, _CHUNK_ELEMENTS * x.shape[0] // x.numel())
+    for start in range(0, x.shape[0], rows):
+        part = slice(start, start + rows)
+        part_scale = scale[part] if scale.ndim == x.ndim and scale.shape[0] > 1 else scale
+        codes[part] = (x[part].float() * part_scale.reciprocal()).clamp_(-full_scale, full_scale).to(dtype)
+    return codes
 
 
 def cast_to_fp8_with_maxabs(
@@ -124,9 +133,7 @@ def _apply(
     )
 
 
-def with_bias(
-    result: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, arithmetic: str
-) -> torch.Tensor:
+def with_bias(result: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, arithmetic: str) -> torch.Tensor:
     """The float32 result of a product, with its bias, rounded to `dtype` where "fused" or "gaudi" arithmetic does."""
     if bias is None:
         return result.to(dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import ops
 from ..errors import FP8ScaleError
 from ..formats import MAX_EXPONENT, MIN_EXPONENT, NumberFormat, hp_torch_dtype, number_format
 from ..rounding import round_scale, scale_from_maxabs
@@ -65,11 +66,10 @@ def weight_maxabs(weight: torch.Tensor, granularity: str = "tensor") -> torch.Te
     if weight.numel() == 0:
         raise FP8ScaleError(f"the weight of shape {tuple(weight.shape)} is empty: it has no range to scale by")
     if granularity == "channel":
-        low, high = torch.aminmax(weight.flatten(1), dim=1)
-        maxabs = torch.maximum(low.abs(), high.abs()).reshape(-1, *[1] * (weight.ndim - 1))
+        maxabs = ops.maxabs(weight.flatten(1), per_token=True).reshape(-1, *[1] * (weight.ndim - 1))
     else:
-        low, high = torch.aminmax(weight)
-        maxabs = torch.maximum(low.abs(), high.abs()).reshape(1)
+        maxabs = ops.maxabs(weight)
+    maxabs = maxabs.to(weight.dtype)
     if not bool(torch.isfinite(maxabs).all()):
         raise FP8ScaleError("the weight holds NaN or Inf: expected finite values; check the checkpoint")
     return maxabs

@@ -36,26 +36,25 @@ class CpuKernels:
             return f"inputs in {x.dtype}"
         return _refuses_scale(x, scale)
 
-    def cast_to_fp8(
-        self, x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, full_scale: float
-    ) -> torch.Tensor:
+    def cast_to_fp8(self, x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, full_scale: float) -> torch.Tensor:
         x = x.float() if x.dtype in _FORMATS else x
         codes = torch.empty(x.shape, dtype=dtype, device=x.device)
         self._encode(x, scale, codes, full_scale, None)
-        return codes
+        return _strided_like(x, codes)
 
     def cast_to_fp8_with_maxabs(
         self, x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, full_scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        codes, maxabs = torch.empty(x.shape, dtype=dtype, device=x.device), torch.zeros(1, device=x.device)
+        codes = torch.empty(x.shape, dtype=dtype, device=x.device)
+        maxabs = torch.zeros(1, dtype=torch.float32, device=x.device)
         self._encode(x, scale, codes, full_scale, maxabs)
-        return codes, maxabs
+        return _strided_like(x, codes), maxabs
 
     def refuses_maxabs(self, x: torch.Tensor, per_token: bool) -> str | None:
         return None if x.dtype in _TYPES else f"inputs in {x.dtype}"
 
     def maxabs(self, x: torch.Tensor, per_token: bool) -> torch.Tensor:
-        found = torch.zeros((*x.shape[:-1], 1) if per_token else (1,), device=x.device)
+        found = torch.zeros((*x.shape[:-1], 1) if per_token else (1,), dtype=torch.float32, device=x.device)
         self._encode(x, None, None, 0.0, found)
         return found
 
@@ -95,7 +94,7 @@ class CpuKernels:
         return _refuses_scale(x, scale)
 
     def cast_from_fp8(self, x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        x, scale = x.contiguous(), scale.contiguous()
+        given, x, scale = x, x.contiguous(), scale.contiguous()
         values = torch.empty(x.shape, dtype=dtype, device=x.device)
         rows, cols = (1, x.numel()) if scale.numel() == 1 else _rows_and_cols(x, scale)
         arguments = _CAST.pack(
@@ -115,7 +114,7 @@ class CpuKernels:
             0.0,
         )
         check(self.library.decode(arguments), "cast_from_fp8")
-        return values
+        return _strided_like(given, values)
 
     def refuses_dynamic_scale(self, x: torch.Tensor, per_token: bool, *rest: object) -> str | None:
         return "an empty input" if x.numel() == 0 else self.refuses_maxabs(x, per_token)
@@ -132,7 +131,7 @@ class CpuKernels:
     ) -> torch.Tensor:
         maxabs = self.maxabs(x, per_token)
         if x.dtype == hp_dtype == torch.bfloat16:
-            bits = maxabs.to(torch.bfloat16).view(torch.int16).flatten().int()
+            bits = maxabs.view(torch.int32).flatten() >> 16  # a range of bfloat16 values is one
             scales = _scales_of_bfloat16(per_token, divisor, rounding, fp8_config, target)
             return scales.index_select(0, bits).reshape(maxabs.shape)
         return _scale(maxabs.to(x.dtype), per_token, divisor, rounding, fp8_config, target, hp_dtype)
@@ -151,15 +150,14 @@ class CpuKernels:
     ) -> str | None:
         if x.dtype not in _TYPES or weight.dtype not in _FORMATS:
             return f"inputs in {x.dtype} with weights in {weight.dtype}"
-        if bias is not None and bias.dtype not in _TYPES:
-            return f"a bias in {bias.dtype}"
-        if x.shape[-1] != weight.shape[1] or not (weight.is_contiguous() and weight_scale.is_contiguous()):
-            return f"an input of shape {tuple(x.shape)} with weights of {tuple(weight.shape)}, strides {weight.stride()}"
-        if input_scale is not None and input_scale.numel() not in (1, x.numel() // max(1, x.shape[-1])):
-            return f"input scales of shape {tuple(input_scale.shape)}"
+        out, k = weight.shape
+        if x.shape[-1] != k or not k or not weight.is_contiguous():
+            return f"an input of {tuple(x.shape)} with weights of {tuple(weight.shape)}, strides {weight.stride()}"
+        if bias is not None and (bias.dtype not in _TYPES or bias.numel() != out):
+            return f"a bias of {tuple(bias.shape)} in {bias.dtype}"
         if arithmetic not in ARITHMETICS:
             return "unknown arithmetic"  # the reference says which are known
-        return None
+        return _refuses_scales(x, weight_scale, input_scale)
 
     def linear(
         self,
@@ -174,13 +172,17 @@ class CpuKernels:
         if arithmetic == "qdq":
             return self._qdq(F.linear, x, weight, weight_scale, input_scale, bias, full_scale)
         out, k = weight.shape
-        x = x if x.is_contiguous() else x.contiguous()
-        y = torch.empty((*x.shape[:-1], out), dtype=x.dtype, device=x.device)
-        blocked = is_blocked(weight_scale, weight)
+        # The contiguous copies must live until the call returns.
+        x, weight_scale = x.contiguous(), weight_scale.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        input_scale = None if input_scale is None else input_scale.contiguous()
+        y = x.new_empty((*x.shape[:-1], out))
+        per_channel = weight_scale.numel() > 1
+        blocked = per_channel and is_blocked(weight_scale, weight)
         arguments = _LINEAR.pack(
             self.variant,
             threads(),
-            x.numel() // k if k else 0,
+            x.numel() // k,
             out,
             k,
             x.data_ptr(),
@@ -189,15 +191,15 @@ class CpuKernels:
             weight.data_ptr(),
             _FORMATS[weight.dtype],
             weight_scale.data_ptr(),
-            int(not blocked and weight_scale.numel() > 1),
+            per_channel and not blocked,
             BLOCK if blocked else 0,
             0 if input_scale is None else input_scale.data_ptr(),
-            int(input_scale is not None and input_scale.numel() > 1),
+            input_scale is not None and input_scale.numel() > 1,
             0 if bias is None else bias.data_ptr(),
             0 if bias is None else _TYPES[bias.dtype],
             y.data_ptr(),
             out,
-            int(arithmetic == "gaudi"),
+            arithmetic == "gaudi",
             full_scale,
         )
         check(self.library.linear(arguments), "linear")
@@ -206,11 +208,18 @@ class CpuKernels:
     # --- convolution ----------------------------------------------------------------------------------------------
 
     def refuses_conv2d(
-        self, x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, *rest: object
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        weight_scale: torch.Tensor,
+        input_scale: torch.Tensor | None,
+        *rest: object,
     ) -> str | None:
         if x.dtype not in _TYPES or weight.dtype not in _FORMATS:
             return f"inputs in {x.dtype} with weights in {weight.dtype}"
-        return None
+        if weight_scale.numel() not in (1, weight.shape[0]) or (input_scale is not None and input_scale.numel() != 1):
+            return f"weight scales of {tuple(weight_scale.shape)}, or input scales that are not per tensor"
+        return _refuses_scales(x, weight_scale, input_scale)
 
     def conv2d(
         self,
@@ -230,7 +239,7 @@ class CpuKernels:
         convolve = partial(F.conv2d, stride=stride, padding=padding, dilation=dilation, groups=groups)
         if arithmetic == "qdq":
             return self._qdq(convolve, x, weight, weight_scale, input_scale, bias, full_scale)
-        one = torch.ones(1)
+        one = torch.ones(1, dtype=torch.float32, device=x.device)
         values, scale = x.float(), weight_scale.reshape(-1, 1, 1)
         if input_scale is not None:
             codes = self.cast_to_fp8(x, input_scale, weight.dtype, full_scale)
@@ -252,6 +261,25 @@ class CpuKernels:
             x = self.cast_from_fp8(self.cast_to_fp8(x, input_scale, weight.dtype, full_scale), input_scale, x.dtype)
         dequantized = self.cast_from_fp8(weight, weight_scale, x.dtype)
         return product(x, dequantized, None if bias is None else bias.to(x.dtype))
+
+
+def _strided_like(x: torch.Tensor, contiguous: torch.Tensor) -> torch.Tensor:
+    """`contiguous` with the strides that an elementwise operation on `x` gives its result (channels last, say)."""
+    if x.is_contiguous():
+        return contiguous
+    return torch.empty_like(x, dtype=contiguous.dtype).copy_(contiguous)
+
+
+def _refuses_scales(x: torch.Tensor, weight_scale: torch.Tensor, input_scale: torch.Tensor | None) -> str | None:
+    if weight_scale.dtype != torch.float32:
+        return f"weight scales in {weight_scale.dtype}"
+    if input_scale is None:
+        return None
+    if input_scale.dtype != torch.float32:
+        return f"input scales in {input_scale.dtype}"
+    if input_scale.numel() != 1 and input_scale.shape != (*x.shape[:-1], 1):
+        return f"input scales of {tuple(input_scale.shape)} for an input of {tuple(x.shape)}"
+    return None
 
 
 def _refuses_scale(x: torch.Tensor, scale: torch.Tensor) -> str | None:
@@ -299,9 +327,7 @@ def _scale(
 
 
 @cache
-def _scales_of_bfloat16(
-    per_token: bool, divisor: float, rounding: str, fp8_config: str, target: str
-) -> torch.Tensor:
+def _scales_of_bfloat16(per_token: bool, divisor: float, rounding: str, fp8_config: str, target: str) -> torch.Tensor:
     """The scale of every bfloat16 range, by its bits, float32 `[32768]`: looking it up is quicker than rounding it."""
-    ranges = torch.arange(1 << 15, dtype=torch.int16).view(torch.bfloat16)
+    ranges = torch.arange(1 << 15, dtype=torch.int16, device="cpu").view(torch.bfloat16)
     return _scale(ranges, per_token, divisor, rounding, fp8_config, target, torch.bfloat16)
