@@ -20,7 +20,18 @@ from setuptools.errors import CompileError
 NATIVE = Path("optimum_fp8/ops/cpu/native")
 FOR_ALL_VARIANTS = ["dispatch.c", "parallel.c"]
 FOR_EACH_VARIANT = ["cast.c", "linear.c"]
-FLAGS = ["-O3", "-std=gnu11", "-fPIC", "-fvisibility=hidden", "-fwrapv", "-Wall", "-Wextra", "-Wno-psabi"]
+FLAGS = [
+    "-O3",
+    "-std=gnu11",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fwrapv",
+    "-g0",
+    "-D_GNU_SOURCE",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+]
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]

@@ -2,6 +2,10 @@
 #include "fp8cpu.h"
 #include "parallel.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #define DECLARE(variant)                                        \
     int fp8cpu_encode_##variant(const fp8cpu_cast_args *);      \
     int fp8cpu_decode_##variant(const fp8cpu_cast_args *);      \
@@ -64,7 +68,22 @@ int fp8cpu_best(void) {
     if (args->variant < 0 || args->variant >= VARIANTS) return FP8CPU_NO_VARIANT;                \
     return variants[args->variant].kernels.operation(args);
 
-int fp8cpu_encode(const fp8cpu_cast_args *args) { HAND_OVER(encode) }
+/* Codes are read from end to end with every token: huge pages, where the system gives them, spare the look-ups. Asked
+ * for before the memory is first written to, they also spare most of its page faults. */
+static void ask_for_huge_pages(int64_t memory, int64_t size) {
+#if defined(__linux__)
+    enum { HUGE = 2 << 20 };
+    const int64_t first = (memory + HUGE - 1) / HUGE * HUGE, last = (memory + size) / HUGE * HUGE;
+    if (first < last) madvise((void *)first, (size_t)(last - first), MADV_HUGEPAGE);
+#else
+    (void)memory, (void)size;
+#endif
+}
+
+int fp8cpu_encode(const fp8cpu_cast_args *args) {
+    if (args->y) ask_for_huge_pages(args->y, args->rows * args->cols);
+    HAND_OVER(encode)
+}
 int fp8cpu_decode(const fp8cpu_cast_args *args) { HAND_OVER(decode) }
 int fp8cpu_linear(const fp8cpu_linear_args *args) { HAND_OVER(linear) }
 
