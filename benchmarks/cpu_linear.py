@@ -4,7 +4,7 @@
 
 A model's weights are read once a token and are larger than any cache, so each call here gets another copy of the
 weight, from more copies than twice the last cache holds. Every round also reads one FP8 copy from end to end: what FP8
-reaches is given as a part of that, and of the bfloat16 matrix product's peak (the longer of both times is the limit).
+reaches is given as a part of that, and of the peak of torch's matrix product (the longer of both times is the limit).
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def measure(weights: Weights, rows: int, peak: float, static: bool, budget: floa
                 timing.ratio(times["bf16"], times[name]),
                 WANTED.get(rows),
                 limit=max(reading, computing),
-                limit_name="reading" if reading > computing else "bf16 peak",
+                limit_name="reading" if reading > computing else "GEMM peak",
                 wanted_limit=WANTED_OF_READING if rows == 1 else None,
             )
         )
@@ -129,15 +129,14 @@ def run(
     budget: float = 1.5,
 ) -> tuple[list[Row], list[str]]:
     """All rows of the table, and what to know about the limits."""
-    peak, found = machine.gemm_peak(), []
+    peak: machine.GemmPeak = machine.gemm_peak()
+    found: list[Row] = []
     for shape in shapes:
         weights = Weights.of(shape)
         for count in rows:
-            if count >= 32:
-                peak = max(peak, machine.gemm_peak(budget=0.5))
-            found += measure(weights, count, peak, static, budget)
+            found += measure(weights, count, peak.best, static, budget)
     _, name = machine.reader()
-    return found, [f"bfloat16 matrix product's peak: {peak / 1e9:.0f} GFLOP/s; weights are read by {name}"]
+    return found, [f"linear layers: {peak}; weights are read by {name}"]
 
 
 def main() -> None:

@@ -66,5 +66,8 @@ def test_reader_reads_tensors_of_bytes():
 
 
 def test_gemm_peak_counts_two_operations_an_element(monkeypatch):
-    monkeypatch.setattr(machine.timing, "interleave", lambda sides, **options: {"matmul": [0.5, 0.25]})
-    assert machine.gemm_peak(size=10) == 2 * 10**3 / 0.25
+    monkeypatch.setattr(machine.timing, "interleave", lambda sides, **options: {"bf16": [0.5, 0.25], "fp32": [0.8, 1]})
+    peak = machine.gemm_peak(size=10)
+    assert (peak.bf16, peak.fp32) == (2 * 10**3 / 0.25, 2 * 10**3 / 0.8)
+    assert peak.best == peak.bf16
+    assert machine.GemmPeak(1.0, 2.0).best == 2.0

@@ -99,7 +99,7 @@ def test_only_sides_that_compute_the_same_model_are_timed(folder, monkeypatch):
         "bf16": rivals.Transformers(models.load(folder)),
         "FP8": rivals.Transformers(models.load(folder, "maxabs_hw")),
     }
-    assert generate.likeness(sides)["FP8"] > 0.97
+    assert generate.likeness(sides)["FP8"] > generate.LIKENESS
     sides["int8"] = rivals.Transformers(llama(**TINY))
     with pytest.raises(RuntimeError, match="int8 does not compute the same model"):
         generate.likeness(sides)
