@@ -57,7 +57,11 @@ def describe(cpuinfo: str | None = None) -> dict[str, str]:
     cpuinfo = Path("/proc/cpuinfo").read_text() if cpuinfo is None else cpuinfo
     fields = dict(re.findall(r"^([^\t:]+)\t*: (.*)$", cpuinfo.split("\n\n")[0], re.MULTILINE))
     flags = set(fields.get("flags", "").split())
-    caches = [f"L{level} {size / MIB:g} MiB" for level in (1, 2, 3) if (size := cache_bytes(level))]
+    caches = [
+        f"L{level} {size / MIB:g} MiB" if size >= MIB else f"L{level} {size // 1024} KiB"
+        for level in (1, 2, 3)
+        if (size := cache_bytes(level))
+    ]
     memory = re.search(r"MemTotal: +(\d+) kB", Path("/proc/meminfo").read_text())
     return {
         "processor": f"{fields.get('model name', platform.processor())} (family {fields.get('cpu family', '?')}, "
