@@ -1,8 +1,11 @@
 """FP8 arithmetic as a small set of operators in the namespace `torch.ops.optimum_fp8`."""
 
-from .declare import cast_from_fp8, cast_to_fp8, conv2d, dynamic_scale, linear
-from .dispatch import CallRecord, Kernel, backend, backends, calls, new_owner, register_kernel
+from . import cpu
+from .declare import cast_from_fp8, cast_to_fp8, cast_to_fp8_with_maxabs, conv2d, dynamic_scale, linear, maxabs
+from .dispatch import CallRecord, Kernel, backend, backends, calls, missing, new_owner, register_kernel
 from .reference import ARITHMETICS
+
+cpu.register()
 
 __all__ = [
     "ARITHMETICS",
@@ -13,9 +16,13 @@ __all__ = [
     "calls",
     "cast_from_fp8",
     "cast_to_fp8",
+    "cast_to_fp8_with_maxabs",
     "conv2d",
+    "cpu",
     "dynamic_scale",
     "linear",
+    "maxabs",
+    "missing",
     "new_owner",
     "register_kernel",
 ]

@@ -19,7 +19,9 @@ from . import dispatch, reference
 _library = Library("optimum_fp8", "DEF")
 _SCHEMAS = {
     "cast_to_fp8": "(Tensor x, Tensor scale, ScalarType dtype, float full_scale) -> Tensor",
+    "cast_to_fp8_with_maxabs": "(Tensor x, Tensor scale, ScalarType dtype, float full_scale) -> (Tensor, Tensor)",
     "cast_from_fp8": "(Tensor x, Tensor scale, ScalarType dtype) -> Tensor",
+    "maxabs": "(Tensor x, bool per_token) -> Tensor",
     "dynamic_scale": "(Tensor x, bool per_token, float divisor, str rounding, str fp8_config, str target, "
     "ScalarType hp_dtype) -> Tensor",
     "linear": "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? input_scale, Tensor? bias, float full_scale, "
@@ -34,19 +36,32 @@ def cast_to_fp8(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, full_s
 
     Args:
         x: any shape, a floating-point dtype.
-        scale: float32, `(1,)` or broadcastable to `x` (`(out, 1)` per channel, `(…, 1)` per token).
+        scale: float32, `(1,)` or broadcastable to `x` (`(out, 1)` per channel, `(…, 1)` per token), or
+            `(⌈out/128⌉, ⌈in/128⌉)` by blocks of an `x` of two dimensions.
         dtype: `torch.float8_e4m3fn` or `torch.float8_e5m2`.
         full_scale: 448, 240 (Gaudi2) or 57344 (E5M2).
 
     Returns:
         codes of `x`'s shape in `dtype`.
     """
-    return torch.ops.optimum_fp8.cast_to_fp8(x, scale, dtype, full_scale)
+    return _call("cast_to_fp8", 0, x, scale, dtype, full_scale)
+
+
+def cast_to_fp8_with_maxabs(
+    x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, full_scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`cast_to_fp8` and, in the same pass over `x`, its largest magnitude: codes, and float32 `(1,)` as `maxabs`."""
+    return _call("cast_to_fp8_with_maxabs", 0, x, scale, dtype, full_scale)
 
 
 def cast_from_fp8(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Dequantize: x · scale in float32, rounded once to `dtype`; shapes as in `cast_to_fp8`."""
-    return torch.ops.optimum_fp8.cast_from_fp8(x, scale, dtype)
+    return _call("cast_from_fp8", 0, x, scale, dtype)
+
+
+def maxabs(x: torch.Tensor, *, per_token: bool = False) -> torch.Tensor:
+    """max|x| in float32: `(1,)`, or one a row, `[…, 1]`; NaN where there is a NaN, 0 where there is nothing."""
+    return _call("maxabs", 0, x, per_token)
 
 
 def dynamic_scale(
@@ -68,7 +83,7 @@ def dynamic_scale(
         rounding: "identity", "pow2" or "hardware" (of `fp8_config` on `target`).
         hp_dtype: the dtype the range is rounded to and divided in.
     """
-    return torch.ops.optimum_fp8.dynamic_scale(x, per_token, divisor, rounding, fp8_config, target, hp_dtype)
+    return _call("dynamic_scale", 0, x, per_token, divisor, rounding, fp8_config, target, hp_dtype)
 
 
 def linear(
@@ -87,7 +102,7 @@ def linear(
     Args:
         x: `[…, in]`, bfloat16, float16 or float32.
         weight: `[out, in]`, FP8.
-        weight_scale: float32, `(1,)` or `(out, 1)`.
+        weight_scale: float32, `(1,)`, `(out, 1)`, or `(⌈out/128⌉, ⌈in/128⌉)` by blocks.
         input_scale: float32, `(1,)` or `[…, 1]`; None leaves `x` in high precision (weight-only).
         bias: `(out,)` or None.
         full_scale: the value activations saturate at.
@@ -96,7 +111,7 @@ def linear(
     Returns:
         `[…, out]` in `x`'s dtype.
     """
-    return torch.ops.optimum_fp8.linear(x, weight, weight_scale, input_scale, bias, full_scale, arithmetic, owner)
+    return _call("linear", owner, x, weight, weight_scale, input_scale, bias, full_scale, arithmetic)
 
 
 def conv2d(
@@ -126,17 +141,32 @@ def conv2d(
     Returns:
         `[N, out, H', W']` (or `[out, H', W']`) in `x`'s dtype.
     """
-    return torch.ops.optimum_fp8.conv2d(
-        x, weight, weight_scale, input_scale, bias, stride, padding, dilation, groups, full_scale, arithmetic, owner
-    )
+    geometry = (stride, padding, dilation, groups)
+    return _call("conv2d", owner, x, weight, weight_scale, input_scale, bias, *geometry, full_scale, arithmetic)
+
+
+def _call(op: str, owner: int, x: torch.Tensor, *rest: Any) -> Any:
+    """Through torch's dispatcher, where something on the way wants to see the call; else at once."""
+    if dispatch.is_plain(x, *rest):
+        return dispatch.run(op, owner, x, *rest)
+    arguments = (x, *rest, owner) if op in _COUNTED else (x, *rest)
+    return getattr(torch.ops.optimum_fp8, op)(*arguments)
 
 
 def _fake_cast(x, scale, dtype, full_scale=0.0):  # type: ignore[no-untyped-def]
     return torch.empty_like(x, dtype=dtype)
 
 
-def _fake_dynamic_scale(x, per_token, divisor, rounding, fp8_config, target, hp_dtype):  # type: ignore[no-untyped-def]
+def _fake_cast_with_maxabs(x, scale, dtype, full_scale):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x, dtype=dtype), x.new_empty((1,), dtype=torch.float32)
+
+
+def _fake_maxabs(x, per_token):  # type: ignore[no-untyped-def]
     return x.new_empty((*x.shape[:-1], 1) if per_token else (1,), dtype=torch.float32)
+
+
+def _fake_dynamic_scale(x, per_token, divisor, rounding, fp8_config, target, hp_dtype):  # type: ignore[no-untyped-def]
+    return _fake_maxabs(x, per_token)
 
 
 def _fake_linear(x, weight, weight_scale, input_scale, bias, full_scale, arithmetic, owner):  # type: ignore[no-untyped-def]
@@ -149,7 +179,9 @@ def _fake_conv2d(x, weight, weight_scale, input_scale, bias, stride, padding, di
 
 _FAKES: dict[str, Callable[..., Any]] = {
     "cast_to_fp8": _fake_cast,
+    "cast_to_fp8_with_maxabs": _fake_cast_with_maxabs,
     "cast_from_fp8": _fake_cast,
+    "maxabs": _fake_maxabs,
     "dynamic_scale": _fake_dynamic_scale,
     "linear": _fake_linear,
     "conv2d": _fake_conv2d,

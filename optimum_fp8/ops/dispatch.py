@@ -1,6 +1,6 @@
 """Which kernel runs an operator, and a record of what really ran.
 
-A kernel belongs to a backend ("reference", later "cpu", "cuda", "hpu"), serves some device types, and may refuse a
+A kernel belongs to a backend ("reference", "cpu_avx2", …), serves some device types, and may refuse a
 call with a reason. The first registered kernel that serves the device and does not refuse runs; the reference serves
 everything. Calls and refusals are counted per owner (a module), so that a report can tell what happened, not what was
 hoped for.
@@ -9,6 +9,7 @@ hoped for.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ import torch
 
 from ..errors import FP8ConfigError, FP8NotAvailableError, nearest
 
+logger = logging.getLogger(__name__)
+
 REFERENCE = "reference"
 
 
@@ -29,14 +32,14 @@ class Kernel:
 
     Attributes:
         backend: the name it is forced and reported by.
-        devices: device types it serves; None serves all.
+        devices: device types it serves unasked; None serves all, () none: it runs where its backend is forced.
         run: called with the operator's arguments (without `owner`).
         refuses: called with the same arguments; the reason why this call cannot be served, or None.
     """
 
     backend: str
     devices: tuple[str, ...] | None
-    run: Callable[..., torch.Tensor]
+    run: Callable[..., Any]
     refuses: Callable[..., str | None] = lambda *args: None
 
     def serves(self, device: str) -> bool:
@@ -53,6 +56,8 @@ class CallRecord:
 
 _kernels: dict[str, list[Kernel]] = {}
 _records: dict[int, CallRecord] = {}
+_missing: dict[str, str] = {}
+_warned: set[str] = set()
 _next_owner = itertools.count(1)  # 0 is "nobody"
 _forced: ContextVar[str | None] = ContextVar("optimum_fp8_backend", default=None)
 
@@ -96,21 +101,68 @@ def calls(owner: int) -> CallRecord:
     return _records.get(owner, CallRecord())
 
 
-def run(op: str, owner: int, *args: Any) -> torch.Tensor:
+def note_missing(device: str, reason: str) -> None:
+    """Remember why the kernels for a device type are not there: said once, when the reference first runs instead."""
+    _missing[device] = reason
+
+
+def missing(device: str) -> str | None:
+    """Why the kernels for a device type are not there, or None if they are (or if there are none yet)."""
+    return _missing.get(device)
+
+
+def is_plain(*arguments: Any) -> bool:
+    """Whether a call on these arguments means the same with and without torch's dispatcher: no tensor subclass, no
+    gradient, no tracing, no mode and no profiler that would want to see the operator."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd._profiler_enabled():
+        return False
+    gradients = torch.is_grad_enabled()
+    for argument in arguments:
+        kind = type(argument)
+        if kind is torch.Tensor or kind is torch.nn.Parameter:
+            if gradients and argument.requires_grad:
+                return False
+        elif isinstance(argument, torch.Tensor):
+            return False
+    return True
+
+
+def run(op: str, owner: int, *args: Any) -> Any:
     """Run `op` on the best kernel for its first argument's device, or on the forced backend."""
     device, forced = args[0].device.type, _forced.get()
-    record = _records.setdefault(owner, CallRecord()) if owner else CallRecord()
+    record = _record(owner)
     for kernel in _kernels[op]:
         if kernel.backend != forced if forced else not kernel.serves(device):
             continue
         reason = kernel.refuses(*args)
         if reason is None:
-            record.kernels[op, kernel.backend] += 1
+            if record is not None:
+                record.kernels[op, kernel.backend] += 1
+            if kernel.backend == REFERENCE and not forced:
+                _warn_of_missing(device)
             if torch.is_autocast_enabled(device):  # where an operator rounds is its own affair
                 with torch.autocast(device, enabled=False):
                     return kernel.run(*args)
             return kernel.run(*args)
         if forced:
             raise FP8NotAvailableError(f"backend {forced!r} cannot run {op!r} here: {reason}; leave the backend free")
-        record.fallbacks[op, kernel.backend, reason] += 1
+        if record is not None:
+            record.fallbacks[op, kernel.backend, reason] += 1
     raise FP8NotAvailableError(f"backend {forced!r} has no kernel for {op!r}; leave the backend free")
+
+
+def _record(owner: int) -> CallRecord | None:
+    if not owner:
+        return None
+    record = _records.get(owner)
+    if record is None:
+        record = _records[owner] = CallRecord()
+    return record
+
+
+def _warn_of_missing(device: str) -> None:
+    if device in _missing and device not in _warned:
+        _warned.add(device)
+        logger.warning("FP8 runs on the slow reference operators: %s", _missing[device])

@@ -16,20 +16,34 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from ..errors import FP8ConfigError, nearest
+from ..errors import FP8ConfigError, FP8ScaleError, nearest
 from ..formats import number_format
 from ..rounding import scale_from_maxabs
 
 ARITHMETICS = ("fused", "gaudi", "qdq")
+BLOCK = 128  # side of the blocks of a weight that share a scale
 
 
 def cast_to_fp8(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, full_scale: float) -> torch.Tensor:
-    scaled = x.float() * scale.float().reciprocal()
+    scaled = x.float() * spread(scale, x).float().reciprocal()
     return scaled.clamp_(-full_scale, full_scale).to(dtype)
 
 
+def cast_to_fp8_with_maxabs(
+    x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, full_scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return cast_to_fp8(x, scale, dtype, full_scale), maxabs(x, False)
+
+
 def cast_from_fp8(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return (x.float() * scale.float()).to(dtype)
+    return (x.float() * spread(scale, x).float()).to(dtype)
+
+
+def maxabs(x: torch.Tensor, per_token: bool) -> torch.Tensor:
+    if x.numel() == 0:
+        return torch.zeros((*x.shape[:-1], 1) if per_token else (1,), dtype=torch.float32, device=x.device)
+    magnitudes = x.abs()
+    return (magnitudes.amax(dim=-1, keepdim=True) if per_token else magnitudes.amax().reshape(1)).float()
 
 
 def dynamic_scale(
@@ -44,8 +58,8 @@ def dynamic_scale(
     fmt = number_format(fp8_config, target)
     if x.numel() == 0:
         return torch.ones((*x.shape[:-1], 1) if per_token else (1,), dtype=torch.float32, device=x.device)
-    maxabs = x.abs().amax(dim=-1).unsqueeze(-1) if per_token else x.abs().amax().reshape(1)
-    return scale_from_maxabs(maxabs, divisor, rounding, fmt, hp_dtype, reciprocal=fmt.is_gaudi and not per_token)
+    ranges = maxabs(x, per_token).to(x.dtype)
+    return scale_from_maxabs(ranges, divisor, rounding, fmt, hp_dtype, reciprocal=fmt.is_gaudi and not per_token)
 
 
 def linear(
@@ -97,17 +111,54 @@ def _apply(
         if input_scale is not None:
             x = cast_from_fp8(cast_to_fp8(x, input_scale, weight.dtype, full_scale), input_scale, x.dtype)
         return product(x, cast_from_fp8(weight, weight_scale, x.dtype), None if bias is None else bias.to(x.dtype))
-    codes, scale = x.float(), _along(weight_scale, channel_dim)
+    codes, values = x.float(), weight.float()
+    if is_blocked(weight_scale, weight):
+        values, scale = values * spread(weight_scale, weight), torch.ones(1, device=weight.device)
+    else:
+        scale = _along(weight_scale, channel_dim)
     if input_scale is not None:
         codes = cast_to_fp8(x, input_scale, weight.dtype, full_scale).float()
         scale = input_scale * scale
-    result = product(codes, weight.float()) * scale
+    return with_bias(
+        product(codes, values) * scale, None if bias is None else _along(bias, channel_dim), x.dtype, arithmetic
+    )
+
+
+def with_bias(
+    result: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, arithmetic: str
+) -> torch.Tensor:
+    """The float32 result of a product, with its bias, rounded to `dtype` where "fused" or "gaudi" arithmetic does."""
     if bias is None:
-        return result.to(x.dtype)
-    bias = _along(bias, channel_dim)
+        return result.to(dtype)
     if arithmetic == "gaudi":
-        return result.to(x.dtype) + bias.to(x.dtype)
-    return (result + bias.float()).to(x.dtype)
+        return result.to(dtype) + bias.to(dtype)
+    return (result + bias.float()).to(dtype)
+
+
+def is_blocked(scale: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether a weight's scale is by blocks, `(⌈out/128⌉, ⌈in/128⌉)`, rather than per tensor or output channel.
+
+    Raises:
+        FP8ScaleError: it is none of these.
+    """
+    count, out = scale.numel(), weight.shape[0]
+    if count == 1 or (count == out and scale.shape[0] == out):
+        return False
+    blocks = tuple(-(-size // BLOCK) for size in weight.shape)
+    if weight.ndim == 2 and tuple(scale.shape) == blocks:
+        return True
+    raise FP8ScaleError(
+        f"a scale of shape {tuple(scale.shape)} does not fit a weight of shape {tuple(weight.shape)}: expected (1,), "
+        f"({out}, 1, …) or, by blocks of {BLOCK}, {blocks}"
+    )
+
+
+def spread(scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """`scale` so that it broadcasts to `x`: scales by blocks are repeated over their blocks."""
+    fits = all(size in (1, full) for size, full in zip(reversed(scale.shape), reversed(x.shape), strict=False))
+    if fits or not is_blocked(scale, x):
+        return scale
+    return scale.repeat_interleave(BLOCK, 0)[: x.shape[0]].repeat_interleave(BLOCK, 1)[:, : x.shape[1]]
 
 
 def _along(per_channel: torch.Tensor, channel_dim: int) -> torch.Tensor:

@@ -1,0 +1,307 @@
+"""The operators on the native library: what it takes and refuses, and how tensors become its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from struct import Struct
+
+import torch
+import torch.nn.functional as F
+
+from ...formats import number_format
+from ...rounding import scale_from_maxabs
+from .. import reference
+from ..reference import ARITHMETICS, BLOCK, is_blocked
+from .library import Library, check, threads
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_FORMATS = {torch.float8_e4m3fn: 0, torch.float8_e5m2: 1}
+_CAST = Struct("=13qd")
+_LINEAR = Struct("=20qd")
+
+
+class CpuKernels:
+    """The operators on one variant of the library."""
+
+    def __init__(self, library: Library, variant: str):
+        self.library, self.variant = library, library.variants[variant]
+
+    # --- casts ----------------------------------------------------------------------------------------------------
+
+    def refuses_cast_to_fp8(
+        self, x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, full_scale: float
+    ) -> str | None:
+        if x.dtype not in _TYPES and x.dtype not in _FORMATS:
+            return f"inputs in {x.dtype}"
+        return _refuses_scale(x, scale)
+
+    def cast_to_fp8(
+        self, x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, full_scale: float
+    ) -> torch.Tensor:
+        x = x.float() if x.dtype in _FORMATS else x
+        codes = torch.empty(x.shape, dtype=dtype, device=x.device)
+        self._encode(x, scale, codes, full_scale, None)
+        return codes
+
+    def cast_to_fp8_with_maxabs(
+        self, x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, full_scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        codes, maxabs = torch.empty(x.shape, dtype=dtype, device=x.device), torch.zeros(1, device=x.device)
+        self._encode(x, scale, codes, full_scale, maxabs)
+        return codes, maxabs
+
+    def refuses_maxabs(self, x: torch.Tensor, per_token: bool) -> str | None:
+        return None if x.dtype in _TYPES else f"inputs in {x.dtype}"
+
+    def maxabs(self, x: torch.Tensor, per_token: bool) -> torch.Tensor:
+        found = torch.zeros((*x.shape[:-1], 1) if per_token else (1,), device=x.device)
+        self._encode(x, None, None, 0.0, found)
+        return found
+
+    def _encode(
+        self,
+        x: torch.Tensor,
+        scale: torch.Tensor | None,
+        codes: torch.Tensor | None,
+        full_scale: float,
+        maxabs: torch.Tensor | None,
+    ) -> None:
+        x = x.contiguous()
+        one_row = (scale is None or scale.numel() == 1) and (maxabs is None or maxabs.numel() == 1)
+        rows, cols = (1, x.numel()) if one_row else _rows_and_cols(x, maxabs if scale is None else scale)
+        scale = None if scale is None else scale.contiguous()
+        arguments = _CAST.pack(
+            self.variant,
+            threads(),
+            rows,
+            cols,
+            x.data_ptr(),
+            0 if codes is None else codes.data_ptr(),
+            _TYPES[x.dtype],
+            0 if codes is None else _FORMATS[codes.dtype],
+            0 if scale is None else scale.data_ptr(),
+            int(scale is not None and scale.numel() > 1),
+            _block_of(scale, x),
+            0 if maxabs is None else maxabs.data_ptr(),
+            int(maxabs is not None and maxabs.numel() > 1),
+            full_scale,
+        )
+        check(self.library.encode(arguments), "cast_to_fp8")
+
+    def refuses_cast_from_fp8(self, x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> str | None:
+        if x.dtype not in _FORMATS or dtype not in _TYPES:
+            return f"from {x.dtype} to {dtype}"
+        return _refuses_scale(x, scale)
+
+    def cast_from_fp8(self, x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        x, scale = x.contiguous(), scale.contiguous()
+        values = torch.empty(x.shape, dtype=dtype, device=x.device)
+        rows, cols = (1, x.numel()) if scale.numel() == 1 else _rows_and_cols(x, scale)
+        arguments = _CAST.pack(
+            self.variant,
+            threads(),
+            rows,
+            cols,
+            x.data_ptr(),
+            values.data_ptr(),
+            _TYPES[dtype],
+            _FORMATS[x.dtype],
+            scale.data_ptr(),
+            int(scale.numel() > 1),
+            _block_of(scale, x),
+            0,
+            0,
+            0.0,
+        )
+        check(self.library.decode(arguments), "cast_from_fp8")
+        return values
+
+    def refuses_dynamic_scale(self, x: torch.Tensor, per_token: bool, *rest: object) -> str | None:
+        return "an empty input" if x.numel() == 0 else self.refuses_maxabs(x, per_token)
+
+    def dynamic_scale(
+        self,
+        x: torch.Tensor,
+        per_token: bool,
+        divisor: float,
+        rounding: str,
+        fp8_config: str,
+        target: str,
+        hp_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        maxabs = self.maxabs(x, per_token)
+        if x.dtype == hp_dtype == torch.bfloat16:
+            bits = maxabs.to(torch.bfloat16).view(torch.int16).flatten().int()
+            scales = _scales_of_bfloat16(per_token, divisor, rounding, fp8_config, target)
+            return scales.index_select(0, bits).reshape(maxabs.shape)
+        return _scale(maxabs.to(x.dtype), per_token, divisor, rounding, fp8_config, target, hp_dtype)
+
+    # --- linear ---------------------------------------------------------------------------------------------------
+
+    def refuses_linear(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        weight_scale: torch.Tensor,
+        input_scale: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        full_scale: float,
+        arithmetic: str,
+    ) -> str | None:
+        if x.dtype not in _TYPES or weight.dtype not in _FORMATS:
+            return f"inputs in {x.dtype} with weights in {weight.dtype}"
+        if bias is not None and bias.dtype not in _TYPES:
+            return f"a bias in {bias.dtype}"
+        if x.shape[-1] != weight.shape[1] or not (weight.is_contiguous() and weight_scale.is_contiguous()):
+            return f"an input of shape {tuple(x.shape)} with weights of {tuple(weight.shape)}, strides {weight.stride()}"
+        if input_scale is not None and input_scale.numel() not in (1, x.numel() // max(1, x.shape[-1])):
+            return f"input scales of shape {tuple(input_scale.shape)}"
+        if arithmetic not in ARITHMETICS:
+            return "unknown arithmetic"  # the reference says which are known
+        return None
+
+    def linear(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        weight_scale: torch.Tensor,
+        input_scale: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        full_scale: float,
+        arithmetic: str,
+    ) -> torch.Tensor:
+        if arithmetic == "qdq":
+            return self._qdq(F.linear, x, weight, weight_scale, input_scale, bias, full_scale)
+        out, k = weight.shape
+        x = x if x.is_contiguous() else x.contiguous()
+        y = torch.empty((*x.shape[:-1], out), dtype=x.dtype, device=x.device)
+        blocked = is_blocked(weight_scale, weight)
+        arguments = _LINEAR.pack(
+            self.variant,
+            threads(),
+            x.numel() // k if k else 0,
+            out,
+            k,
+            x.data_ptr(),
+            _TYPES[x.dtype],
+            k,
+            weight.data_ptr(),
+            _FORMATS[weight.dtype],
+            weight_scale.data_ptr(),
+            int(not blocked and weight_scale.numel() > 1),
+            BLOCK if blocked else 0,
+            0 if input_scale is None else input_scale.data_ptr(),
+            int(input_scale is not None and input_scale.numel() > 1),
+            0 if bias is None else bias.data_ptr(),
+            0 if bias is None else _TYPES[bias.dtype],
+            y.data_ptr(),
+            out,
+            int(arithmetic == "gaudi"),
+            full_scale,
+        )
+        check(self.library.linear(arguments), "linear")
+        return y
+
+    # --- convolution ----------------------------------------------------------------------------------------------
+
+    def refuses_conv2d(
+        self, x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, *rest: object
+    ) -> str | None:
+        if x.dtype not in _TYPES or weight.dtype not in _FORMATS:
+            return f"inputs in {x.dtype} with weights in {weight.dtype}"
+        return None
+
+    def conv2d(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        weight_scale: torch.Tensor,
+        input_scale: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        groups: int,
+        full_scale: float,
+        arithmetic: str,
+    ) -> torch.Tensor:
+        """The casts are ours; the product of exact FP8 values in float32 is torch's own convolution."""
+        convolve = partial(F.conv2d, stride=stride, padding=padding, dilation=dilation, groups=groups)
+        if arithmetic == "qdq":
+            return self._qdq(convolve, x, weight, weight_scale, input_scale, bias, full_scale)
+        one = torch.ones(1)
+        values, scale = x.float(), weight_scale.reshape(-1, 1, 1)
+        if input_scale is not None:
+            codes = self.cast_to_fp8(x, input_scale, weight.dtype, full_scale)
+            values, scale = self.cast_from_fp8(codes, one, torch.float32), input_scale * scale
+        product = convolve(values, self.cast_from_fp8(weight, one, torch.float32)).mul_(scale)
+        return reference.with_bias(product, None if bias is None else bias.reshape(-1, 1, 1), x.dtype, arithmetic)
+
+    def _qdq(
+        self,
+        product: Callable[..., torch.Tensor],
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        weight_scale: torch.Tensor,
+        input_scale: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        full_scale: float,
+    ) -> torch.Tensor:
+        if input_scale is not None:
+            x = self.cast_from_fp8(self.cast_to_fp8(x, input_scale, weight.dtype, full_scale), input_scale, x.dtype)
+        dequantized = self.cast_from_fp8(weight, weight_scale, x.dtype)
+        return product(x, dequantized, None if bias is None else bias.to(x.dtype))
+
+
+def _refuses_scale(x: torch.Tensor, scale: torch.Tensor) -> str | None:
+    if scale.dtype != torch.float32:
+        return f"scales in {scale.dtype}"
+    if scale.numel() != 1 and not _is_by_rows(x, scale) and not _block_of(scale, x):
+        return f"scales of shape {tuple(scale.shape)} for an input of {tuple(x.shape)}"
+    return None
+
+
+def _is_by_rows(x: torch.Tensor, scale: torch.Tensor) -> bool:
+    """Whether `scale` has x's leading dimensions, then ones: one scale for what lies in one piece."""
+    if scale.ndim != x.ndim:
+        return False
+    rows = next((dim for dim in range(x.ndim) if scale.shape[dim] != x.shape[dim]), x.ndim)
+    return all(size == 1 for size in scale.shape[rows:])
+
+
+def _block_of(scale: torch.Tensor | None, x: torch.Tensor) -> int:
+    """The side of the blocks that share a scale; 0 where scales are not by blocks."""
+    if scale is None or scale.numel() == 1 or x.ndim != 2 or _is_by_rows(x, scale):
+        return 0
+    return BLOCK if tuple(scale.shape) == tuple(-(-size // BLOCK) for size in x.shape) else 0
+
+
+def _rows_and_cols(x: torch.Tensor, scale: torch.Tensor | None) -> tuple[int, int]:
+    """`x` as the matrix whose rows, or blocks, have the scales."""
+    if _block_of(scale, x):
+        return x.shape[0], x.shape[1]
+    rows = 1 if scale is None else scale.numel()
+    return rows, x.numel() // rows if rows else 0
+
+
+def _scale(
+    maxabs: torch.Tensor,
+    per_token: bool,
+    divisor: float,
+    rounding: str,
+    fp8_config: str,
+    target: str,
+    hp_dtype: torch.dtype,
+) -> torch.Tensor:
+    fmt = number_format(fp8_config, target)
+    return scale_from_maxabs(maxabs, divisor, rounding, fmt, hp_dtype, reciprocal=fmt.is_gaudi and not per_token)
+
+
+@cache
+def _scales_of_bfloat16(
+    per_token: bool, divisor: float, rounding: str, fp8_config: str, target: str
+) -> torch.Tensor:
+    """The scale of every bfloat16 range, by its bits, float32 `[32768]`: looking it up is quicker than rounding it."""
+    ranges = torch.arange(1 << 15, dtype=torch.int16).view(torch.bfloat16)
+    return _scale(ranges, per_token, divisor, rounding, fp8_config, target, torch.bfloat16)

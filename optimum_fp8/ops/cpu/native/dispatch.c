@@ -1,0 +1,97 @@
+/* The exported functions: each hands over to the variant the caller chose. */
+#include "fp8cpu.h"
+#include "parallel.h"
+
+#define DECLARE(variant)                                        \
+    int fp8cpu_encode_##variant(const fp8cpu_cast_args *);      \
+    int fp8cpu_decode_##variant(const fp8cpu_cast_args *);      \
+    int fp8cpu_linear_##variant(const fp8cpu_linear_args *);
+#define KERNELS(variant) {fp8cpu_encode_##variant, fp8cpu_decode_##variant, fp8cpu_linear_##variant}
+
+DECLARE(portable)
+static int always(void) { return 1; }
+
+#ifdef FP8CPU_X86
+DECLARE(avx2)
+DECLARE(avx512)
+DECLARE(avx512vbmi)
+DECLARE(avx512bf16)
+
+static int has_avx2(void) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+static int has_avx512(void) {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+static int has_avx512vbmi(void) { return has_avx512() && __builtin_cpu_supports("avx512vbmi"); }
+static int has_avx512bf16(void) { return has_avx512vbmi() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+
+static const struct {
+    const char *name;
+    int (*runs)(void);
+    fp8cpu_kernels kernels;
+} variants[] = {
+#ifdef FP8CPU_X86
+    {"avx512bf16", has_avx512bf16, KERNELS(avx512bf16)},
+    {"avx512vbmi", has_avx512vbmi, KERNELS(avx512vbmi)},
+    {"avx512", has_avx512, KERNELS(avx512)},
+    {"avx2", has_avx2, KERNELS(avx2)},
+#endif
+    {"portable", always, KERNELS(portable)},
+};
+enum { VARIANTS = sizeof variants / sizeof variants[0] };
+
+int fp8cpu_abi(void) { return FP8CPU_ABI; }
+
+const char *fp8cpu_variant(int index) { return index >= 0 && index < VARIANTS ? variants[index].name : NULL; }
+
+int fp8cpu_runs(int index) { return index >= 0 && index < VARIANTS && variants[index].runs(); }
+
+/* The first that runs. But where vdpbf16ps is issued at half the rate of a float32 multiply-add (Intel's processors: both
+ * then multiply as much, and pairs only cost accuracy) units of float32 are the better choice. */
+int fp8cpu_best(void) {
+    int index = 0;
+#ifdef FP8CPU_X86
+    if (!__builtin_cpu_is("amd")) index = 1;
+#endif
+    while (!fp8cpu_runs(index)) index++;
+    return index;
+}
+
+#define HAND_OVER(operation)                                                                     \
+    if (args->variant < 0 || args->variant >= VARIANTS) return FP8CPU_NO_VARIANT;                \
+    return variants[args->variant].kernels.operation(args);
+
+int fp8cpu_encode(const fp8cpu_cast_args *args) { HAND_OVER(encode) }
+int fp8cpu_decode(const fp8cpu_cast_args *args) { HAND_OVER(decode) }
+int fp8cpu_linear(const fp8cpu_linear_args *args) { HAND_OVER(linear) }
+
+/* --- reading memory ------------------------------------------------------------------------------------------------ */
+
+enum { READ_CHUNK = 1 << 20 };
+
+typedef struct {
+    const char *bytes;
+    int64_t count, found;
+} read_job;
+
+static void read_task(void *context, int64_t task, int64_t thread) {
+    read_job *job = context;
+    const int64_t start = task * READ_CHUNK;
+    const int64_t count = job->count - start < READ_CHUNK ? job->count - start : READ_CHUNK;
+    const int64_t *words = (const int64_t *)(job->bytes + start);
+    int64_t sums[16] = {0};
+    (void)thread;
+    for (int64_t i = 0; i + 16 <= count / 8; i += 16)
+        for (int j = 0; j < 16; j++) sums[j] ^= words[i + j];
+    for (int j = 1; j < 16; j++) sums[0] ^= sums[j];
+    __atomic_fetch_xor(&job->found, sums[0], __ATOMIC_RELAXED);
+}
+
+int64_t fp8cpu_read(const void *bytes, int64_t count, int64_t threads) {
+    read_job job = {bytes, count, 0};
+    fp8cpu_parallel(read_task, &job, (count + READ_CHUNK - 1) / READ_CHUNK, threads);
+    return job.found;
+}

@@ -1,0 +1,75 @@
+/* FP8 arithmetic on CPUs: a plain C interface, called through ctypes. No Python, no torch, no OpenMP at build time.
+ *
+ * Every argument travels in a struct of 8-byte members only, so that the caller can pack it without knowing the
+ * compiler's layout. Pointers are to memory the caller keeps alive; nothing is kept after a call returns.
+ */
+#ifndef FP8CPU_H
+#define FP8CPU_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define FP8CPU_ABI 1
+
+enum { FP8CPU_FLOAT32 = 0, FP8CPU_BFLOAT16 = 1, FP8CPU_FLOAT16 = 2 };
+enum { FP8CPU_E4M3 = 0, FP8CPU_E5M2 = 1 };
+enum { FP8CPU_OK = 0, FP8CPU_NO_MEMORY = 1, FP8CPU_NO_VARIANT = 2 };
+
+/* codes <-> values, `rows` x `cols`, both sides contiguous. scale[r * scale_step] is the scale of row r. */
+typedef struct {
+    int64_t variant, threads, rows, cols;
+    int64_t x;          /* const float | bfloat16 | float16 *, or const uint8_t * when casting back */
+    int64_t y;          /* uint8_t *, or the values when casting back; 0: only maxabs is wanted */
+    int64_t value_type; /* FP8CPU_FLOAT32 ... */
+    int64_t format;     /* FP8CPU_E4M3 ... */
+    int64_t scale;      /* const float *; may be 0 for maxabs alone */
+    int64_t scale_step; /* 0: one scale for all rows, 1: one a row */
+    int64_t block;      /* 0, or the side of square blocks: scale is then [ceil(rows/block), ceil(cols/block)] */
+    int64_t maxabs;     /* float * or 0: largest |x|, NaN if any x is; one for all rows, or one a row */
+    int64_t maxabs_step;
+    double full_scale;
+} fp8cpu_cast_args;
+
+/* y[m, n] = sum_k x[m, k] w[n, k] times scales, plus bias; float32 accumulation. */
+typedef struct {
+    int64_t variant, threads, m, n, k;
+    int64_t x, x_type, x_stride; /* [m, k]; stride between rows, in elements */
+    int64_t w, w_format;         /* const uint8_t * [n, k], contiguous */
+    int64_t w_scale;             /* const float * */
+    int64_t w_scale_step;        /* per tensor 0, per row of w 1 */
+    int64_t block;               /* 0, or the side of square blocks: w_scale is then [ceil(n/block), ceil(k/block)] */
+    int64_t x_scale;             /* const float *: x is rounded to the FP8 grid; 0: it is not */
+    int64_t x_scale_step;        /* per tensor 0, per row of x 1 */
+    int64_t bias, bias_type;     /* [n], or 0 */
+    int64_t y, y_stride;         /* [m, n] in x_type */
+    int64_t round_before_bias;   /* Gaudi: product to y's dtype, then the bias is added in that dtype */
+    double full_scale;
+} fp8cpu_linear_args;
+
+typedef struct {
+    int (*encode)(const fp8cpu_cast_args *);
+    int (*decode)(const fp8cpu_cast_args *);
+    int (*linear)(const fp8cpu_linear_args *);
+} fp8cpu_kernels;
+
+#if defined(_WIN32)
+#define FP8CPU_EXPORT __declspec(dllexport)
+#else
+#define FP8CPU_EXPORT __attribute__((visibility("default")))
+#endif
+
+FP8CPU_EXPORT int fp8cpu_abi(void);
+/* Names of the variants built in, best first, NULL behind the last; whether this processor can run one. */
+FP8CPU_EXPORT const char *fp8cpu_variant(int index);
+FP8CPU_EXPORT int fp8cpu_runs(int index);
+/* The variant to use where none is asked for. */
+FP8CPU_EXPORT int fp8cpu_best(void);
+/* The OpenMP runtime to run on: the address of its GOMP_parallel; NULL runs everything on the calling thread. */
+FP8CPU_EXPORT void fp8cpu_set_openmp(void *gomp_parallel);
+FP8CPU_EXPORT int fp8cpu_encode(const fp8cpu_cast_args *);
+FP8CPU_EXPORT int fp8cpu_decode(const fp8cpu_cast_args *);
+FP8CPU_EXPORT int fp8cpu_linear(const fp8cpu_linear_args *);
+/* Reads every byte once, as fast as it can (to measure memory bandwidth); returns their xor in 8-byte words. */
+FP8CPU_EXPORT int64_t fp8cpu_read(const void *bytes, int64_t count, int64_t threads);
+
+#endif

@@ -1,0 +1,51 @@
+/* FP8 to bfloat16 by looking codes up in registers, where the processor permutes bytes (AVX-512 VBMI): exact for every
+ * code, NaN and subnormals included, with no code treated apart. */
+#ifndef FP8CPU_LOOKUP_H
+#define FP8CPU_LOOKUP_H
+
+#include "vector.h"
+
+#if defined(__AVX512VBMI__)
+
+/* bfloat16 bits of a magnitude m, 0 ... 127. */
+#define E4M3_SUBNORMAL(m) \
+    ((m) == 0 ? 0 : (m) == 1 ? 0x3B00 : (m) == 2 ? 0x3B80 : (m) == 3 ? 0x3BC0 : 0x3C00 + (((m) - 4) << 5))
+#define E4M3_BITS(m) ((m) < 8 ? E4M3_SUBNORMAL(m) : (m) == 0x7F ? 0x7FC0 : ((m) << 4) + 0x3C00)
+#define E5M2_SUBNORMAL(m) ((m) == 0 ? 0 : (m) == 1 ? 0x3780 : 0x3800 + (((m) - 2) << 6))
+#define E5M2_BITS(m) ((m) < 4 ? E5M2_SUBNORMAL(m) : (m) < 0x7C ? ((m) << 5) + 0x3800 : 0x7F80 | ((m) & 3) << 5)
+
+#define HIGH(bits) ((uint8_t)((bits) >> 8))
+#define LOW(bits) ((uint8_t)(bits))
+#define EACH_4(byte, of, m) byte(of(m)), byte(of((m) + 1)), byte(of((m) + 2)), byte(of((m) + 3))
+#define EACH_16(byte, of, m) \
+    EACH_4(byte, of, m), EACH_4(byte, of, (m) + 4), EACH_4(byte, of, (m) + 8), EACH_4(byte, of, (m) + 12)
+#define EACH_64(byte, of, m) \
+    EACH_16(byte, of, m), EACH_16(byte, of, (m) + 16), EACH_16(byte, of, (m) + 32), EACH_16(byte, of, (m) + 48)
+
+static const vbytes HIGH_BYTES[2][2] = {{{EACH_64(HIGH, E4M3_BITS, 0)}, {EACH_64(HIGH, E4M3_BITS, 64)}},
+                                        {{EACH_64(HIGH, E5M2_BITS, 0)}, {EACH_64(HIGH, E5M2_BITS, 64)}}};
+static const vbytes LOW_BYTES[2][2] = {{{EACH_64(LOW, E4M3_BITS, 0)}, {EACH_64(LOW, E4M3_BITS, 64)}},
+                                       {{EACH_64(LOW, E5M2_BITS, 0)}, {EACH_64(LOW, E5M2_BITS, 64)}}};
+
+INLINE __m512i look_up(vi codes, const vbytes *table) { /* the sign bit of a code plays no part in its index */
+    return _mm512_permutex2var_epi8((__m512i)table[0], (__m512i)codes, (__m512i)table[1]);
+}
+
+INLINE __m512i signed_high_bytes(vi codes, int e5m2) {
+    const __m512i high = look_up(codes, HIGH_BYTES[e5m2]), signs = _mm512_set1_epi8((char)0x80);
+    return _mm512_ternarylogic_epi32(high, (__m512i)codes, signs, 0xF8); /* high | (codes & signs) */
+}
+
+/* In 16-bit lanes: the value of the lane's low byte, or of its high byte. */
+INLINE vi bfloat16_of_even_bytes(vi codes, int e5m2) {
+    const __m512i high = _mm512_slli_epi16(signed_high_bytes(codes, e5m2), 8), low = look_up(codes, LOW_BYTES[e5m2]);
+    return (vi)_mm512_ternarylogic_epi32(high, low, _mm512_set1_epi16(0x00FF), 0xF8);
+}
+
+INLINE vi bfloat16_of_odd_bytes(vi codes, int e5m2) {
+    const __m512i high = signed_high_bytes(codes, e5m2), low = _mm512_srli_epi16(look_up(codes, LOW_BYTES[e5m2]), 8);
+    return (vi)_mm512_ternarylogic_epi32(low, high, _mm512_set1_epi16((short)0xFF00), 0xF8);
+}
+
+#endif
+#endif

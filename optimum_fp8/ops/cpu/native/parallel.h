@@ -1,0 +1,12 @@
+/* Tasks 0 ... count - 1 shared among threads; each thread takes the next one that is free. */
+#ifndef FP8CPU_PARALLEL_H
+#define FP8CPU_PARALLEL_H
+
+#include <stdint.h>
+
+/* `thread` numbers the threads of this call, 0 ... threads - 1: use it to find scratch memory. */
+typedef void (*fp8cpu_task)(void *context, int64_t task, int64_t thread);
+
+void fp8cpu_parallel(fp8cpu_task run, void *context, int64_t count, int64_t threads);
+
+#endif

@@ -1,0 +1,83 @@
+"""Builds the native CPU kernels: one plain shared library, which any Python and any torch can load.
+
+Where there is no C compiler that understands them (GCC 9 or newer, clang), the package is installed without them, and
+runs its reference operators.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+NATIVE = Path("optimum_fp8/ops/cpu/native")
+FOR_ALL_VARIANTS = ["dispatch.c", "parallel.c"]
+FOR_EACH_VARIANT = ["cast.c", "linear.c"]
+FLAGS = ["-O3", "-std=gnu11", "-fPIC", "-fvisibility=hidden", "-fwrapv", "-Wall", "-Wextra", "-Wno-psabi"]
+
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+X86_VARIANTS = {
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512vbmi": [*AVX512, "-mavx512vbmi"],
+    "avx512bf16": [*AVX512, "-mavx512vbmi", "-mavx512bf16"],
+}
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+
+class BuildKernels(build_ext):
+    """Compiles the kernels once for each kind of processor, and links all into one library."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + ".so"  # no Python's tag: it belongs to none
+
+    def build_extension(self, ext: Extension) -> None:
+        if self.compiler.compiler_type == "msvc":
+            raise CompileError("the CPU kernels need GCC or clang")
+        variants = {"portable": [], **(X86_VARIANTS if IS_X86 else {})}
+        macros = [("FP8CPU_X86", "1")] if IS_X86 else []
+        jobs = [(source, "all", macros, []) for source in FOR_ALL_VARIANTS]
+        for variant, flags in variants.items():
+            named = [*macros, ("FP8CPU_VARIANT", variant)]
+            jobs += [(source, variant, named, flags) for source in FOR_EACH_VARIANT]
+
+        def compile_one(job: tuple[str, str, list[tuple[str, str]], list[str]]) -> list[str]:
+            source, folder, defined, flags = job
+            output = os.path.join(self.build_temp, folder)
+            return self.compiler.compile(
+                [str(NATIVE / source)], output_dir=output, macros=defined, extra_postargs=[*FLAGS, *flags]
+            )
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [path for paths in pool.map(compile_one, jobs) for path in paths]
+        target = self.get_ext_fullpath(ext.name)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        self.compiler.link_shared_object(objects, target, libraries=[] if sys.platform == "win32" else ["m"])
+
+
+class PlatformWheel(bdist_wheel):
+    """A wheel for one platform and every Python: the library knows neither Python nor torch."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "optimum_fp8.ops.cpu.libfp8cpu",
+            sources=[str(NATIVE / source) for source in FOR_ALL_VARIANTS + FOR_EACH_VARIANT],
+            depends=[str(path) for path in sorted(NATIVE.glob("*.[ch]"))],
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
+)
