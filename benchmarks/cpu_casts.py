@@ -41,8 +41,16 @@ def to_fp8(values: Copies, scale: torch.Tensor) -> torch.Tensor:
     return ops.cast_to_fp8(values.take(), scale, FP8, FULL_SCALE)
 
 
+def to_fp8_with_maxabs(values: Copies, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return ops.cast_to_fp8_with_maxabs(values.take(), scale, FP8, FULL_SCALE)
+
+
 def from_fp8(codes: Copies, scale: torch.Tensor) -> torch.Tensor:
     return ops.cast_from_fp8(codes.take(), scale, torch.bfloat16)
+
+
+def maxabs(values: Copies, per_token: bool) -> torch.Tensor:
+    return ops.maxabs(values.take(), per_token=per_token)
 
 
 def dynamic(values: Copies, per_token: bool) -> torch.Tensor:
@@ -79,9 +87,12 @@ def cases(values: Copies, codes: Copies, rows: int) -> list[Case]:
     for name in ("tensor", "channel"):
         what, theirs = f"cast FP8 to bf16, scale per {name}", partial(torch_cast, codes, torch.bfloat16)
         found.append(Case(what, partial(from_fp8, codes, scales[name]), theirs, 3))
+    what = "cast bf16 to FP8 with maxabs"
+    found.append(Case(what, partial(to_fp8_with_maxabs, values, scales["tensor"]), partial(torch_cast, values, FP8), 3))
     for per_token, name in ((False, "tensor"), (True, "token")):
-        what, theirs = f"dynamic scale per {name}", partial(torch_range, values, per_token)
-        found.append(Case(what, partial(dynamic, values, per_token), theirs, 2, writes=False))
+        theirs = partial(torch_range, values, per_token)
+        found.append(Case(f"maxabs per {name}", partial(maxabs, values, per_token), theirs, 2, writes=False))
+        found.append(Case(f"dynamic scale per {name}", partial(dynamic, values, per_token), theirs, 2, writes=False))
     return found
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks import machine
+from optimum_fp8 import ops
 
 CPUINFO = """processor\t: 0
 cpu family\t: 6
@@ -59,10 +60,15 @@ def test_cold_copies(monkeypatch, nbytes, limit, copies):
     assert machine.cold_copies(nbytes * machine.MIB, limit * machine.MIB) == copies
 
 
-def test_reader_reads_tensors_of_bytes():
-    read, name = machine.reader()
+@pytest.mark.parametrize("backends, name", [(["cpu_avx2"], "native loop"), ([], "torch's sum")])
+def test_reader_is_native_where_that_was_built(monkeypatch, backends, name):
+    read_natively: list[torch.Tensor] = []
+    monkeypatch.setattr(ops.cpu, "backends", lambda: backends)
+    monkeypatch.setattr(ops.cpu, "read_memory", read_natively.append)
+    read, said = machine.reader()
     read(torch.ones(64, 8).to(torch.float8_e4m3fn))
-    assert name
+    assert name in said
+    assert len(read_natively) == len(backends)
 
 
 def test_gemm_peak_counts_two_operations_an_element(monkeypatch):

@@ -62,7 +62,7 @@ def test_linear_compares_only_equal_results(few_copies):
 
 def test_casts_make_a_row_for_each_operation(few_copies):
     rows, notes = cpu_casts.run(budget=0, shape=(16, 32))
-    assert len({row.what for row in rows}) == len(rows) == 7
+    assert len({row.what for row in rows}) == len(rows) == 10
     assert all(row.limit and row.wanted_limit == 0.6 for row in rows)
     assert "copying" in notes[0] and "reading" in notes[0]
 
