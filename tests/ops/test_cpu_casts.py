@@ -1,0 +1,216 @@
+"""The native casts, maxima and dynamic scales: the reference's bits, on every variant that this processor runs."""
+
+import itertools
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from optimum_fp8 import ops
+from optimum_fp8.formats import FP8_DTYPES, TARGETS, number_format
+from optimum_fp8.rounding import ROUNDINGS
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+FORMATS = [(E4M3, 448.0), (E4M3, 240.0), (E5M2, 57344.0)]
+HIGH = [torch.bfloat16, torch.float16, torch.float32]
+SCALES = [1.0, 0.09130859375, 2.0**-8, 3e-5, 1e30, 2.0**-126, 2.0**126]
+SHAPES = [  # of x, and of the scales that suit it
+    ((131, 300), (1,)),
+    ((131, 300), (131, 1)),
+    ((131, 300), (2, 3)),
+    ((128, 257), (1, 3)),
+    ((3, 7, 45), (3, 7, 1)),
+    ((5, 3, 3, 3), (5, 1, 1, 1)),
+    ((3, 20000), (3, 1)),
+    ((50001,), (1,)),
+]
+each_backend = pytest.mark.parametrize("backend", ops.cpu.backends())
+
+
+def bits_of(tensor):
+    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])
+
+
+def same(found, expected):
+    """Equal bits; of NaN, any will do where the result is not FP8."""
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    both_nan = found.isnan() & expected.isnan() & (found.element_size() > 1)
+    return bool((both_nan | (bits_of(found) == bits_of(expected))).all())
+
+
+def assert_like_reference(backend, call):
+    with ops.backend("reference"):
+        expected = call()
+    with ops.backend(backend):
+        found = call()
+    assert same(found, expected)
+
+
+def every(dtype):
+    return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+
+
+def float32_patterns():
+    """Every FP8 value of both formats and all midpoints, with neighbours; powers of two; any bits at all."""
+    values = torch.arange(127, dtype=torch.uint8)
+    edges = torch.cat([values.view(E4M3).float(), values[:124].view(E5M2).float()])
+    edges = torch.cat([edges, *((part[1:] + part[:-1]) / 2 for part in (edges[:127], edges[127:]))])
+    edges = torch.cat([edges, 2.0 ** torch.arange(-149, 128).float(), torch.tensor([0.0, torch.inf, torch.nan])])
+    around = (edges.view(torch.int32)[:, None] + torch.arange(-3, 4, dtype=torch.int32)).flatten().view(torch.float32)
+    subnormal = torch.randint(0, 1 << 23, (3000,), dtype=torch.int32).view(torch.float32)
+    anything = torch.randint(-(2**31), 2**31, (200_000,)).to(torch.int32).view(torch.float32)
+    return torch.cat([edges, -edges, around, -around, subnormal, -subnormal, anything])
+
+
+def scales_of(shape):
+    return 2.0 ** (torch.rand(shape) * 16 - 8)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", HIGH)
+@pytest.mark.parametrize("fp8, full_scale", FORMATS)
+def test_codes_of_every_input(backend, dtype, fp8, full_scale):
+    x = float32_patterns() if dtype == torch.float32 else every(dtype)
+    for scale in map(torch.tensor, SCALES):
+        assert_like_reference(backend, lambda scale=scale: ops.cast_to_fp8(x, scale.reshape(1), fp8, full_scale))
+
+
+@each_backend
+@pytest.mark.parametrize("fp8, numpy_fp8", [(E4M3, ml_dtypes.float8_e4m3fn), (E5M2, ml_dtypes.float8_e5m2)])
+def test_codes_of_ml_dtypes(backend, fp8, numpy_fp8):
+    full_scale = torch.finfo(fp8).max
+    for x in (float32_patterns(), every(torch.float16).float(), every(torch.bfloat16).float()):
+        x = x[x.abs() <= full_scale]
+        with ops.backend(backend):
+            codes = ops.cast_to_fp8(x, torch.ones(1), fp8, full_scale)
+        assert np.array_equal(codes.view(torch.uint8).numpy(), x.numpy().astype(numpy_fp8).view(np.uint8))
+
+
+@each_backend
+@pytest.mark.parametrize("x_shape, scale_shape", SHAPES)
+def test_scales_of_all_shapes(backend, x_shape, scale_shape):
+    scale = scales_of(scale_shape)
+    for dtype, (fp8, full_scale) in zip(HIGH, FORMATS, strict=True):
+        x = (torch.randn(x_shape) * 50).to(dtype)
+        codes = torch.randint(0, 256, x_shape, dtype=torch.uint8).view(fp8)
+        calls = [
+            lambda x=x, fp8=fp8, full_scale=full_scale: ops.cast_to_fp8(x, scale, fp8, full_scale),
+            lambda x=x, fp8=fp8, full_scale=full_scale: ops.cast_to_fp8_with_maxabs(x, scale, fp8, full_scale)[0],
+            lambda x=x, fp8=fp8, full_scale=full_scale: ops.cast_to_fp8_with_maxabs(x, scale, fp8, full_scale)[1],
+            lambda codes=codes, dtype=dtype: ops.cast_from_fp8(codes, scale, dtype),
+        ]
+        for call in calls:
+            assert_like_reference(backend, call)
+
+
+@each_backend
+def test_memory_layouts(backend):
+    """Slices and transposes, scales expanded from one, ends that fill no vector, starts that are not aligned."""
+    wide = (torch.randn(40, 91) * 30).bfloat16()
+    scale = torch.tensor([[0.5]]).expand(40, 1)
+    codes = torch.randint(0, 256, (91, 40), dtype=torch.uint8).view(E4M3)
+    calls = [
+        lambda: ops.cast_to_fp8(wide[:, 3:80], scale, E4M3, 448.0),
+        lambda: ops.cast_to_fp8(wide.t(), scales_of((91, 2))[:, :1] * 0 + 0.3, E5M2, 57344.0),
+        lambda: ops.cast_from_fp8(codes.t(), scale, torch.float16),
+        lambda: ops.maxabs(wide.t(), per_token=True),
+        lambda: ops.maxabs(wide[:, 5:6]),
+    ]
+    calls += [
+        lambda start=start, size=size: ops.cast_to_fp8_with_maxabs(
+            wide.flatten()[start : start + size], torch.ones(1), E4M3, 448.0
+        )[0]
+        for start in range(3)
+        for size in range(70)
+    ]
+    for call in calls:
+        assert_like_reference(backend, call)
+
+
+@each_backend
+def test_values_of_every_code(backend):
+    for fp8, dtype, scale in itertools.product((E4M3, E5M2), HIGH, SCALES):
+        codes = torch.arange(256, dtype=torch.uint8).view(fp8)
+        assert_like_reference(backend, lambda c=codes, s=scale, d=dtype: ops.cast_from_fp8(c, torch.tensor([s]), d))
+        for size in range(1, 67):
+            piece = codes[size : 2 * size + 1]
+            assert_like_reference(backend, lambda c=piece, d=dtype: ops.cast_from_fp8(c, torch.ones(1), d))
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", HIGH)
+def test_largest_magnitudes(backend, dtype):
+    for shape in [(7,), (5, 1), (3, 4, 33), (2, 40000), (20000, 2), (1, 16385), (0,), (0, 5), (5, 0)]:
+        x = torch.randn(shape).to(dtype)
+        cases = [x]
+        if x.numel() > 2:
+            for special in (torch.nan, -torch.nan, torch.inf, -torch.inf, torch.finfo(dtype).smallest_normal / 4):
+                cases.append(x.clone())
+                cases[-1].view(-1)[x.numel() // 2] = special
+            cases += [torch.zeros_like(x), -torch.zeros_like(x)]
+        for case, per_token in itertools.product(cases, (False, True)):
+            assert_like_reference(backend, lambda x=case, by_row=per_token: ops.maxabs(x, per_token=by_row))
+        for case in cases:
+            assert_like_reference(
+                backend, lambda x=case: ops.cast_to_fp8_with_maxabs(x, torch.ones(1), E4M3, 448.0)[1].reshape(1)
+            )
+
+
+def assert_like_reference_scales(backend, x, per_token, hp_dtype, targets=TARGETS):
+    for rounding, target, fp8_config in itertools.product(ROUNDINGS, targets, FP8_DTYPES):
+        divisor = number_format(fp8_config, target).full_scale * (0.5 if rounding == "pow2" else 1.0)
+        assert_like_reference(
+            backend,
+            lambda r=rounding, t=target, f=fp8_config, d=divisor: ops.dynamic_scale(
+                x, per_token=per_token, divisor=d, rounding=r, fp8_config=f, target=t, hp_dtype=hp_dtype
+            ),
+        )
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", HIGH)
+def test_dynamic_scale_of_every_range(backend, dtype):
+    """All 32768 non-negative patterns of 16 bits, Inf and NaN among them, each the range of a row."""
+    ranges = every(torch.float16 if dtype == torch.float16 else torch.bfloat16)[1 << 15 :].to(dtype).reshape(-1, 1)
+    for hp_dtype in {torch.bfloat16, dtype}:
+        assert_like_reference_scales(backend, ranges, True, hp_dtype, ("gaudi2", "cpu"))
+
+
+@each_backend
+def test_dynamic_scale_of_a_tensor(backend):
+    cases = [torch.zeros(3, 40), torch.full((3, 40), torch.nan), torch.full((3, 40), torch.inf), torch.empty(0, 4)]
+    cases += [torch.randn(3, 40) * size for size in (1e-30, 1e-4, 1.0, 300.0, 1e30)]
+    cases.append(torch.randn(40, 64))
+    cases[-1][3, 4] = torch.nan
+    for x, dtype in itertools.product(cases, HIGH):
+        if x.numel():
+            assert_like_reference_scales(backend, x.to(dtype), False, dtype)
+            assert_like_reference_scales(backend, x.to(dtype), True, torch.bfloat16)
+
+
+@each_backend
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_plays_no_part(backend, default):
+    x, before = torch.randn(3, 40).bfloat16(), torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        for per_token in (False, True):
+            assert_like_reference(backend, lambda by_row=per_token: ops.maxabs(x, per_token=by_row))
+            assert_like_reference_scales(backend, x, per_token, torch.bfloat16)
+        one = torch.ones(1, dtype=torch.float32)
+        assert_like_reference(backend, lambda: ops.cast_to_fp8_with_maxabs(x, one, E4M3, 448.0)[1])
+    finally:
+        torch.set_default_dtype(before)
+
+
+@each_backend
+def test_the_default_device_plays_no_part(backend):
+    x = torch.randn(3, 40).bfloat16()
+    options = {"per_token": True, "rounding": "pow2", "fp8_config": "E4M3", "target": "cpu", "hp_dtype": torch.bfloat16}
+    with ops.backend(backend):
+        with torch.device("meta"):
+            found = ops.dynamic_scale(x, divisor=448.0 * 0.75, **options)
+        assert found.device.type == "cpu"
+        assert torch.equal(found, ops.dynamic_scale(x, divisor=448.0 * 0.75, **options))
