@@ -6,7 +6,7 @@ OLDEST ?= transformers==5.21.0
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-slow test-oldest quality clean
+.PHONY: demo test test-slow test-oldest quality benchmark clean
 
 demo: .venv/.ready
 	.venv/bin/python examples/demo.py
@@ -25,13 +25,21 @@ quality: .venv/.ready
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
+# Every figure of benchmarks/README.md beside its rivals; llama.cpp is built first, which takes minutes.
+benchmark: .venv-benchmark/.ready
+	.venv-benchmark/bin/python -m benchmarks
+
 clean:
-	rm -rf .venv .venv-oldest build dist *.egg-info hqt_output .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv* build dist *.egg-info optimum_fp8/ops/cpu/*.so hqt_output .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+NATIVE = setup.py $(wildcard optimum_fp8/ops/cpu/native/*)
+
 .venv/.ready: WHAT = -e ".[test,quality]"
+.venv-benchmark/.ready: WHAT = -e ".[benchmark]"
+.venv-benchmark/.ready: export CMAKE_ARGS = -DGGML_NATIVE=ON
 .venv-oldest/.ready: WHAT = -e ".[test]" $(OLDEST)
-.venv/.ready .venv-oldest/.ready: pyproject.toml
+.venv/.ready .venv-oldest/.ready .venv-benchmark/.ready: pyproject.toml $(NATIVE)
 	$(PY) -m venv $(@D)
 	$(@D)/bin/pip install -q $(TORCH)
 	$(@D)/bin/pip install -q $(WHAT)

@@ -31,4 +31,6 @@ def test_wheel_keeps_the_namespace_open(tmp_path):
         names = set(wheel.namelist())
     files = {str(path.relative_to(ROOT)) for path in ROOT.glob("optimum_fp8/**/*.py")}
     assert files <= names
+    assert "optimum_fp8/ops/cpu/libfp8cpu.so" in names, "this machine has a compiler: the kernels must be in"
+    assert wheel.filename is not None and "-py3-none-" in wheel.filename  # one wheel for every Python and every torch
     assert {name for name in names if name.startswith("optimum/")} == {"optimum/commands/register/register_fp8.py"}

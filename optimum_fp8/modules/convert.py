@@ -14,7 +14,7 @@ from ..formats import NumberFormat
 from ..scales import weight_scale
 from .base import FP8Module
 from .conv import FP8Conv2d
-from .linear import FP8Linear
+from .linear import FP8Linear, share_inputs
 from .recipe import Recipe
 
 _FP8_CLASSES: dict[type[nn.Module], Callable[[nn.Module, Recipe], FP8Module]] = {
@@ -83,3 +83,5 @@ def swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
 
             add_hook_to_module(new, child._hf_hook)
         parent._modules[name] = new
+    for parent in {parent for parent, _, _ in places}:
+        share_inputs(parent)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import ops
 from .base import FP8Module
 from .recipe import Recipe
+from .shared_input import SharedInput
 
 
 class FP8Linear(FP8Module):
@@ -23,11 +25,21 @@ class FP8Linear(FP8Module):
         out_features, in_features = origin.weight.shape[::-1] if transposed else origin.weight.shape
         super().__init__(torch.Size((out_features, in_features)), origin, recipe)
         self.in_features, self.out_features, self.transposed = in_features, out_features, transposed
+        self.shared_input: SharedInput | None = None
 
     def canonical(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.t() if self.transposed else weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.shared_input is None or not _can_share(x):
+            return self._alone(x)
+        y = self.shared_input.take(self, x)
+        if y is not None:
+            return y
+        group = [module for module in self.shared_input.group(self, x) if module is self or module.goes_with(self)]
+        return self._alone(x) if len(group) == 1 else self._together(x, group, self.shared_input)
+
+    def _alone(self, x: torch.Tensor) -> torch.Tensor:
         return ops.linear(
             x,
             self.weight,
@@ -39,5 +51,43 @@ class FP8Linear(FP8Module):
             owner=self.owner,
         )
 
+    def _together(self, x: torch.Tensor, group: list[FP8Linear], shared: SharedInput) -> torch.Tensor:
+        """Compute the outputs of all modules of `group`, return the first's, and keep the others for their calls."""
+        scale = self.activation_scale(x)
+        dynamic = self.recipe.dynamic is not None  # then the scale is the input's, and the same for all
+        outputs = ops.linears(
+            x,
+            [module.weight for module in group],
+            [module.weight_scale for module in group],
+            [scale if module is self or dynamic else module.activation_scale(x) for module in group],
+            [module.bias for module in group],
+            full_scale=self.recipe.fmt.full_scale,
+            arithmetic=self.recipe.arithmetic,
+            owners=[module.owner for module in group],
+        )
+        for module, y in zip(group[1:], outputs[1:], strict=True):
+            shared.keep(module, x, y)
+        return outputs[0]
+
+    def goes_with(self, leader: FP8Linear) -> bool:
+        """Whether this module can be computed in one go with `leader`."""
+        same = self.recipe is leader.recipe or self.recipe == leader.recipe
+        return same and self.weight.device == leader.weight.device
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {super().extra_repr()}"
+
+
+def _can_share(x: torch.Tensor) -> bool:
+    """Whether a tensor can be told to be the same, and unchanged, at a later call (inference tensors cannot)."""
+    if torch.compiler.is_compiling() or type(x) is not torch.Tensor or x.is_inference():
+        return False
+    return not (torch.is_grad_enabled() and x.requires_grad)
+
+
+def share_inputs(parent: nn.Module) -> None:
+    """Let the FP8Linear modules right inside `parent` watch for inputs that they have in common."""
+    linears = [child for child in parent.children() if isinstance(child, FP8Linear)]
+    shared = SharedInput() if len(linears) > 1 else None
+    for linear in linears:
+        linear.shared_input = shared

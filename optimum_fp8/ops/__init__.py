@@ -1,7 +1,7 @@
 """FP8 arithmetic as a small set of operators in the namespace `torch.ops.optimum_fp8`."""
 
 from . import cpu
-from .declare import cast_from_fp8, cast_to_fp8, cast_to_fp8_with_maxabs, conv2d, dynamic_scale, linear, maxabs
+from .declare import cast_from_fp8, cast_to_fp8, cast_to_fp8_with_maxabs, conv2d, dynamic_scale, linear, linears, maxabs
 from .dispatch import CallRecord, Kernel, backend, backends, calls, missing, new_owner, register_kernel
 from .reference import ARITHMETICS
 
@@ -21,6 +21,7 @@ __all__ = [
     "cpu",
     "dynamic_scale",
     "linear",
+    "linears",
     "maxabs",
     "missing",
     "new_owner",

@@ -6,7 +6,7 @@ saturate at. `owner` is the number of the module on whose account a call is coun
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ _SCHEMAS = {
     "ScalarType hp_dtype) -> Tensor",
     "linear": "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? input_scale, Tensor? bias, float full_scale, "
     "str arithmetic, int owner) -> Tensor",
+    "linears": "(Tensor x, Tensor[] weights, Tensor[] weight_scales, Tensor?[] input_scales, Tensor?[] biases, "
+    "float full_scale, str arithmetic, int[] owners) -> Tensor[]",
     "conv2d": "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? input_scale, Tensor? bias, int[2] stride, "
     "int[2] padding, int[2] dilation, int groups, float full_scale, str arithmetic, int owner) -> Tensor",
 }
@@ -114,6 +116,22 @@ def linear(
     return _call("linear", owner, x, weight, weight_scale, input_scale, bias, full_scale, arithmetic)
 
 
+def linears(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    weight_scales: Sequence[torch.Tensor],
+    input_scales: Sequence[torch.Tensor | None],
+    biases: Sequence[torch.Tensor | None],
+    *,
+    full_scale: float,
+    arithmetic: str = "fused",
+    owners: Sequence[int],
+) -> list[torch.Tensor]:
+    """`linear` of one `x` with several weights, which a kernel can do in one go: arguments as there, one for each."""
+    rest = (weights, weight_scales, input_scales, biases, full_scale, arithmetic)
+    return _call("linears", tuple(owners), x, *rest)
+
+
 def conv2d(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -145,7 +163,7 @@ def conv2d(
     return _call("conv2d", owner, x, weight, weight_scale, input_scale, bias, *geometry, full_scale, arithmetic)
 
 
-def _call(op: str, owner: int, x: torch.Tensor, *rest: Any) -> Any:
+def _call(op: str, owner: int | tuple[int, ...], x: torch.Tensor, *rest: Any) -> Any:
     """Through torch's dispatcher, where something on the way wants to see the call; else at once."""
     if dispatch.is_plain(x, *rest):
         return dispatch.run(op, owner, x, *rest)
@@ -173,6 +191,10 @@ def _fake_linear(x, weight, weight_scale, input_scale, bias, full_scale, arithme
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+def _fake_linears(x, weights, *rest):  # type: ignore[no-untyped-def]
+    return [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
+
+
 def _fake_conv2d(x, weight, weight_scale, input_scale, bias, stride, padding, dilation, groups, *rest):  # type: ignore[no-untyped-def]
     return F.conv2d(x, weight.to(x.dtype), None, stride, padding, dilation, groups)
 
@@ -184,9 +206,10 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "maxabs": _fake_maxabs,
     "dynamic_scale": _fake_dynamic_scale,
     "linear": _fake_linear,
+    "linears": _fake_linears,
     "conv2d": _fake_conv2d,
 }
-_COUNTED = ("linear", "conv2d")
+_COUNTED = ("linear", "linears", "conv2d")
 
 
 def _no_backward(op: str):  # type: ignore[no-untyped-def]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -125,21 +125,25 @@ def is_plain(*arguments: Any) -> bool:
         if kind is torch.Tensor or kind is torch.nn.Parameter:
             if gradients and argument.requires_grad:
                 return False
+        elif kind is list or kind is tuple:
+            if not is_plain(*argument):
+                return False
         elif kind not in _NO_TENSORS and isinstance(argument, torch.Tensor):
             return False
     return True
 
 
-def run(op: str, owner: int, *args: Any) -> Any:
-    """Run `op` on the best kernel for its first argument's device, or on the forced backend."""
+def run(op: str, owner: int | Sequence[int], *args: Any) -> Any:
+    """Run `op` on the best kernel for its first argument's device, or on the forced backend; count it for `owner`, or
+    for each of several."""
     device, forced = args[0].device.type, _forced.get()
-    record = _record(owner)
+    records = _records_of(owner)
     for kernel in _kernels[op]:
         if kernel.backend != forced if forced else not kernel.serves(device):
             continue
         reason = kernel.refuses(*args)
         if reason is None:
-            if record is not None:
+            for record in records:
                 record.kernels[op, kernel.backend] += 1
             if kernel.backend == REFERENCE and not forced:
                 _warn_of_missing(device)
@@ -149,18 +153,21 @@ def run(op: str, owner: int, *args: Any) -> Any:
             return kernel.run(*args)
         if forced:
             raise FP8NotAvailableError(f"backend {forced!r} cannot run {op!r} here: {reason}; leave the backend free")
-        if record is not None:
+        for record in records:
             record.fallbacks[op, kernel.backend, reason] += 1
     raise FP8NotAvailableError(f"backend {forced!r} has no kernel for {op!r}; leave the backend free")
 
 
-def _record(owner: int) -> CallRecord | None:
-    if not owner:
-        return None
-    record = _records.get(owner)
-    if record is None:
-        record = _records[owner] = CallRecord()
-    return record
+def _records_of(owner: int | Sequence[int]) -> list[CallRecord]:
+    owners = [owner] if isinstance(owner, int) else owner
+    found = []
+    for each in owners:
+        if each:
+            record = _records.get(each)
+            if record is None:
+                record = _records[each] = CallRecord()
+            found.append(record)
+    return found
 
 
 def _warn_of_missing(device: str) -> None:

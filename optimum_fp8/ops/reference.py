@@ -11,7 +11,7 @@ the other roundings fall is the `arithmetic`:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +81,19 @@ def linear(
     arithmetic: str,
 ) -> torch.Tensor:
     return _apply(F.linear, x, weight, weight_scale, input_scale, bias, full_scale, arithmetic, channel_dim=-1)
+
+
+def linears(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    weight_scales: Sequence[torch.Tensor],
+    input_scales: Sequence[torch.Tensor | None],
+    biases: Sequence[torch.Tensor | None],
+    full_scale: float,
+    arithmetic: str,
+) -> list[torch.Tensor]:
+    each = zip(weights, weight_scales, input_scales, biases, strict=True)
+    return [linear(x, *one, full_scale, arithmetic) for one in each]
 
 
 def conv2d(

@@ -72,6 +72,9 @@ class QuantizationReport:
         widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
+        missing = ops.missing("cpu")
+        if missing and "reference" in self.kernels:
+            lines.append(f"the reference runs, which is slow: {missing}")
         silent = [module.name for module in self.quantized if not module.kernels]
         if silent and self.kernels:
             lines.append(f"{len(silent)} FP8 modules made no call although others did: {', '.join(silent[:8])}")

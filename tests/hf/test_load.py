@@ -11,7 +11,7 @@ from hf.conftest import llama
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, pipeline
 
-from optimum_fp8 import FP8Config, calibrate, convert, finalize_calibration, quantization_report
+from optimum_fp8 import FP8Config, calibrate, convert, finalize_calibration, ops, quantization_report
 from optimum_fp8.errors import (
     FP8CheckpointError,
     FP8ConfigError,

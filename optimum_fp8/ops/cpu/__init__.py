@@ -19,6 +19,7 @@ OPERATORS = (
     "maxabs",
     "dynamic_scale",
     "linear",
+    "linears",
     "conv2d",
 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from struct import Struct
 
@@ -171,15 +171,65 @@ class CpuKernels:
     ) -> torch.Tensor:
         if arithmetic == "qdq":
             return self._qdq(F.linear, x, weight, weight_scale, input_scale, bias, full_scale)
-        out, k = weight.shape
-        # The contiguous copies must live until the call returns.
+        # The copies that `contiguous` may make must live until the call returns.
         x, weight_scale = x.contiguous(), weight_scale.contiguous()
         bias = None if bias is None else bias.contiguous()
         input_scale = None if input_scale is None else input_scale.contiguous()
-        y = x.new_empty((*x.shape[:-1], out))
+        y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+        arguments = self._pack(x, weight, weight_scale, input_scale, bias, full_scale, arithmetic, y)
+        check(self.library.linear(arguments, 1), "linear")
+        return y
+
+    def refuses_linears(
+        self,
+        x: torch.Tensor,
+        weights: Sequence[torch.Tensor],
+        weight_scales: Sequence[torch.Tensor],
+        input_scales: Sequence[torch.Tensor | None],
+        biases: Sequence[torch.Tensor | None],
+        full_scale: float,
+        arithmetic: str,
+    ) -> str | None:
+        if arithmetic == "qdq":
+            return "arithmetic 'qdq'"
+        each = zip(weights, weight_scales, input_scales, biases, strict=True)
+        return next(filter(None, (self.refuses_linear(x, *one, full_scale, arithmetic) for one in each)), None)
+
+    def linears(
+        self,
+        x: torch.Tensor,
+        weights: Sequence[torch.Tensor],
+        weight_scales: Sequence[torch.Tensor],
+        input_scales: Sequence[torch.Tensor | None],
+        biases: Sequence[torch.Tensor | None],
+        full_scale: float,
+        arithmetic: str,
+    ) -> list[torch.Tensor]:
+        x = x.contiguous()
+        scales = [scale.contiguous() for scale in weight_scales]
+        inputs = [None if scale is None else scale.contiguous() for scale in input_scales]
+        added = [None if bias is None else bias.contiguous() for bias in biases]
+        outputs = [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
+        each = zip(weights, scales, inputs, added, outputs, strict=True)
+        arguments = b"".join(self._pack(x, *one[:4], full_scale, arithmetic, one[4]) for one in each)
+        check(self.library.linear(arguments, len(outputs)), "linears")
+        return outputs
+
+    def _pack(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        weight_scale: torch.Tensor,
+        input_scale: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        full_scale: float,
+        arithmetic: str,
+        y: torch.Tensor,
+    ) -> bytes:
+        out, k = weight.shape
         per_channel = weight_scale.numel() > 1
         blocked = per_channel and is_blocked(weight_scale, weight)
-        arguments = _LINEAR.pack(
+        return _LINEAR.pack(
             self.variant,
             threads(),
             x.numel() // k,
@@ -202,8 +252,6 @@ class CpuKernels:
             arithmetic == "gaudi",
             full_scale,
         )
-        check(self.library.linear(arguments), "linear")
-        return y
 
     # --- convolution ----------------------------------------------------------------------------------------------
 

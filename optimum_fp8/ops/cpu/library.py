@@ -22,7 +22,8 @@ class Library:
         variants: names of the variants this processor can run, by their index.
         best: the one that is fastest on it.
         threaded: whether torch's OpenMP runtime was found; without it, everything runs on one thread.
-        encode, decode, linear: take the packed arguments (`arguments.py`), return a status.
+        encode, decode: take packed arguments (`fp8cpu.h` names them), return a status.
+        linear: takes the packed arguments of several products, and how many.
     """
 
     def __init__(self, path: Path = PATH):
@@ -45,13 +46,13 @@ class Library:
         native.fp8cpu_set_openmp(start_threads)
         for name in ("encode", "decode", "linear"):
             function = getattr(native, f"fp8cpu_{name}")
-            function.argtypes = [ctypes.c_char_p]
+            function.argtypes = [ctypes.c_char_p, ctypes.c_int64] if name == "linear" else [ctypes.c_char_p]
             setattr(self, name, function)
         self.read = native.fp8cpu_read
 
     encode: Callable[[bytes], int]
     decode: Callable[[bytes], int]
-    linear: Callable[[bytes], int]
+    linear: Callable[[bytes, int], int]
 
 
 def torchs_openmp() -> int | None:

@@ -9,7 +9,7 @@
 #define DECLARE(variant)                                        \
     int fp8cpu_encode_##variant(const fp8cpu_cast_args *);      \
     int fp8cpu_decode_##variant(const fp8cpu_cast_args *);      \
-    int fp8cpu_linear_##variant(const fp8cpu_linear_args *);
+    int fp8cpu_linear_##variant(const fp8cpu_linear_args *, int64_t count);
 #define KERNELS(variant) {fp8cpu_encode_##variant, fp8cpu_decode_##variant, fp8cpu_linear_##variant}
 
 DECLARE(portable)
@@ -85,7 +85,10 @@ int fp8cpu_encode(const fp8cpu_cast_args *args) {
     HAND_OVER(encode)
 }
 int fp8cpu_decode(const fp8cpu_cast_args *args) { HAND_OVER(decode) }
-int fp8cpu_linear(const fp8cpu_linear_args *args) { HAND_OVER(linear) }
+int fp8cpu_linear(const fp8cpu_linear_args *args, int64_t count) {
+    if (args->variant < 0 || args->variant >= VARIANTS) return FP8CPU_NO_VARIANT;
+    return variants[args->variant].kernels.linear(args, count);
+}
 
 /* --- reading memory ------------------------------------------------------------------------------------------------ */
 
@@ -103,8 +106,11 @@ static void read_task(void *context, int64_t task, int64_t thread) {
     const int64_t *words = (const int64_t *)(job->bytes + start);
     int64_t sums[16] = {0};
     (void)thread;
-    for (int64_t i = 0; i + 16 <= count / 8; i += 16)
+    for (int64_t i = 0; i + 16 <= count / 8; i += 16) {
+        __builtin_prefetch(words + i + 512); /* across the pages' borders, at which the processor's own guesses end */
+        __builtin_prefetch(words + i + 520);
         for (int j = 0; j < 16; j++) sums[j] ^= words[i + j];
+    }
     for (int j = 1; j < 16; j++) sums[0] ^= sums[j];
     __atomic_fetch_xor(&job->found, sums[0], __ATOMIC_RELAXED);
 }

@@ -49,7 +49,7 @@ typedef struct {
 typedef struct {
     int (*encode)(const fp8cpu_cast_args *);
     int (*decode)(const fp8cpu_cast_args *);
-    int (*linear)(const fp8cpu_linear_args *);
+    int (*linear)(const fp8cpu_linear_args *, int64_t count);
 } fp8cpu_kernels;
 
 #if defined(_WIN32)
@@ -68,7 +68,8 @@ FP8CPU_EXPORT int fp8cpu_best(void);
 FP8CPU_EXPORT void fp8cpu_set_openmp(void *gomp_parallel);
 FP8CPU_EXPORT int fp8cpu_encode(const fp8cpu_cast_args *);
 FP8CPU_EXPORT int fp8cpu_decode(const fp8cpu_cast_args *);
-FP8CPU_EXPORT int fp8cpu_linear(const fp8cpu_linear_args *);
+/* `count` products; neighbours with the same x share the work of laying it out, and one set of threads. */
+FP8CPU_EXPORT int fp8cpu_linear(const fp8cpu_linear_args *, int64_t count);
 /* Reads every byte once, as fast as it can (to measure memory bandwidth); returns their xor in 8-byte words. */
 FP8CPU_EXPORT int64_t fp8cpu_read(const void *bytes, int64_t count, int64_t threads);
 

@@ -32,8 +32,12 @@ typedef struct {
     int e5m2;
 } kind;
 
+enum { MOST_PARTS = 8 };
+
 typedef struct {
     const fp8cpu_linear_args *args;
+    const fp8cpu_linear_args *parts; /* several weights that are multiplied with the same x, one behind the other */
+    int64_t count, first_task[MOST_PARTS + 1];
     int64_t first_row, rows; /* of x, in this pass */
     int64_t steps;           /* ceil(k / STEP) */
     int64_t task_cols;
@@ -408,6 +412,16 @@ typedef struct {
     fp8cpu_task lay_out_dot, dot, lay_out_panel, panel;
 } stages;
 
+/* The job with the weight that a task is about, and the task counted from that weight's first. */
+static linear_job part_of(const linear_job *job, int64_t *task) {
+    linear_job part = *job;
+    int64_t p = 0;
+    while (*task >= job->first_task[p + 1]) p++;
+    part.args = job->parts + p;
+    *task -= job->first_task[p];
+    return part;
+}
+
 /* The four stages with `kind` a constant in each, so that the compiler leaves out what a kind does not need. */
 #define STAGES(suffix, ...)                                                                                     \
     static void lay_out_dot_##suffix(void *job, int64_t task, int64_t thread) {                                 \
@@ -415,14 +429,16 @@ typedef struct {
         lay_out_steps(j, (kind)__VA_ARGS__, task, j->scratch + thread * j->scratch_size);                       \
     }                                                                                                           \
     static void dot_##suffix(void *job, int64_t task, int64_t thread) {                                         \
-        dot_task(job, (kind)__VA_ARGS__, task, thread);                                                         \
+        const linear_job part = part_of(job, &task);                                                            \
+        dot_task(&part, (kind)__VA_ARGS__, task, thread);                                                       \
     }                                                                                                           \
     static void lay_out_panel_##suffix(void *job, int64_t task, int64_t thread) {                               \
         const linear_job *j = job;                                                                              \
         lay_out_tile(j, (kind)__VA_ARGS__, task, j->scratch + thread * j->scratch_size);                        \
     }                                                                                                           \
     static void panel_##suffix(void *job, int64_t task, int64_t thread) {                                       \
-        panel_task(job, (kind)__VA_ARGS__, task, thread);                                                       \
+        const linear_job part = part_of(job, &task);                                                            \
+        panel_task(&part, (kind)__VA_ARGS__, task, thread);                                                     \
     }                                                                                                           \
     static const stages suffix = {lay_out_dot_##suffix, dot_##suffix, lay_out_panel_##suffix, panel_##suffix};
 
@@ -445,20 +461,36 @@ static const stages *stages_for(const fp8cpu_linear_args *a) {
 }
 
 /* Rows of w a task takes: so many that x is read seldom, so few that all threads are busy to the end. */
-static int64_t task_cols_for(const fp8cpu_linear_args *a, int few_rows) {
+static int64_t task_cols_for(int64_t n, int64_t threads, int few_rows) {
     const int64_t least = few_rows ? LANES : TILE_COLS, most = few_rows ? 32 : TASK_COLS;
     int64_t cols = most;
-    while (cols > least && a->n < cols * a->threads * 6) cols /= 2;
+    while (cols > least && n < cols * threads * 6) cols /= 2;
     return cols;
 }
 
-int FP8CPU_NAME(linear)(const fp8cpu_linear_args *a) {
+/* Whether x is laid out alike for both: then the second can go along with the first. */
+static int goes_along(const fp8cpu_linear_args *a, const fp8cpu_linear_args *b) {
+    if (a->x != b->x || a->m != b->m || a->k != b->k || !a->block != !b->block || a->w_format != b->w_format) return 0;
+    if (!a->x_scale || !b->x_scale) return !a->x_scale && !b->x_scale;
+    if (a->x_scale == b->x_scale && a->x_scale_step == b->x_scale_step) return 1;
+    return !a->x_scale_step && !b->x_scale_step && *(const float *)a->x_scale == *(const float *)b->x_scale;
+}
+
+static void plan_tasks(linear_job *job, int few_rows) {
+    int64_t n = 0;
+    for (int64_t part = 0; part < job->count; part++) n += job->parts[part].n;
+    job->task_cols = task_cols_for(n, job->args->threads, few_rows);
+    for (int64_t part = 0; part < job->count; part++)
+        job->first_task[part + 1] = job->first_task[part] + divide_up(job->parts[part].n, job->task_cols);
+}
+
+static int multiply(const fp8cpu_linear_args *a, int64_t count) {
     const int few_rows = a->m <= DOT_ROWS;
     const stages *run = stages_for(a);
-    linear_job job = {.args = a, .steps = divide_up(a->k, STEP), .task_cols = task_cols_for(a, few_rows)};
+    linear_job job = {.args = a, .parts = a, .count = count, .steps = divide_up(a->k, STEP)};
     const int64_t padded_k = job.steps * STEP, pass = few_rows ? a->m : smaller(a->m, PASS_ROWS);
+    plan_tasks(&job, few_rows);
     const int64_t sums = pass * job.task_cols, more = few_rows ? sums * LANES : TILE_COLS * PANEL_UNITS;
-    if (a->m == 0 || a->n == 0) return FP8CPU_OK;
     job.scratch_size = sums + more > padded_k ? sums + more : padded_k;
     job.x = aligned(pass * padded_k);
     job.scratch = aligned(job.scratch_size * a->threads);
@@ -472,9 +504,20 @@ int FP8CPU_NAME(linear)(const fp8cpu_linear_args *a) {
         const int64_t threads = job.rows * padded_k < 1 << 14 ? 1 : a->threads;
         fp8cpu_parallel(few_rows ? run->lay_out_dot : run->lay_out_panel, &job, few_rows ? job.rows : tiles_of(&job),
                         threads);
-        fp8cpu_parallel(few_rows ? run->dot : run->panel, &job, divide_up(a->n, job.task_cols), a->threads);
+        fp8cpu_parallel(few_rows ? run->dot : run->panel, &job, job.first_task[count], a->threads);
     }
     free(job.x);
     free(job.scratch);
+    return FP8CPU_OK;
+}
+
+int FP8CPU_NAME(linear)(const fp8cpu_linear_args *args, int64_t count) {
+    for (int64_t first = 0, next; first < count; first = next) {
+        for (next = first + 1; next < count && next < first + MOST_PARTS; next++)
+            if (!goes_along(args + first, args + next)) break;
+        if (args[first].m == 0) continue;
+        const int status = multiply(args + first, next - first);
+        if (status != FP8CPU_OK) return status;
+    }
     return FP8CPU_OK;
 }

@@ -13,6 +13,6 @@
 
 int FP8CPU_NAME(encode)(const fp8cpu_cast_args *);
 int FP8CPU_NAME(decode)(const fp8cpu_cast_args *);
-int FP8CPU_NAME(linear)(const fp8cpu_linear_args *);
+int FP8CPU_NAME(linear)(const fp8cpu_linear_args *, int64_t count);
 
 #endif
