@@ -54,6 +54,10 @@ def fp8_layer(layer: Any, scales: CacheScales) -> FP8Layer:
     """
     if isinstance(layer, FP8Layer):
         scale_layer = _scale_layer(layer.inner) if scales.is_dynamic else None
+        if scale_layer is not None and layer.is_initialized:
+            codes = layer.inner.keys
+            no_scales = codes.new_empty((*codes.shape[:2], 0, 1), dtype=torch.float32)
+            scale_layer.lazy_initialization(no_scales, no_scales)
         return type(layer)(layer.inner, scale_layer, scales, layer.acts_as)
     if isinstance(layer, LayerOver):
         layer = layer.inner
