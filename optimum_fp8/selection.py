@@ -58,7 +58,7 @@ def select(model: nn.Module, config: FP8Config) -> list[Decision]:
     decisions = []
     aliases = _all_names(model)
     for name, module in found.items():
-        exclusions = (_exclusion(alias, module, config, skipped) for alias in aliases[module])
+        exclusions = (_layer_exclusion(alias, module, config, skipped) for alias in aliases[module])
         reason = _refusal(module) or unfit.get(name) or next(filter(None, exclusions), None)
         decisions.append(Decision(name, type(module).__name__, reason is None, reason or "selected"))
     if not any(decision.selected for decision in decisions):
@@ -131,7 +131,8 @@ def _refusal(module: Any) -> str | None:
     return None
 
 
-def _exclusion(name: str, module: nn.Module, config: FP8Config, skipped: set[str]) -> str | None:
+def exclusion(name: str, module: nn.Module, config: FP8Config) -> str | None:
+    """Why the blocklist or `modules_to_not_convert` keeps a module in high precision, or None."""
     kind = next((kind for kind in config.blocklist["types"] if _is_type(module, kind)), None)
     if kind is not None:
         return f"blocklist type {kind!r}"
@@ -139,8 +140,13 @@ def _exclusion(name: str, module: nn.Module, config: FP8Config, skipped: set[str
     if pattern is not None:
         return f"blocklist name {pattern!r}"
     entry = next((entry for entry in config.modules_to_not_convert or [] if matches_name(entry, name)), None)
-    if entry is not None:
-        return f"modules_to_not_convert {entry!r}"
+    return None if entry is None else f"modules_to_not_convert {entry!r}"
+
+
+def _layer_exclusion(name: str, module: nn.Module, config: FP8Config, skipped: set[str]) -> str | None:
+    reason = exclusion(name, module, config)
+    if reason is not None:
+        return reason
     if name in skipped:
         return "kept by default: head, tied or float32"
     allow = config.allowlist

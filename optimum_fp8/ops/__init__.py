@@ -2,7 +2,7 @@
 
 from .declare import cast_from_fp8, cast_to_fp8, conv2d, dynamic_scale, linear
 from .declare_attention import attention, attention_weights, matmul
-from .dispatch import CallRecord, Kernel, backend, backends, calls, new_owner, register_kernel
+from .dispatch import CallRecord, Kernel, backend, backends, calls, new_owner, note_fallback, register_kernel
 from .reference import ARITHMETICS
 from .reference_attention import DATAFLOWS
 
@@ -23,5 +23,6 @@ __all__ = [
     "linear",
     "matmul",
     "new_owner",
+    "note_fallback",
     "register_kernel",
 ]

@@ -1,0 +1,70 @@
+"""Scales as parameters of a model's own attention modules: `model.layers.0.self_attn.k_scale`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from .base import frozen
+
+_OWNED = "_optimum_fp8_scales"
+
+
+def set_scales(module: nn.Module, scales: Mapping[str, torch.Tensor]) -> None:
+    """Give an attention module the named scales, float32, in place of those it had from here."""
+    drop_scales(module)
+    for name, scale in scales.items():
+        module.register_parameter(name, frozen(scale.float()))
+    module.__dict__[_OWNED] = tuple(scales)
+    # A cast of the model would round them: moving is all that may happen. This is the one way to say so on a module
+    # whose class is the model's.
+    module.__dict__["_apply"] = partial(_apply_but_to_scales, module)
+
+
+def names_taken(module: nn.Module, scales: Mapping[str, torch.Tensor]) -> list[str]:
+    """Those of the names that a module uses for something else."""
+    owned = module.__dict__.get(_OWNED, ())
+    return [name for name in scales if name not in owned and hasattr(module, name)]
+
+
+def drop_scales(module: nn.Module) -> None:
+    """Take the scales off again."""
+    for name in module.__dict__.pop(_OWNED, ()):
+        module._parameters.pop(name, None)
+    module.__dict__.pop("_apply", None)
+
+
+def scales_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The scales that attention has on `module`, by name."""
+    return {name: module._parameters[name] for name in module.__dict__.get(_OWNED, ())}  # type: ignore[misc]
+
+
+def all_attention_scales(model: nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Every attention module's name, the name of a scale of it, and the scale."""
+    for name, module in model.named_modules():
+        for key, scale in scales_of(module).items():
+            yield name, key, scale
+
+
+def freeze_scales(module: nn.Module) -> None:
+    """After loading, which replaces parameters: no gradient, float32."""
+    for name, scale in scales_of(module).items():
+        module._parameters[name] = frozen(scale.float())
+
+
+def _apply_but_to_scales(
+    module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+) -> nn.Module:
+    scales: dict[str, Any] = {name: module._parameters.pop(name) for name in module.__dict__[_OWNED]}
+    try:
+        type(module)._apply(module, fn, recurse)
+        for name, scale in scales.items():
+            applied = fn(scale)
+            scales[name] = frozen(applied.float() if scale.is_meta else scale.to(applied.device))
+    finally:
+        module._parameters.update(scales)
+    return module
