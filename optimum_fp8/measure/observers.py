@@ -47,11 +47,13 @@ class Observers:
         Args:
             name: the attention module.
             kind: "q", "k", "v", "output", "k_cache" or "v_cache".
-            x: `[batch, heads, length, size]`. Positions of padding are left out where `length` is that of the mask;
-                other tensors are taken whole.
+            x: `[batch, heads, length, size]`. Positions of padding are left out where `length` is that of the mask,
+                or keys and values go beyond it; other tensors are taken whole.
         """
-        tokens = x.transpose(1, 2)
-        valid = self._valid
+        tokens, valid = x.transpose(1, 2), self._valid
+        if valid is not None and kind in ("k", "v") and x.shape[0] == len(valid) and x.shape[2] > valid.shape[1]:
+            generated = valid.new_ones(len(valid), x.shape[2] - valid.shape[1])
+            valid = torch.cat([valid, generated], dim=1)  # what follows the prompt is never padding
         if valid is not None and tokens.shape[:2] == valid.shape:
             tokens = tokens[valid.to(x.device)]
         if tokens.numel():
