@@ -58,7 +58,7 @@ class FP8Quantizer(HfQuantizer):
         self.missing_keys: set[str] | None = None  # transformers' own set, once any weight has been loaded
         self._decisions: list[Decision] = []
         self._attention: list[Decision] = []
-        self._chosen: dict[int, str] = {}
+        self._chosen: dict[str, str] = {}
         self._digests: dict[str, str] = {}
         self._weights: dict[str, TensorStatistics] = {}
         quantization_config.post_init()  # keys may have been assigned since it was made

@@ -24,46 +24,49 @@ from ..state import FP8State
 _SCALE_KEY = re.compile(r"(.+)\.((?:[qkpv]\d*|output|[kv]_cache)_scale)$")
 
 
-def chosen_implementations(config: Any) -> dict[int, str]:
-    """The attention implementations a user asked for, by the identity of the configuration they are in.
+def chosen_implementations(config: Any) -> dict[str, str]:
+    """The attention implementations a user asked for, by sub-configuration ("": the whole).
 
     Before a model is made, transformers has not filled in its own choice yet.
     """
-    parts = [config, *(getattr(config, key, None) for key in getattr(config, "sub_configs", ()))]
-    return {
-        id(part): part._attn_implementation_internal
-        for part in parts
-        if getattr(part, "_attn_implementation_internal", None) not in (None, NAME)
-    }
+    parts = {"": config} | {key: getattr(config, key, None) for key in getattr(config, "sub_configs", ())}
+    found = {key: getattr(part, "_attn_implementation_internal", None) for key, part in parts.items()}
+    return {key: name for key, name in found.items() if name not in (None, NAME)}
 
 
-def select_loaded_attention(model: Any, config: FP8Config, chosen: dict[int, str]) -> list[Decision]:
+def _choice_for(module: nn.Module, model: Any, chosen: dict[str, str]) -> str | None:
+    """The implementation a user chose for an attention module, None where it is ours to choose."""
+    config = getattr(module, "config", None)
+    parts = {id(getattr(model.config, key, None)): name for key, name in chosen.items() if key}
+    choice = parts.get(id(config), chosen.get(""))
+    return None if attention_kind(module) == FUNCTIONS else choice
+
+
+def select_loaded_attention(model: Any, config: FP8Config, chosen: dict[str, str]) -> list[Decision]:
     """Decide about the attention modules of a model whose user chose some implementations."""
-    general = chosen.get(id(model.config))
     decisions = []
     for decision in select_attention(model, config):
-        module = model.get_submodule(decision.name)
-        choice = chosen.get(id(getattr(module, "config", None)), general)
-        if decision.selected and choice is not None and attention_kind(module) != FUNCTIONS:
+        choice = _choice_for(model.get_submodule(decision.name), model, chosen)
+        if decision.selected and choice is not None:
             decision = Decision(decision.name, decision.type, False, f"attn_implementation={choice!r} was chosen")
         decisions.append(decision)
     return decisions
 
 
 def declare_saved_attention(
-    model: PreTrainedModel, config: FP8Config, files: list[str] | None, chosen: dict[int, str]
+    model: PreTrainedModel, config: FP8Config, files: list[str] | None, chosen: dict[str, str]
 ) -> list[Decision]:
     """Decide about attention as a checkpoint does, and declare its scales, for transformers to fill in."""
     if not config.wants_attention:
         return []
     prefix, exceptions = f"{model.base_model_prefix}.", config.modules_to_not_convert or []
     saved = _saved_scales(files)
-    decisions, general = [], chosen.get(id(model.config))
+    decisions = []
     for name, module in attention_modules(model).items():
         aliases = [name, name.removeprefix(prefix), f"{prefix}{name}"]
         reason = "not FP8 in the checkpoint" if any(alias in exceptions for alias in aliases) else "selected"
-        choice = chosen.get(id(getattr(module, "config", None)), general)
-        if reason == "selected" and choice is not None and attention_kind(module) != FUNCTIONS:
+        choice = _choice_for(module, model, chosen)
+        if reason == "selected" and choice is not None:
             reason = f"attn_implementation={choice!r} was chosen"
         decisions.append(Decision(name, type(module).__name__, reason == "selected", reason))
         shapes = _expected(module, config) | _scales_for(aliases, saved)
