@@ -108,7 +108,8 @@ def missing_ranges(model: nn.Module, state: FP8State, config: FP8Config) -> dict
     unreached = [name for name, reason in missing.items() if reason == "never reached by calibration"]
     if unreached and not config.ignore_modules_wo_measures:
         raise FP8MeasurementError(
-            f"{len(unreached)} attention modules were never reached by calibration: {', '.join(unreached[:8])}"
+            f"{len(unreached)} attention modules were never reached by calibration, or multiply in a way that is not "
+            f"seen, as einsum: {', '.join(unreached[:8])}"
             f"{', …' if len(unreached) > 8 else ''}: calibrate with data that reaches them, put them on the "
             "blocklist, or set ignore_modules_wo_measures=True; measurements made without attention=True or "
             "kv_cache=True do not hold their ranges"

@@ -47,9 +47,12 @@ def select_attention(model: nn.Module, config: FP8Config) -> list[Decision]:
     """Decide about every attention module of `model`; none where neither `attention` nor `kv_cache` is on."""
     if not config.wants_attention:
         return []
-    decisions = []
-    for name, module in attention_modules(model).items():
+    decisions, found = [], attention_modules(model)
+    telling = _telling_the_dtype(model, found)
+    for name, module in found.items():
         reason = exclusion(name, module, config) or _other_implementation(module)
+        if reason is None and module in telling:
+            reason = "its scales would be a model's first parameters, which tell its dtype"
         if reason is None and not config.attention and attention_kind(module) == FUNCTIONS and not _caches(module):
             reason = "it writes to no cache"
         decisions.append(Decision(name, type(module).__name__, reason is None, reason or "selected"))
@@ -69,6 +72,20 @@ def chosen_implementation(module: nn.Module) -> str | None:
 def _other_implementation(module: nn.Module) -> str | None:
     chosen = chosen_implementation(module) if attention_kind(module) == INTERFACE else None
     return None if chosen is None else f"attn_implementation={chosen!r} was chosen"
+
+
+def _telling_the_dtype(model: nn.Module, found: dict[str, nn.Module]) -> set[nn.Module]:
+    """Attention modules that nothing with parameters precedes in a transformers model."""
+    attention, telling = set(found.values()), set()
+    for part in model.modules():
+        if not isinstance(part, PreTrainedModel):
+            continue
+        for module in part.modules():
+            if module in attention:
+                telling.add(module)
+            if module in attention or any(p.is_floating_point() for p in module.parameters(recurse=False)):
+                break
+    return telling
 
 
 def _caches(module: nn.Module) -> bool:
