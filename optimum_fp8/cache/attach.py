@@ -23,6 +23,9 @@ from .scales import CacheScales
 ScalesOf = Callable[[nn.Module], "CacheScales | None"]
 _RECORD = "_optimum_fp8_cache"
 
+# Attention made of torch's operators, and our own. Others (flash, flex, kernels from the hub) may read memory directly.
+_ASK_TORCH = (None, "eager", "sdpa", "optimum_fp8")
+
 
 @dataclass
 class CacheRecord:
@@ -89,22 +92,30 @@ def _make_fp8(scales_of: ScalesOf, module: nn.Module, args: tuple[Any, ...], kwa
     parts = parts_of(cache)
     for part in parts:
         layer = layer_at(part, index)
-        if layer is None or (isinstance(layer, FP8Layer) and layer.written):
+        if layer is None:
             continue
-        record: CacheRecord = getattr(module, _RECORD)
-        if reason := refusal(layer):
-            record.refused[reason] = record.refused.get(reason, 0) + 1
-            continue
-        if len(parts) == 2 and not isinstance(layer, FP8Layer) and not is_empty(layer):
-            raise FP8StateError(
-                f"the encoder-decoder cache given to {type(module).__name__} holds {int(layer.get_seq_length())} "
-                "positions in high precision: begin with an empty cache, or with one that this model wrote"
-            )
-        scales = scales_of(module)
-        if scales is None:
-            continue
-        if not torch.compiler.is_compiling():
-            scales.check(f"{type(module).__name__} (layer {index})")
         # Of an encoder-decoder cache both layers are made ready; one that stays empty gets the next module's scales.
-        part.layers[index] = fp8_layer(layer, scales)
-        record.layers += 1
+        if not (isinstance(layer, FP8Layer) and layer.written):
+            layer = part.layers[index] = _converted(layer, scales_of, module, index, knows_whose=len(parts) == 1)
+        if isinstance(layer, FP8Layer):
+            layer.ordinary = getattr(getattr(module, "config", None), "_attn_implementation", None) not in _ASK_TORCH
+
+
+def _converted(layer: Any, scales_of: ScalesOf, module: nn.Module, index: int, knows_whose: bool) -> Any:
+    """The layer as FP8, or as it is where that cannot be."""
+    record: CacheRecord = getattr(module, _RECORD)
+    if reason := refusal(layer):
+        record.refused[reason] = record.refused.get(reason, 0) + 1
+        return layer
+    scales = scales_of(module)
+    if scales is None:
+        return layer
+    if not knows_whose and not isinstance(layer, FP8Layer) and not is_empty(layer):
+        raise FP8StateError(
+            f"the encoder-decoder cache given to {type(module).__name__} holds {int(layer.get_seq_length())} positions "
+            "in high precision: begin with an empty cache, or with one that this model wrote"
+        )
+    if not torch.compiler.is_compiling():
+        scales.check(f"{type(module).__name__} (layer {index})")
+    record.layers += 1
+    return fp8_layer(layer, scales)

@@ -11,7 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from ..modules.fp8_tensor import FP8Tensor
 from .scales import CacheScales
@@ -115,7 +119,7 @@ class LayerOver(_Layer):
 class FP8Layer(LayerOver):
     """A cache layer whose keys and values are stored in FP8.
 
-    `update` and `keys` / `values` give `FP8Tensor`s of the dtype that was written.
+    `update` and `keys` / `values` give tensors of the dtype that was written: `FP8Tensor`s, or ordinary ones.
 
     Attributes:
         inner: holds the codes, as uint8 (not every device has every operator for FP8).
@@ -123,13 +127,15 @@ class FP8Layer(LayerOver):
         scales: how to scale what is written.
         acts_as: the dtype that keys and values appear in.
         written: whether anything was cached; until then `scales` may change.
+        ordinary: whether ordinary tensors are handed out, for code that reads memory without asking torch.
     """
 
-    _OWN = frozenset({"inner", "scale_layer", "scales", "acts_as", "written"})
+    _OWN = frozenset({"inner", "scale_layer", "scales", "acts_as", "written", "ordinary"})
 
     def __init__(self, inner: Any, scale_layer: Any, scales: CacheScales, acts_as: torch.dtype, written: bool = False):
         super().__init__(inner)
         self.scale_layer, self.scales, self.acts_as, self.written = scale_layer, scales, acts_as, written
+        self.ordinary = False
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -143,9 +149,10 @@ class FP8Layer(LayerOver):
             return None
         return self._acting(self.inner.values, self.scales.v if self.scale_layer is None else self.scale_layer.values)
 
-    def _acting(self, codes: torch.Tensor, scale: torch.Tensor | None) -> FP8Tensor:
+    def _acting(self, codes: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
         assert scale is not None  # as `CacheScales` has it
-        return FP8Tensor(codes.view(self.scales.fmt.dtype), scale, self.acts_as)
+        tensor = FP8Tensor(codes.view(self.scales.fmt.dtype), scale, self.acts_as)
+        return tensor.dequantize() if self.ordinary else tensor
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.acts_as = key_states.dtype
@@ -164,7 +171,7 @@ class FP8Layer(LayerOver):
             value_states: `[batch, heads, new length, value size]`.
 
         Returns:
-            keys and values for attention to use, `[batch, heads, length, size]`, as `FP8Tensor`s.
+            keys and values for attention to use, `[batch, heads, length, size]`.
         """
         self.acts_as, self.written = key_states.dtype, True
         k_codes, k_scale = self.scales.quantize(key_states, self.scales.k)
@@ -202,6 +209,10 @@ class _WithState(_LinearAttention):
 
 class FP8HybridLayer(FP8Layer, _WithState):
     """An `FP8Layer` that keeps a linear-attention state besides."""
+
+
+# transformers before 5.24 tells hybrid layers from linear ones by their class.
+LinearAttentionAndFullAttentionLayer.register(FP8HybridLayer)
 
 
 class WatchedLayer(LayerOver):
