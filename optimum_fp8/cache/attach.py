@@ -52,7 +52,7 @@ class CacheHooks:
 
 
 def attach_cache(modules: Iterable[nn.Module], scales_of: ScalesOf) -> CacheHooks:
-    """Let the caches that `modules` write to become FP8.
+    """Let the caches that `modules` write to become FP8; hooks that did this before are replaced.
 
     Args:
         modules: attention modules that call `Cache.update` in their forward.
@@ -60,6 +60,7 @@ def attach_cache(modules: Iterable[nn.Module], scales_of: ScalesOf) -> CacheHook
             of a new cache. A copy of the model calls the same function with its own modules.
     """
     hooks = CacheHooks(modules)
+    detach_cache(hooks.modules)
     for module in hooks.modules:
         setattr(module, _RECORD, CacheRecord())
         module.register_forward_pre_hook(partial(_make_fp8, scales_of), with_kwargs=True)

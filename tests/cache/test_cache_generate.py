@@ -41,8 +41,9 @@ def model(request, ids) -> Any:
     elif request.param == "sliding":
         model = tiny(hf.MistralForCausalLM, hf.MistralConfig, **sizes, sliding_window=6)
     else:
-        kinds = ["sliding_attention", "full_attention"]
-        model = tiny(hf.Gemma2ForCausalLM, hf.Gemma2Config, **sizes, head_dim=8, sliding_window=6, layer_types=kinds)
+        sizes |= {"use_sliding_window": True, "sliding_window": 6}
+        sizes |= {"layer_types": ["sliding_attention", "full_attention"]}
+        model = tiny(hf.Qwen2ForCausalLM, hf.Qwen2Config, **sizes)
     calibrate(model, lambda: model.generate(ids, **GREEDY))
     return model
 
