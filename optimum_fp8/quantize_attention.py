@@ -21,7 +21,7 @@ from .modules.attention_scales import drop_scales, names_taken, scales_of, set_s
 from .modules.overriding import override, stop_overriding
 from .modules.recipe import AttentionRecipe, attention_recipe_for
 from .scales import activation_scale
-from .selection_attention import FUNCTIONS, attention_kind
+from .selection_attention import FUNCTIONS, attention_kind, telling_the_dtype
 from .state import FP8State, without
 
 P_MAXABS = 1.0  # a softmax's output is never larger: its range needs no data
@@ -146,9 +146,11 @@ def convert_attention(
             )
     before = [(module, plan_of(module), scales_of(module)) for module in modules.values()]
     recipe, known = attention_recipe_for(config), len(state.implementations)
+    first = telling_the_dtype(model, modules.values())
     for name, module in modules.items():
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
-        set_scales(module, {key: scale.to(device) for key, scale in scales[name].items()})
+        moved = {key: scale.to(device) for key, scale in scales[name].items()}
+        set_scales(module, moved, as_buffers=module in first)
     start_attention(list(modules.values()), recipe, config.kv_cache)
     use_implementation(model, state)
 
@@ -159,7 +161,7 @@ def convert_attention(
             changed._attn_implementation_internal = implementation
         for module, plan, old in before:
             stop_overriding(module)
-            set_scales(module, old) if old else drop_scales(module)
+            set_scales(module, old, as_buffers=module in first) if old else drop_scales(module)
             set_plan(module, plan)
             if plan is not None and attention_kind(module) == FUNCTIONS:
                 override(module)

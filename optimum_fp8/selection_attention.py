@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from functools import cache
 from typing import Any, cast
 
@@ -47,12 +47,9 @@ def select_attention(model: nn.Module, config: FP8Config) -> list[Decision]:
     """Decide about every attention module of `model`; none where neither `attention` nor `kv_cache` is on."""
     if not config.wants_attention:
         return []
-    decisions, found = [], attention_modules(model)
-    telling = _telling_the_dtype(model, found)
-    for name, module in found.items():
+    decisions = []
+    for name, module in attention_modules(model).items():
         reason = exclusion(name, module, config) or _other_implementation(module)
-        if reason is None and module in telling:
-            reason = "its scales would be a model's first parameters, which tell its dtype"
         if reason is None and not config.attention and attention_kind(module) == FUNCTIONS and not _caches(module):
             reason = "it writes to no cache"
         decisions.append(Decision(name, type(module).__name__, reason is None, reason or "selected"))
@@ -74,9 +71,9 @@ def _other_implementation(module: nn.Module) -> str | None:
     return None if chosen is None else f"attn_implementation={chosen!r} was chosen"
 
 
-def _telling_the_dtype(model: nn.Module, found: dict[str, nn.Module]) -> set[nn.Module]:
-    """Attention modules that nothing with parameters precedes in a transformers model."""
-    attention, telling = set(found.values()), set()
+def telling_the_dtype(model: nn.Module, modules: Iterable[nn.Module]) -> set[nn.Module]:
+    """Those of `modules` whose parameters would be a transformers model's first, which tells its dtype."""
+    attention, telling = set(modules), set()
     for part in model.modules():
         if not isinstance(part, PreTrainedModel):
             continue

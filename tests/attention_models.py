@@ -5,6 +5,7 @@ Two layers where that is possible, an odd number of tokens, and a left-padded ro
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ class Family(NamedTuple):
 
     def make(self) -> Any:
         torch.manual_seed(3)
-        model = self.model_class(self.config).eval()
+        model = self.model_class(copy.deepcopy(self.config)).eval()  # conversions leave their mark on it
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.ndim > 1 and "embed" not in name:  # random models attend to all alike: make them choose

@@ -9,7 +9,7 @@ from tiny_models import tiny_bert, tiny_gpt2, tiny_llama
 from torch import nn
 from transformers import DetrConfig, DetrModel
 
-from optimum_fp8 import FP8Config
+from optimum_fp8 import FP8Config, convert, prepare
 from optimum_fp8.selection_attention import FUNCTIONS, INTERFACE, attention_kind, attention_modules, select_attention
 
 
@@ -65,7 +65,9 @@ def test_an_implementation_that_nobody_gets_unasked_is_a_choice():
     }
 
 
-def test_a_module_whose_scales_would_tell_a_models_dtype_is_left_alone():
+@pytest.mark.core
+def test_scales_never_tell_a_models_dtype(tmp_path):
+    """A decoder that begins with its attention: there scales are buffers, saved and loaded like the others."""
     backbone = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8], "depths": [1]}
     config = DetrConfig(
         d_model=32,
@@ -81,10 +83,20 @@ def test_a_module_whose_scales_would_tell_a_models_dtype_is_left_alone():
         backbone=None,
         backbone_config=backbone | {"out_features": ["stage1"]},
     )
-    found = reasons(DetrModel(config), attention=True)
-    assert found.pop("encoder.layers.0.self_attn").startswith("its scales would be a model's first parameters")
-    assert found.pop("decoder.layers.0.self_attn").startswith("its scales")
-    assert found and set(found.values()) == {"selected"}
+    model, pixels = DetrModel(config).eval().bfloat16(), torch.randn(1, 3, 32, 32).bfloat16()
+    prepare(model, FP8Config(attention=True, scale_method="maxabs_arbitrary"))
+    model(pixels)
+    convert(model)
+    assert model.encoder.dtype == model.decoder.dtype == model.dtype == torch.bfloat16
+    first, second = (layer.self_attn for layer in model.encoder.layers)
+    assert "k_scale" in first._buffers and "k_scale" in second._parameters
+    expected, scale = model(pixels)[0], first.k_scale.clone()
+    model.bfloat16()
+    assert first.k_scale.dtype == torch.float32 and torch.equal(first.k_scale, scale)
+    model.save_pretrained(tmp_path)
+    again = DetrModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert torch.equal(again.encoder.layers[0].self_attn.k_scale, scale)
+    assert torch.equal(again(pixels)[0], expected) and again.encoder.dtype == torch.bfloat16
 
 
 def test_softmax_and_product_alone_are_not_attention():

@@ -18,7 +18,7 @@ from ..modules.attention_scales import all_attention_scales, freeze_scales, scal
 from ..modules.recipe import attention_recipe_for
 from ..quantize_attention import selected_attention, start_attention, use_implementation
 from ..selection import Decision
-from ..selection_attention import FUNCTIONS, attention_kind, attention_modules, select_attention
+from ..selection_attention import FUNCTIONS, attention_kind, attention_modules, select_attention, telling_the_dtype
 from ..state import FP8State
 
 _SCALE_KEY = re.compile(r"(.+)\.((?:[qkpv]\d*|output|[kv]_cache)_scale)$")
@@ -61,8 +61,9 @@ def declare_saved_attention(
         return []
     prefix, exceptions = f"{model.base_model_prefix}.", config.modules_to_not_convert or []
     saved = _saved_scales(files)
-    decisions = []
-    for name, module in attention_modules(model).items():
+    decisions, found = [], attention_modules(model)
+    first = telling_the_dtype(model, found.values())
+    for name, module in found.items():
         aliases = [name, name.removeprefix(prefix), f"{prefix}{name}"]
         reason = "not FP8 in the checkpoint" if any(alias in exceptions for alias in aliases) else "selected"
         choice = _choice_for(module, model, chosen)
@@ -72,7 +73,7 @@ def declare_saved_attention(
         shapes = _expected(module, config) | _scales_for(aliases, saved)
         if reason != "not FP8 in the checkpoint":
             nan = {key: torch.full(shape, torch.nan, device="meta") for key, shape in shapes.items()}
-            set_scales(module, nan)
+            set_scales(module, nan, as_buffers=module in first)
     return decisions
 
 
