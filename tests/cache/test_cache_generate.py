@@ -19,9 +19,10 @@ from cache.conftest import (
     rounding_caches,
     tiny,
 )
+from torch import nn
 
-from optimum_fp8.cache import FP8Layer, attach_cache, cache_record, detach_cache
-from optimum_fp8.errors import FP8ConfigError, FP8ScaleError, FP8StateError
+from optimum_fp8.cache import attach_cache, cache_record, detach_cache, in_fp8, observe_caches
+from optimum_fp8.errors import FP8ConfigError, FP8ScaleError
 from optimum_fp8.modules import FP8Tensor
 
 GREEDY = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False}
@@ -86,7 +87,7 @@ def test_mode(model, ids, scales_of, mode):
         expected = generate(model, ids, **MODES[mode])
     with fp8_caches(model, scales_of):
         found = generate(model, ids, **MODES[mode])
-    assert all(isinstance(layer, FP8Layer) for layer in cache_of(found).layers)
+    assert all(in_fp8(layer) for layer in cache_of(found).layers)
     assert_same(found, expected)
 
 
@@ -113,7 +114,7 @@ def test_assisted_decoding_changes_no_token(exact, ids, scales_of, options):
         if "assistant_model" in options:
             options = {"assistant_model": assistant}
         assisted = generate(exact, prompt, **options)
-        assert all(isinstance(layer, FP8Layer) for layer in cache_of(assisted).layers)
+        assert all(in_fp8(layer) for layer in cache_of(assisted).layers)
     assert torch.equal(assisted.sequences, plain.sequences)
 
 
@@ -132,7 +133,7 @@ def test_a_prefix_is_reused(exact, ids, scales_of):
         whole = generate(exact, ids)
         prefix = hf.DynamicCache(config=exact.config)
         exact(ids[:, :7], **{CACHE: prefix})
-        assert all(isinstance(layer, FP8Layer) for layer in prefix.layers)
+        assert all(in_fp8(layer) for layer in prefix.layers)
         reused = [generate(exact, ids, **{CACHE: copy.deepcopy(prefix)}) for _ in range(2)]
         assert prefix.get_seq_length() == 7
     for output in reused:
@@ -157,7 +158,7 @@ def test_plain_forward_and_the_inner_model(model, ids, scales_of):
         outputs = [model(ids), model.model(ids)]
         uncached = model(ids, use_cache=False)
     for output, values in zip(outputs, expected, strict=True):
-        assert all(isinstance(layer, FP8Layer) for layer in cache_of(output).layers)
+        assert all(in_fp8(layer) for layer in cache_of(output).layers)
         torch.testing.assert_close(output[0], values, atol=2e-5, rtol=1e-4)
     assert cache_of(uncached) is None
     with torch.no_grad():  # no cache, nothing rounded
@@ -214,7 +215,7 @@ def test_a_copy_of_the_model_has_its_own_scales(ids):
     assert torch.equal(other.scale, found.scale * 2)
     assert cache_record(attention_modules(clone)["model.layers.0.self_attn"]).layers == 1
     detach_cache(clone.modules())
-    assert not isinstance(cache_of(clone(ids)).layers[0], FP8Layer)
+    assert not in_fp8(cache_of(clone(ids)).layers[0])
 
 
 def test_modules_without_scales_keep_their_cache(ids):
@@ -223,7 +224,7 @@ def test_modules_without_scales_keep_their_cache(ids):
     del model.model.layers[0].self_attn.k_scale
     with fp8_caches(model, SCALES["static"]):
         layers = cache_of(generate(model, ids)).layers
-    assert [isinstance(layer, FP8Layer) for layer in layers] == [False, True]
+    assert [in_fp8(layer) for layer in layers] == [False, True]
 
 
 def test_a_users_filled_cache_is_quantized(ids, scales_of):
@@ -237,7 +238,7 @@ def test_a_users_filled_cache_is_quantized(ids, scales_of):
             model(ids[:, 7:], **{CACHE: cache})
     scale = getattr(scales_of(model.model.layers[1].self_attn), "k", None)
     layer = cache.layers[1]
-    assert isinstance(layer, FP8Layer) and layer.get_seq_length() == 11
+    assert in_fp8(layer) and layer.get_seq_length() == 11
     assert (layer.keys[:, :, :7] - keys).abs().max() < keys.abs().max() / 14
     assert (layer.keys.scale.shape == (2, 2, 11, 1)) if scale is None else (layer.keys.scale is scale)
 
@@ -247,7 +248,7 @@ def test_a_users_empty_cache_of_the_old_form_is_filled(ids, scales_of):
     calibrate(model, lambda: model(ids))
     with fp8_caches(model, scales_of), torch.no_grad():
         output = model(ids, **{CACHE: cache})
-    assert cache_of(output) is cache and [type(layer) for layer in cache.layers] == [FP8Layer, FP8Layer]
+    assert cache_of(output) is cache and all(in_fp8(layer) for layer in cache.layers)
     keys, values, *_ = next(iter(cache))
     assert isinstance(keys, FP8Tensor) and values.shape == (2, 2, 11, 8)
 
@@ -273,12 +274,15 @@ def test_a_cache_that_quantizes_by_itself_is_refused(ids):
         generate(model, ids, **options)
 
 
-def test_a_filled_encoder_decoder_cache_is_refused(ids):
+def test_a_filled_encoder_decoder_cache_is_quantized_where_it_grows(ids):
     options = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
     model = tiny(hf.T5ForConditionalGeneration, hf.T5Config, **options, decoder_start_token_id=0)
-    cache = cache_of(model(input_ids=ids, decoder_input_ids=ids))
-    with fp8_caches(model, SCALES["dynamic"]), pytest.raises(FP8StateError, match="holds 11 positions.*empty cache"):
-        model(input_ids=ids, decoder_input_ids=ids[:, :1], **{CACHE: cache})
+    with torch.no_grad():
+        cache = cache_of(model(input_ids=ids, decoder_input_ids=ids))
+        with fp8_caches(model, SCALES["dynamic"]):
+            model(input_ids=ids, decoder_input_ids=ids[:, :1], **{CACHE: cache})
+    assert in_fp8(cache.self_attention_cache.layers[0]) and not in_fp8(cache.cross_attention_cache.layers[0])
+    assert cache.get_seq_length() == 12 and cache.cross_attention_cache.get_seq_length() == 11
 
 
 @pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
@@ -308,14 +312,68 @@ def test_layers_that_compute_stay_in_high_precision_and_say_so(ids):
         cache = make()
         model(ids, **{CACHE: cache})
         records = [cache_record(module) for module in attention_modules(model).values()]
-    assert [type(layer) for layer in cache.layers] == [Remembering, FP8Layer]
+    assert [in_fp8(layer) for layer in cache.layers] == [False, True]
     assert records[0].refused == {"Remembering does more than hold keys and values": 1} and records[1].layers == 1
 
 
 def test_attaching_leaves_no_trace_when_removed(ids):
     model = llama()
-    before = [list(module._forward_pre_hooks) for module in model.modules()]
-    handle = attach_cache(attention_modules(model).values(), SCALES["dynamic"])
-    handle.remove()
-    assert [list(module._forward_pre_hooks) for module in model.modules()] == before
+
+    def hooks() -> list[Any]:
+        names = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs")
+        return [(name, list(getattr(module, name))) for module in model.modules() for name in names]
+
+    before, modules = hooks(), attention_modules(model)
+    handles = [attach_cache(modules.values(), SCALES["dynamic"]) for _ in range(2)]
+    assert sum(len(keys) for _, keys in hooks()) == sum(len(keys) for _, keys in before) + 4 * len(modules)
+    watch = observe_caches(modules, lambda name, keys, values: None)
+    handles[1].remove()
+    watch.remove()
+    assert hooks() == before
+    attach_cache(modules.values(), SCALES["dynamic"])
+    detach_cache(model.modules())
+    assert hooks() == before
     assert not any("_optimum_fp8_cache" in vars(module) for module in model.modules())
+
+
+class Looping(nn.Module):
+    """Attention that runs twice over the same input and keeps a layer of the cache for each time."""
+
+    def __init__(self, attention: nn.Module):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        first = self.attention(*args, **kwargs)
+        index = self.attention.layer_idx
+        self.attention.layer_idx = index + 2
+        try:
+            self.attention(*args, **kwargs)
+        finally:
+            self.attention.layer_idx = index
+        return first
+
+
+def test_layers_a_module_does_not_call_its_own_take_its_scales(ids):
+    model = llama()
+    calibrate(model, lambda: model(ids))
+    modules = list(attention_modules(model).values())
+    attach_cache(modules, SCALES["static"])
+    for layer in model.model.layers:
+        layer.self_attn = Looping(layer.self_attn)
+    with torch.no_grad():
+        cache = cache_of(model(ids, **{CACHE: hf.DynamicCache()}))
+    assert [in_fp8(layer) for layer in cache.layers] == [True] * 4
+    for layer, module in zip(cache.layers, modules * 2, strict=True):
+        assert torch.equal(layer.scales.k, module.k_scale)
+
+
+def test_a_module_without_hooks_writes_in_high_precision(ids):
+    """The scales of the module that ran before it are not its own."""
+    model = llama()
+    calibrate(model, lambda: model(ids))
+    attach_cache([model.model.layers[0].self_attn], SCALES["static"])
+    with torch.no_grad():
+        layers = cache_of(model(ids)).layers
+    assert [in_fp8(layer) for layer in layers] == [True, False]
+    assert type(layers[1].keys) is torch.Tensor

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimum_fp8.cache import CacheScales, FP8Layer
-from optimum_fp8.cache.convert import fp8_layer
+from optimum_fp8.cache.holding import refusal
+from optimum_fp8.cache.layer import fp8_layer
 from optimum_fp8.errors import FP8ConfigError, FP8ScaleError
 from optimum_fp8.formats import number_format
 from optimum_fp8.modules import DynamicRule, FP8Tensor
@@ -163,7 +164,6 @@ def test_a_filled_layer_is_quantized_as_it_stands(kind, scales):
         filled.update(k, v)
         pair.plain.update(rounded(k, scales.k, scales), rounded(v, scales.v, scales))
     pair.fp8 = fp8_layer(filled, scales)
-    assert pair.fp8.written
     if scales.is_dynamic and kind.startswith("static"):  # where nothing is stored yet, zeros have the scale of zeros
         assert torch.equal(pair.fp8.keys.dequantize(), pair.plain.keys)
     pair.compare()
@@ -243,10 +243,25 @@ def test_a_layer_initialized_in_high_precision_becomes_fp8_storage():
     plain.lazy_initialization(*states(0))
     layer = fp8_layer(plain, SCALES["per head"])
     assert layer.inner.keys.dtype == torch.uint8 and not layer.written
-    rebound = fp8_layer(layer, SCALES["dynamic"])
-    assert rebound.inner is plain and rebound.keys.dtype == torch.bfloat16
-    rebound.update(*states(2))
-    assert rebound.written and int(rebound.get_seq_length()) == 2
+    layer.take(SCALES["dynamic"])
+    assert layer.inner is plain and layer.keys.dtype == torch.bfloat16 and layer.keys.scale.shape == (2, H, LENGTH, 1)
+    layer.update(*states(2))
+    assert layer.written and int(layer.get_seq_length()) == 2
+
+
+def test_a_layer_without_scales_keeps_high_precision_until_they_come():
+    layer, expected = fp8_layer(KINDS["static"]()), KINDS["static"]()
+    k, v = states(3)
+    for found, own in zip(layer.update(k, v), expected.update(k, v), strict=True):
+        assert type(found) is torch.Tensor and torch.equal(found, own)
+    assert type(layer.keys) is torch.Tensor and not layer.written
+    layer.take(SCALES["per head"])
+    assert layer.inner.keys.dtype == torch.uint8
+    assert torch.equal(layer.keys.dequantize(), rounded(expected.keys, PER_HEAD, SCALES["per head"]))
+    layer.reset()
+    layer.take(None)
+    assert layer.inner.keys.dtype == torch.bfloat16 and layer.inner.keys.abs().sum() == 0
+    assert torch.equal(layer.update(k, v)[0][:, :, :3], k)
 
 
 def test_what_a_kind_has_besides_is_the_layers_own():
@@ -312,7 +327,5 @@ def test_unsound_scales_are_refused(bad):
 
 
 def test_a_layer_that_quantizes_by_itself_is_refused():
-    from optimum_fp8.cache.convert import refusal
-
     with pytest.raises(FP8ConfigError, match="Fp8QuantizedLayer.*cache_implementation='quantized'"):
         refusal(hf.Fp8QuantizedLayer())

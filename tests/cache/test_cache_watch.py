@@ -10,7 +10,7 @@ import transformers as hf
 from cache.conftest import CACHE, SCALES, attention_modules, cache_of, fp8_caches, llama, tiny
 from cache.test_cache_families import FAMILIES, IDS, generated
 
-from optimum_fp8.cache import FP8Layer, observe_caches
+from optimum_fp8.cache import in_fp8, observe_caches
 from optimum_fp8.errors import FP8StateError
 
 pytestmark = pytest.mark.core
@@ -106,7 +106,7 @@ def test_a_watched_cache_becomes_fp8(ids):
         watch.remove()
         with fp8_caches(model, SCALES["dynamic"]):
             model(ids[:, :1], **{CACHE: cache})
-    assert all(type(layer) is FP8Layer and type(layer.inner) is hf.cache_utils.DynamicLayer for layer in cache.layers)
+    assert all(in_fp8(layer) and type(layer.inner) is hf.cache_utils.DynamicLayer for layer in cache.layers)
 
 
 def test_an_fp8_cache_cannot_be_measured(ids):
