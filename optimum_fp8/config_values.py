@@ -205,7 +205,10 @@ def _type_name(key: str, kind: Any) -> str:
     if not isinstance(kind, str) or not kind:
         raise FP8ConfigError(f"{key}['types'] holds {kind!r}: expected classes or class names")
     if key == "allowlist" and kind.removeprefix("torch.nn.") in INC_TYPES_NOT_THERE:
-        raise FP8NotAvailableError(f"allowlist type {kind!r} is not available in optimum_fp8 yet: use Linear, Conv2d")
+        raise FP8NotAvailableError(
+            f"allowlist type {kind!r} is not available in optimum_fp8 yet: use Linear, Conv2d; attention=True and "
+            "kv_cache=True take the place of the types of attention and caches"
+        )
     return kind
 
 
