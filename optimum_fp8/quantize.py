@@ -19,6 +19,7 @@ from .errors import FP8ConfigError, FP8MeasurementError, FP8NotAvailableError, F
 from .measure import Measurements, Observers, TensorStatistics, model_fingerprint
 from .modules import FP8Module, fp8_modules, fp8_skeleton, quantize_weight, recipe_for, swap
 from .quantize_attention import (
+    ATTENTION_RANGES,
     convert_attention,
     missing_ranges,
     restore_attention,
@@ -51,7 +52,7 @@ def prepare(model: nn.Module, config: FP8Config) -> nn.Module:
     config.post_init()  # keys may have been assigned since it was made
     decisions, found = select(model, config), candidates(model)
     state = FP8State(config, decisions, "measuring", Measurements(_fingerprint(model)))
-    state.attention = select_attention(model, config)
+    state.attention = select_attention(model, config, decisions)
     if "weight" in config.measured:
         for name in state.selected:
             state.measurements.observe(name, "weight", TensorStatistics.of(found[name].weight))
@@ -86,6 +87,7 @@ def finalize_calibration(model: nn.Module) -> Measurements:
     """
     state = measuring_state(model, "finalize_calibration")
     expected = {"input", "output"}.intersection(state.config.measured) if needs_ranges(state.config) else set()
+    expected |= set(ATTENTION_RANGES) if expected and state.config.wants_attention else set()
     if expected and not any(kind in expected for _, kind in state.measurements.tensors):
         raise FP8MeasurementError(
             "finalize_calibration: static activations need calibration data and none went through the model: run "
@@ -138,7 +140,8 @@ def convert(model: nn.Module, config: FP8Config | None = None) -> nn.Module:
 def convert_with(model: nn.Module, state: FP8State, finish: Callable[[Any], None] | None = None) -> None:
     """Convert with what `state` knows, then call `finish(model)`; an error leaves the model as it was."""
     config, found, previous = state.config, dict(model.named_modules()), state_of(model)
-    saw_inputs = any(kind == "input" for _, kind in state.measurements.tensors)
+    telling = ("input", *ATTENTION_RANGES) if config.wants_attention else ("input",)
+    saw_inputs = any(kind in telling for _, kind in state.measurements.tensors)
     if needs_ranges(config):
         if config.scheme == "auto" and not saw_inputs and (state.observers is None or "input" not in config.measured):
             config = config.replace(activation_scheme="dynamic")
@@ -192,7 +195,7 @@ def _unmeasured_state(model: nn.Module, config: FP8Config) -> FP8State:
     if needs_ranges(config):
         required = config.scheme == "static" or config.mode == "QUANTIZE"
         measurements = stored_measurements(config, measurements.fingerprint, required=required) or measurements
-    return FP8State(config, decisions, "measuring", measurements, attention=select_attention(model, config))
+    return FP8State(config, decisions, "measuring", measurements, attention=select_attention(model, config, decisions))
 
 
 def _fingerprint(model: nn.Module) -> str:

@@ -25,6 +25,7 @@ from .selection_attention import FUNCTIONS, attention_kind, telling_the_dtype
 from .state import FP8State, without
 
 P_MAXABS = 1.0  # a softmax's output is never larger: its range needs no data
+ATTENTION_RANGES = ("q", "k_cache")  # kinds that tell that attention was measured
 _INTERFACE_KINDS = ("q", "k", "v")
 _PRODUCT = re.compile(r"[qkpv]\d*$")
 
@@ -101,7 +102,7 @@ def missing_ranges(model: nn.Module, state: FP8State, config: FP8Config) -> dict
     missing: dict[str, str] = {}
     for name, module in modules.items():
         kinds = {kind for owner, kind in seen if owner == name}
-        if not kinds & {"q", "k_cache"}:
+        if not kinds.intersection(ATTENTION_RANGES):
             missing[name] = "never reached by calibration"
         elif not kinds & {"q"} and config.attention and attention_kind(module) == FUNCTIONS:
             missing[name] = "none of its products was seen"

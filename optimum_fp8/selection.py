@@ -45,7 +45,8 @@ def select(model: nn.Module, config: FP8Config) -> list[Decision]:
     """Decide about every candidate module of `model`.
 
     Raises:
-        FP8SelectionError: a pattern matches no module (a warning for INC's files), or nothing is left to quantize.
+        FP8SelectionError: a pattern matches no module (a warning for INC's files), or nothing is left to quantize
+            (where attention is to be quantized too, that may be all).
     """
     found = candidates(model)
     if "" in found:
@@ -61,9 +62,19 @@ def select(model: nn.Module, config: FP8Config) -> list[Decision]:
         exclusions = (_layer_exclusion(alias, module, config, skipped) for alias in aliases[module])
         reason = _refusal(module) or unfit.get(name) or next(filter(None, exclusions), None)
         decisions.append(Decision(name, type(module).__name__, reason is None, reason or "selected"))
+    if not config.wants_attention:
+        refuse_nothing(model, decisions)
+    return decisions
+
+
+def refuse_nothing(model: nn.Module, decisions: list[Decision]) -> None:
+    """Refuse to go on with decisions that select nothing.
+
+    Raises:
+        FP8SelectionError: says why the first few were not selected.
+    """
     if not any(decision.selected for decision in decisions):
         raise FP8SelectionError(_nothing_selected(model, decisions))
-    return decisions
 
 
 def _all_names(model: nn.Module) -> dict[nn.Module, list[str]]:

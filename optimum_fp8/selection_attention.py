@@ -16,11 +16,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .config import FP8Config
-from .selection import Decision, exclusion
+from .selection import Decision, exclusion, refuse_nothing
 
 INTERFACE, FUNCTIONS = "interface", "functions"
 # Helper modules of Gaudi's model files, by class name: each is one operation of attention.
 _HELPERS = ("Matmul", "ModuleFusedSDPA")
+_STORAGE = ("KVCache", "VLLMKVCache")
 _PRODUCTS = {"matmul", "bmm", "baddbmm"}
 _FUSED = "scaled_dot_product_attention"
 # What a user never gets without asking for it; "eager" and "sdpa" are what transformers chooses.
@@ -43,8 +44,15 @@ def attention_kind(module: nn.Module) -> str | None:
     return _kind_of(cast(Hashable, type(module)))
 
 
-def select_attention(model: nn.Module, config: FP8Config) -> list[Decision]:
-    """Decide about every attention module of `model`; none where neither `attention` nor `kv_cache` is on."""
+def select_attention(model: nn.Module, config: FP8Config, layers: list[Decision]) -> list[Decision]:
+    """Decide about every attention module of `model`; none where neither `attention` nor `kv_cache` is on.
+
+    Args:
+        layers: what was decided about layers.
+
+    Raises:
+        FP8SelectionError: neither a layer nor an attention module is left to quantize.
+    """
     if not config.wants_attention:
         return []
     decisions = []
@@ -57,6 +65,10 @@ def select_attention(model: nn.Module, config: FP8Config) -> list[Decision]:
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention) and name not in names:
             decisions.append(Decision(name, type(module).__name__, False, "torch's own attention is not covered"))
+        if config.kv_cache and type(module).__name__ in _STORAGE:
+            reason = "it stores keys and values itself: only transformers' caches become FP8"
+            decisions.append(Decision(name, type(module).__name__, False, reason))
+    refuse_nothing(model, [*layers, *decisions])
     return decisions
 
 

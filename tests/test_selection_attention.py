@@ -10,11 +10,15 @@ from torch import nn
 from transformers import DetrConfig, DetrModel
 
 from optimum_fp8 import FP8Config, convert, prepare
+from optimum_fp8.errors import FP8SelectionError
+from optimum_fp8.selection import Decision
 from optimum_fp8.selection_attention import FUNCTIONS, INTERFACE, attention_kind, attention_modules, select_attention
+
+LAYER = Decision("some.layer", "Linear", True, "selected")
 
 
 def reasons(model, **options):
-    return {decision.name: decision.reason for decision in select_attention(model, FP8Config(**options))}
+    return {decision.name: decision.reason for decision in select_attention(model, FP8Config(**options), [LAYER])}
 
 
 @pytest.mark.core
@@ -115,6 +119,22 @@ def test_softmax_and_product_alone_are_not_attention():
 
     assert attention_kind(Router()) is None and attention_kind(TalksOfAttention()) is None
     assert attention_kind(SelfAttention()) == FUNCTIONS
+
+
+def test_nothing_at_all_is_an_error():
+    with pytest.raises(FP8SelectionError, match=r"self_attn: blocklist name"):
+        select_attention(tiny_llama(), FP8Config(attention=True, blocklist={"names": ["self_attn$"]}), [])
+    assert select_attention(tiny_llama(), FP8Config(), []) == []
+
+
+def test_storage_of_gaudi_models_is_reported():
+    class KVCache(nn.Module):
+        def forward(self, cur, dim, idx):
+            return cur
+
+    net = nn.Sequential(KVCache())
+    assert reasons(net, kv_cache=True)["0"].startswith("it stores keys and values itself")
+    assert reasons(net, attention=True) == {}
 
 
 def test_caches_alone_leave_modules_without_a_cache_out():

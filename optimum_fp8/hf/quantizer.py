@@ -104,7 +104,7 @@ class FP8Quantizer(HfQuantizer):
             self._attention = declare_saved_attention(model, config, checkpoint_files, self._chosen)
         else:
             self._decisions = select(model, config)
-            self._attention = select_loaded_attention(model, config, self._chosen)
+            self._attention = select_loaded_attention(model, config, self._chosen, self._decisions)
         tied = {key.removesuffix(".weight") for key in getattr(model, "all_tied_weights_keys", {})}
         found, recipe = candidates(model), recipe_for(config, dynamic=config.scheme == "dynamic")
         skeletons: dict[nn.Module, nn.Module] = {}

@@ -42,10 +42,12 @@ def _choice_for(module: nn.Module, model: Any, chosen: dict[str, str]) -> str | 
     return None if attention_kind(module) == FUNCTIONS else choice
 
 
-def select_loaded_attention(model: Any, config: FP8Config, chosen: dict[str, str]) -> list[Decision]:
+def select_loaded_attention(
+    model: Any, config: FP8Config, chosen: dict[str, str], layers: list[Decision]
+) -> list[Decision]:
     """Decide about the attention modules of a model whose user chose some implementations."""
     decisions = []
-    for decision in select_attention(model, config):
+    for decision in select_attention(model, config, layers):
         choice = _choice_for(model.get_submodule(decision.name), model, chosen)
         if decision.selected and choice is not None:
             decision = Decision(decision.name, decision.type, False, f"attn_implementation={choice!r} was chosen")

@@ -272,6 +272,29 @@ def test_weight_only_layers_go_with_a_dynamic_cache_but_not_with_fp8_attention(s
         FP8Config(activation_scheme="weight_only", attention=True)
 
 
+@pytest.mark.core
+@pytest.mark.parametrize("options", [{"attention": True}, {"kv_cache": True}, STATIC])
+@pytest.mark.parametrize("scheme", ["static", "dynamic"])
+def test_attention_alone(save, batches, ids, tmp_path, scheme, options):
+    """No layer at all is in FP8: what a model with an FP8 cache and nothing else is."""
+    data = {"dataset": batches} if scheme == "static" else {}
+    config = FP8Config(blocklist={"types": ["Linear"]}, activation_scheme=scheme, **options, **data)
+    folder = save(llama())
+    model = load(folder, config)
+    report = quantization_report(model)
+    assert not report.quantized and [row.quantized for row in report.attention] == [True, True]
+    found = logits(model, ids)
+    expected = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16), ids)
+    assert 1e-4 < (found - expected).float().norm() / expected.float().norm() < 0.1
+    model.save_pretrained(tmp_path / "fp8")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "fp8")
+    assert torch.equal(logits(again, ids), found) and scales(again).keys() == scales(model).keys()
+    by_hand = prepare(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16), config.replace(dataset=None))
+    for batch in batches if scheme == "static" else []:
+        by_hand(**batch)
+    assert torch.equal(logits(convert(by_hand), ids), found)
+
+
 def test_a_fixed_scale_needs_no_data(ids):
     model = convert(llama(), FP8Config(scale_method="unit_scale", **STATIC))
     assert all(torch.equal(scale, torch.ones(1)) for scale in scales(model).values())
