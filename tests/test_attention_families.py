@@ -81,3 +81,28 @@ def test_in_fp8_it_stays_close_and_everything_runs_there(name):
     assert torch.equal(output(twin, family), found)
     dequantize(model)
     assert not list(all_attention_scales(model))
+
+
+CACHING = [name for name, family in FAMILIES.items() if family.cached]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("scheme", ["static", "dynamic"])
+@pytest.mark.parametrize("name", CACHING)
+def test_decoding_over_the_cache_is_decoding_without_one(name, scheme):
+    """With scales that do not change, codes that are cached are the codes that would be made again."""
+    family = FAMILIES[name]
+    model = prepare(family.make(), config(family, kv_cache=True, activation_scheme="static"))
+    if scheme == "dynamic":
+        model = family.make()
+    else:
+        output(model, family)
+    convert(model, config(family, kv_cache=True, activation_scheme="dynamic") if scheme == "dynamic" else None)
+    inputs = {key: value for key, value in family.inputs.items() if key != "attention_mask"}
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    generated = [model.generate(**inputs, **options, use_cache=use_cache) for use_cache in (True, False)]
+    report = quantization_report(model)
+    assert all(row.kernels and not row.fallbacks for row in report.attention), report
+    assert sum(row.cached > 0 for row in report.attention) == family.cached
+    if name != "deepseek_v3, latents":  # only what is cached is rounded there
+        assert torch.equal(*generated)
