@@ -24,7 +24,7 @@ from .statistics import OPTIONAL, REDUCTIONS, TensorStatistics
 
 FORMAT_VERSION = 1
 # "q", "k" and "p", "v" are the operands of attention's two products; modules with more products number the others.
-_PRODUCTS = re.compile(r"[qkpv][2-9]?[0-9]?$")
+_PRODUCTS = re.compile(r"[qkpv]\d*$")
 KINDS = ("input", "output", "weight", "q", "k", "v", "p", "k_cache", "v_cache")
 
 
