@@ -87,7 +87,7 @@ CACHING = [name for name, family in FAMILIES.items() if family.cached]
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("scheme", ["static", "dynamic"])
+@pytest.mark.parametrize("scheme", ["static", pytest.param("dynamic", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CACHING)
 def test_decoding_over_the_cache_is_decoding_without_one(name, scheme):
     """With scales that do not change, codes that are cached are the codes that would be made again."""

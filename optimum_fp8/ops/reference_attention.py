@@ -196,22 +196,23 @@ def _per_key(scale: torch.Tensor) -> torch.Tensor:
 
 
 def _scores(grouped: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    parts = [grouped @ _wide(block).unsqueeze(2).transpose(-1, -2) for block in _blocks(keys)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    rows = grouped.flatten(2, 3)  # the heads of a group share their keys: one product for all of them
+    parts = [rows @ _wide(block).transpose(-1, -2) for block in _blocks(keys)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).unflatten(2, grouped.shape[2:4])
 
 
 def _weighted_sum(probabilities: torch.Tensor, values: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     """P · V, `[B, Hkv, H / Hkv, S, Dv]`; a scale per position is applied to the values before they are summed."""
-    total, start = None, 0
+    rows, total, start = probabilities.flatten(2, 3), None, 0
     for block in _blocks(values):
         stop = start + block.shape[2]
         wide = _wide(block)
         if scale is not None and scale.ndim == 4:
             wide = wide * scale[:, :, start:stop]
-        part = probabilities[..., start:stop] @ wide.unsqueeze(2)
+        part = rows[..., start:stop] @ wide
         total, start = part if total is None else total + part, stop
     assert total is not None
-    return total
+    return total.unflatten(2, probabilities.shape[2:4])
 
 
 def _capped(scores: torch.Tensor, softcap: float) -> torch.Tensor:

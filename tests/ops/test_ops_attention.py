@@ -6,9 +6,11 @@ import ml_dtypes
 import numpy
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from optimum_fp8 import ops
 from optimum_fp8.errors import FP8ConfigError, FP8ScaleError
+from optimum_fp8.ops import reference_attention
 
 E4M3 = torch.float8_e4m3fn
 B, H, HKV, S, T, D, DV = 2, 4, 2, 5, 9, 16, 12
@@ -143,6 +145,27 @@ def test_long_caches_are_taken_in_blocks():
     values = [ops.cast_from_fp8(x, one, torch.float32) for x in codes]
     expected = run(ops.attention, q, *values, dict.fromkeys("qkvpo"), None)
     torch.testing.assert_close(run(ops.attention, q, *codes, s, None), expected, atol=1e-6, rtol=1e-5)
+
+
+class Largest(TorchDispatchMode):
+    """The largest high-precision tensor that anything computes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype != E4M3:
+            self.elements = max(self.elements, result.untyped_storage().nbytes() // result.element_size())
+        return result
+
+
+def test_decoding_makes_no_high_precision_copy_of_a_cache():
+    q, codes, one = torch.randn(1, 4, 1, 64), torch.zeros(1, 2, 32768, 64).to(E4M3), torch.ones(1)
+    with Largest() as largest:
+        reference_attention.attention(
+            q, codes, codes, one, one, one, one, one, None, None, 0.1, 0.0, E4M3, 448.0, "fused"
+        )
+    assert 0 < largest.elements <= codes.numel() // 16
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
