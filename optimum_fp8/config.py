@@ -57,6 +57,12 @@ class FP8Config(FineGrainedFP8Config):
         text_column: column of a `datasets.Dataset` (or key of a JSON line) that holds the text.
         modules_to_not_convert: names kept in high precision, besides the defaults (output head, tied and last module).
         quantize_lm_head: quantize the output head too.
+        attention: round what goes into attention's products (q, k, v, softmax) and its output to FP8.
+        kv_cache: keep keys and values in FP8 in the caches of `generate` and of plain forward passes.
+        attention_granularity: "tensor" (one scale for q, k and v each) or "head" (one for each head).
+        attention_dataflow: "fused" (one kernel, scores stay in float32) or "unfused" (product, softmax, product, each
+            rounded to the model's dtype).
+        decode_steps: tokens that calibration generates after each sample where attention or a cache is quantized.
         dequantize: load an FP8 checkpoint as a plain high-precision model.
         format_version: version of the configuration's and checkpoint's format.
 
@@ -92,6 +98,11 @@ class FP8Config(FineGrainedFP8Config):
         "text_column": "text",
         "modules_to_not_convert": None,
         "quantize_lm_head": False,
+        "attention": False,
+        "kv_cache": False,
+        "attention_granularity": "tensor",
+        "attention_dataflow": "fused",
+        "decode_steps": 8,
         "dequantize": False,
         "format_version": FORMAT_VERSION,
     }
@@ -123,6 +134,11 @@ class FP8Config(FineGrainedFP8Config):
     text_column: str
     modules_to_not_convert: list[str] | None  # type: ignore[assignment]
     quantize_lm_head: bool
+    attention: bool
+    kv_cache: bool
+    attention_granularity: str
+    attention_dataflow: str
+    decode_steps: int
     format_version: int
 
     def __init__(self, **options: Any):
@@ -178,6 +194,11 @@ class FP8Config(FineGrainedFP8Config):
     def arithmetic(self) -> str:
         """Where operators round (see `ops.reference`)."""
         return "qdq" if self.use_qdq else "gaudi" if self.number_format.is_gaudi else "fused"
+
+    @property
+    def wants_attention(self) -> bool:
+        """Whether attention modules have anything to do: FP8 products, or reading an FP8 cache."""
+        return self.attention or self.kv_cache
 
     @property
     def measured(self) -> tuple[str, ...]:

@@ -83,6 +83,10 @@ def _module_list(key: str, value: Any) -> Any:
         return value
     there = [kind for kind in types if str(kind).removeprefix("torch.nn.") not in INC_TYPES_NOT_THERE]
     if there and len(there) < len(types):
-        logger.warning("allowlist types without a counterpart are left out: %s", sorted(set(types) - set(there)))
+        logger.warning(
+            "allowlist types without a counterpart are left out (for attention and caches set attention=True, "
+            "kv_cache=True): %s",
+            sorted(set(types) - set(there)),
+        )
         return {**value, "types": there}
     return value

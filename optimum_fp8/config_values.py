@@ -92,6 +92,12 @@ def _count(key: str, value: Any) -> int:
     raise FP8ConfigError(f"{key}={value!r} is not valid: expected a whole number above 0")
 
 
+def _whole(key: str, value: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise FP8ConfigError(f"{key}={value!r} is not valid: expected a whole number, 0 or above")
+
+
 def _backoff(key: str, value: Any) -> float | None:
     if value is None:
         return None
@@ -199,7 +205,10 @@ def _type_name(key: str, kind: Any) -> str:
     if not isinstance(kind, str) or not kind:
         raise FP8ConfigError(f"{key}['types'] holds {kind!r}: expected classes or class names")
     if key == "allowlist" and kind.removeprefix("torch.nn.") in INC_TYPES_NOT_THERE:
-        raise FP8NotAvailableError(f"allowlist type {kind!r} is not available in optimum_fp8 yet: use Linear, Conv2d")
+        raise FP8NotAvailableError(
+            f"allowlist type {kind!r} is not available in optimum_fp8 yet: use Linear, Conv2d; attention=True and "
+            "kv_cache=True take the place of the types of attention and caches"
+        )
     return kind
 
 
@@ -230,6 +239,11 @@ NORMALIZERS: dict[str, Callable[[str, Any], Any]] = {
     "text_column": _text,
     "modules_to_not_convert": _names,
     "quantize_lm_head": _boolean,
+    "attention": _boolean,
+    "kv_cache": _boolean,
+    "attention_granularity": _choice("tensor", "head"),
+    "attention_dataflow": _choice("fused", "unfused"),
+    "decode_steps": _whole,
     "dequantize": _boolean,
     "format_version": _count,
 }
@@ -275,6 +289,11 @@ def check_combinations(config: FP8Config, method: ScaleMethod) -> None:
         (
             config.mode in ("QUANTIZE", "LOAD") and has_data,
             f"mode={config.mode!r} does not calibrate, but a dataset is given: use mode='AUTO', or drop the dataset",
+        ),
+        (
+            config.attention and config.scheme == "weight_only",
+            "attention=True rounds activations, which activation_scheme='weight_only' leaves alone: use 'static' or "
+            "'dynamic', or kv_cache=True alone",
         ),
         (
             config.dequantize and (has_data or config.mode == "MEASURE"),

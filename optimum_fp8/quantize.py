@@ -18,8 +18,17 @@ from .config import FP8Config
 from .errors import FP8ConfigError, FP8MeasurementError, FP8NotAvailableError, FP8ScaleError, FP8StateError
 from .measure import Measurements, Observers, TensorStatistics, model_fingerprint
 from .modules import FP8Module, fp8_modules, fp8_skeleton, quantize_weight, recipe_for, swap
+from .quantize_attention import (
+    ATTENTION_RANGES,
+    convert_attention,
+    missing_ranges,
+    restore_attention,
+    start_observing_attention,
+    without_missing,
+)
 from .scales import activation_scale
 from .selection import candidates, select
+from .selection_attention import select_attention
 from .state import FP8State, measuring_state, set_state, state_of, without
 
 logger = logging.getLogger(__name__)
@@ -43,20 +52,22 @@ def prepare(model: nn.Module, config: FP8Config) -> nn.Module:
     config.post_init()  # keys may have been assigned since it was made
     decisions, found = select(model, config), candidates(model)
     state = FP8State(config, decisions, "measuring", Measurements(_fingerprint(model)))
-    modules = {name: found[name] for name in state.selected}
+    state.attention = select_attention(model, config, decisions)
     if "weight" in config.measured:
-        for name, module in modules.items():
-            state.measurements.observe(name, "weight", TensorStatistics.of(module.weight))
-    start_observing(state, modules)
+        for name in state.selected:
+            state.measurements.observe(name, "weight", TensorStatistics.of(found[name].weight))
+    start_observing(model, state)
     set_state(model, state)
     return model
 
 
-def start_observing(state: FP8State, modules: dict[str, nn.Module]) -> None:
+def start_observing(model: nn.Module, state: FP8State) -> None:
     """Attach the observers a state's config asks for (none where activations need no ranges)."""
     state.observers = Observers(state.measurements)
     if needs_ranges(state.config):
+        modules = {name: model.get_submodule(name) for name in state.selected}
         state.observers.attach(modules, state.config.measured)
+        start_observing_attention(model, state)
 
 
 def needs_ranges(config: FP8Config) -> bool:
@@ -76,6 +87,7 @@ def finalize_calibration(model: nn.Module) -> Measurements:
     """
     state = measuring_state(model, "finalize_calibration")
     expected = {"input", "output"}.intersection(state.config.measured) if needs_ranges(state.config) else set()
+    expected |= set(ATTENTION_RANGES) if expected and state.config.wants_attention else set()
     if expected and not any(kind in expected for _, kind in state.measurements.tensors):
         raise FP8MeasurementError(
             "finalize_calibration: static activations need calibration data and none went through the model: run "
@@ -128,7 +140,8 @@ def convert(model: nn.Module, config: FP8Config | None = None) -> nn.Module:
 def convert_with(model: nn.Module, state: FP8State, finish: Callable[[Any], None] | None = None) -> None:
     """Convert with what `state` knows, then call `finish(model)`; an error leaves the model as it was."""
     config, found, previous = state.config, dict(model.named_modules()), state_of(model)
-    saw_inputs = any(kind == "input" for _, kind in state.measurements.tensors)
+    telling = ("input", *ATTENTION_RANGES) if config.wants_attention else ("input",)
+    saw_inputs = any(kind in telling for _, kind in state.measurements.tensors)
     if needs_ranges(config):
         if config.scheme == "auto" and not saw_inputs and (state.observers is None or "input" not in config.measured):
             config = config.replace(activation_scheme="dynamic")
@@ -139,15 +152,22 @@ def convert_with(model: nn.Module, state: FP8State, finish: Callable[[Any], None
                 "after prepare(), give a `dataset`, or use activation_scheme='dynamic'"
             )
     unreached = _unreached(state, config) if needs_ranges(config) else {}
+    unseen = missing_ranges(model, state, config)
     _warn_of_zero_ranges(state, config)
     recipe = recipe_for(config, dynamic=config.scheme == "dynamic")
     input_scales = {name: _input_scale(name, state, config) for name in state.selected if name not in unreached}
     replacements = {found[name]: new for name, new in _quantized_modules(found, state, config, unreached).items()}
     converted = replace(
-        state, config=config, phase="converted", observers=None, decisions=without(state.decisions, unreached)
+        state,
+        config=config,
+        phase="converted",
+        observers=None,
+        decisions=without(state.decisions, unreached),
+        attention=without_missing(state, unseen),
     )
 
     before = [(module, module.recipe, module.input_scale) for module in fp8_modules(model).values()]
+    undo_attention = convert_attention(model, state, config, unseen)
     swap(model, replacements)
     set_state(model, converted)
     modules = fp8_modules(model)
@@ -160,6 +180,7 @@ def convert_with(model: nn.Module, state: FP8State, finish: Callable[[Any], None
         swap(model, {new: old for old, new in replacements.items()})
         for module, old_recipe, old_scale in before:
             module.start(old_recipe, old_scale)
+        undo_attention()
         set_state(model, previous)
         raise
     if state.observers is not None:
@@ -174,7 +195,7 @@ def _unmeasured_state(model: nn.Module, config: FP8Config) -> FP8State:
     if needs_ranges(config):
         required = config.scheme == "static" or config.mode == "QUANTIZE"
         measurements = stored_measurements(config, measurements.fingerprint, required=required) or measurements
-    return FP8State(config, decisions, "measuring", measurements)
+    return FP8State(config, decisions, "measuring", measurements, attention=select_attention(model, config, decisions))
 
 
 def _fingerprint(model: nn.Module) -> str:
@@ -229,6 +250,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     if state is not None and state.observers is not None:
         state.observers.remove()
     swap(model, {module: module.restored(dtype) for module in modules.values()})
+    restore_attention(model, state)
     set_state(model, None)
     return model
 

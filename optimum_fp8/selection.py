@@ -45,7 +45,8 @@ def select(model: nn.Module, config: FP8Config) -> list[Decision]:
     """Decide about every candidate module of `model`.
 
     Raises:
-        FP8SelectionError: a pattern matches no module (a warning for INC's files), or nothing is left to quantize.
+        FP8SelectionError: a pattern matches no module (a warning for INC's files), or nothing is left to quantize
+            (where attention is to be quantized too, that may be all).
     """
     found = candidates(model)
     if "" in found:
@@ -58,12 +59,22 @@ def select(model: nn.Module, config: FP8Config) -> list[Decision]:
     decisions = []
     aliases = _all_names(model)
     for name, module in found.items():
-        exclusions = (_exclusion(alias, module, config, skipped) for alias in aliases[module])
+        exclusions = (_layer_exclusion(alias, module, config, skipped) for alias in aliases[module])
         reason = _refusal(module) or unfit.get(name) or next(filter(None, exclusions), None)
         decisions.append(Decision(name, type(module).__name__, reason is None, reason or "selected"))
+    if not config.wants_attention:
+        refuse_nothing(model, decisions)
+    return decisions
+
+
+def refuse_nothing(model: nn.Module, decisions: list[Decision]) -> None:
+    """Refuse to go on with decisions that select nothing.
+
+    Raises:
+        FP8SelectionError: says why the first few were not selected.
+    """
     if not any(decision.selected for decision in decisions):
         raise FP8SelectionError(_nothing_selected(model, decisions))
-    return decisions
 
 
 def _all_names(model: nn.Module) -> dict[nn.Module, list[str]]:
@@ -131,7 +142,8 @@ def _refusal(module: Any) -> str | None:
     return None
 
 
-def _exclusion(name: str, module: nn.Module, config: FP8Config, skipped: set[str]) -> str | None:
+def exclusion(name: str, module: nn.Module, config: FP8Config) -> str | None:
+    """Why the blocklist or `modules_to_not_convert` keeps a module in high precision, or None."""
     kind = next((kind for kind in config.blocklist["types"] if _is_type(module, kind)), None)
     if kind is not None:
         return f"blocklist type {kind!r}"
@@ -139,8 +151,13 @@ def _exclusion(name: str, module: nn.Module, config: FP8Config, skipped: set[str
     if pattern is not None:
         return f"blocklist name {pattern!r}"
     entry = next((entry for entry in config.modules_to_not_convert or [] if matches_name(entry, name)), None)
-    if entry is not None:
-        return f"modules_to_not_convert {entry!r}"
+    return None if entry is None else f"modules_to_not_convert {entry!r}"
+
+
+def _layer_exclusion(name: str, module: nn.Module, config: FP8Config, skipped: set[str]) -> str | None:
+    reason = exclusion(name, module, config)
+    if reason is not None:
+        return reason
     if name in skipped:
         return "kept by default: head, tied or float32"
     allow = config.allowlist

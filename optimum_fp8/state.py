@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -25,6 +26,8 @@ class FP8State:
         phase: "measuring" or "converted".
         measurements: what calibration has seen (empty where none is needed).
         observers: the hooks at work while measuring.
+        attention: one decision for every attention module; empty where attention is left alone.
+        implementations: configurations of models whose attention implementation was changed, and what it was.
     """
 
     config: FP8Config
@@ -32,6 +35,8 @@ class FP8State:
     phase: str
     measurements: Measurements
     observers: Observers | None = None
+    attention: list[Decision] = field(default_factory=list)
+    implementations: list[tuple[Any, str | None]] = field(default_factory=list)
 
     @property
     def selected(self) -> list[str]:

@@ -13,7 +13,7 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 LAYERS = [
     ["errors", "formats", "rounding"],
     ["ops"],
-    ["config", "scales", "selection", "measure", "modules", "state"],
+    ["config", "scales", "selection", "measure", "modules", "cache", "state"],
     ["calibrate", "checkpoint"],
     ["hf", "commands", "report", "quantize"],
     ["test_utils", "__init__"],

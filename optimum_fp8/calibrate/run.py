@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from ..config import FP8Config
 from ..errors import FP8CalibrationError, FP8Error, FP8StateError
 from ..state import FP8State, measuring_state
+from .decode import decodes, decoding_inputs
 from .loaders import batch_size_of, batches
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def _run_batches(model: nn.Module, state: FP8State, config: FP8Config) -> None:
             mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
             assert state.observers is not None
             with state.observers.only_where(mask if mask is not None and mask.ndim == 2 else None):
-                _call(model, inputs, samples)
+                _forward_and_decode(model, inputs, samples, config.decode_steps if config.wants_attention else None)
             size = batch_size_of(batch)
             samples, tokens = samples + size, tokens + _update(digest, inputs)
             progress.update(size)
@@ -92,19 +93,34 @@ def _to_device(batch: Any, device: torch.device) -> Any:
     )
 
 
-def _call(model: nn.Module, inputs: Any, samples: int) -> None:
+def _forward_and_decode(model: nn.Module, inputs: Any, samples: int, steps: int | None) -> None:
+    """One forward pass; where attention is measured (`steps` is a number), over a cache, and some tokens further."""
+    if steps is None or not isinstance(inputs, Mapping) or not decodes(model):
+        _call(model, inputs, samples)
+        return
+    output = _call(model, {**inputs, "use_cache": True}, samples)
+    following = decoding_inputs(model, inputs, output, steps)
+    call = next(following, None)
+    while call is not None:
+        output = _call(model, call, samples, "; decode_steps=0 leaves out decoding")
+        try:
+            call = following.send(output)
+        except StopIteration:
+            call = None
+
+
+def _call(model: nn.Module, inputs: Any, samples: int, hint: str = "") -> Any:
     dtype = getattr(model, "dtype", None)
     try:
         if isinstance(inputs, Mapping):
-            model(**{key: _as_dtype(value, dtype) for key, value in inputs.items()})
-        else:
-            model(_as_dtype(inputs, dtype))
+            return model(**{key: _as_dtype(value, dtype) for key, value in inputs.items()})
+        return model(_as_dtype(inputs, dtype))
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         if isinstance(error, FP8Error):
             raise
         given = sorted(inputs) if isinstance(inputs, Mapping) else f"a tensor of shape {tuple(inputs.shape)}"
         raise FP8CalibrationError(
-            f"the model cannot be run on the calibration batch after {samples} samples ({given}): {error}"
+            f"the model cannot be run on the calibration batch after {samples} samples ({given}): {error}{hint}"
         ) from error
 
 

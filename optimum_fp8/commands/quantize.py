@@ -21,7 +21,7 @@ from ..state import state_of
 
 _CONFIG_KEYS = (
     "dataset scale_method fp8_config target activation_scheme num_calibration_samples max_seq_length batch_size "
-    "text_column modules_to_not_convert quantize_lm_head"
+    "text_column modules_to_not_convert quantize_lm_head attention kv_cache attention_granularity"
 )
 # Files beside the weights that a pipeline needs: tokenizers, processors, chat templates.
 _COMPANIONS = [

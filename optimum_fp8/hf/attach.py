@@ -54,7 +54,9 @@ def checkpoint_config(state: FP8State) -> FP8Config:
         dynamic_quantization=False,
         allowlist=None,
         blocklist=None,
-        modules_to_not_convert=[decision.name for decision in state.decisions if not decision.selected],
+        modules_to_not_convert=[
+            decision.name for decision in (*state.decisions, *state.attention) if not decision.selected
+        ],
         dataset=None,
         tokenizer=None,
         processor=None,

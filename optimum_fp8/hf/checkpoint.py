@@ -1,4 +1,5 @@
-"""Our own checkpoints: `X.weight` `[1, out, in]` in FP8, `X.weight_scale`, and `X.input_scale` where it is static.
+"""Our own checkpoints: `X.weight` `[1, out, in]` in FP8, `X.weight_scale`, and `X.input_scale` where it is static;
+attention modules have `Y.q_scale`, `Y.k_scale`, `Y.v_scale`, `Y.p_scale` and `Y.output_scale`.
 
 The leading dimension of one makes transformers without this plugin refuse the checkpoint: it tolerates unknown names,
 dtypes and missing scales with a warning, and would compute garbage, but it never loads a weight of a wrong shape.
@@ -17,6 +18,7 @@ from ..config import FP8Config
 from ..errors import FP8CheckpointError, FP8NotAvailableError, FP8StateError
 from ..formats import number_format
 from ..modules import fp8_modules, frozen
+from ..modules.attention_scales import all_attention_scales
 from ..selection import Decision, candidates, default_skips
 from ..state import state_of
 
@@ -92,7 +94,7 @@ def check_complete(model: PreTrainedModel, missing_keys: set[str] | None) -> Non
         f"{name}.{parameter}"
         for name, module in fp8_modules(model).items()
         for parameter, _ in module.named_parameters()
-    }
+    } | {f"{name}.{key}" for name, key, _ in all_attention_scales(model)}
     missing = sorted(needed if missing_keys is None else needed & missing_keys)
     if missing:
         raise FP8CheckpointError(
@@ -154,14 +156,17 @@ def tensors_to_save(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 def check_scales(model: PreTrainedModel, action: str) -> None:
     """Refuse scales that are not set, zero, negative, NaN or infinite (`action`: "loaded" or "saved")."""
-    for name, module in fp8_modules(model).items():
-        for key in ("weight_scale", "input_scale"):
-            scale = getattr(module, key)
-            if scale is None or scale.device.type == "meta":
-                continue
-            if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-                found = scale.flatten()[:4].tolist()
-                raise FP8CheckpointError(
-                    f"{name}.{key} is {found} and cannot be {action}: expected finite values above 0; the checkpoint "
-                    "is damaged, quantize the original model again"
-                )
+    scales = [
+        (name, key, getattr(module, key))
+        for name, module in fp8_modules(model).items()
+        for key in ("weight_scale", "input_scale")
+    ]
+    for name, key, scale in (*scales, *all_attention_scales(model)):
+        if scale is None or scale.device.type == "meta":
+            continue
+        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            found = scale.flatten()[:4].tolist()
+            raise FP8CheckpointError(
+                f"{name}.{key} is {found} and cannot be {action}: expected finite values above 0; the checkpoint is "
+                "damaged, quantize the original model again"
+            )

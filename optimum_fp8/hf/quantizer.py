@@ -35,6 +35,13 @@ from ..state import FP8State, set_state, state_of
 from .attach import checkpoint_config, settle
 from .checkpoint import check_complete, check_scales, fit_to_target, honour_request, saved_decisions, tensors_to_save
 from .conversions import QuantizeWeight, SqueezeWeight, without_fp8
+from .saved_attention import (
+    chosen_implementations,
+    declare_saved_attention,
+    finish_saved_attention,
+    fit_attention_to_target,
+    select_loaded_attention,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +57,8 @@ class FP8Quantizer(HfQuantizer):
         self.failures: dict[str, str] = {}
         self.missing_keys: set[str] | None = None  # transformers' own set, once any weight has been loaded
         self._decisions: list[Decision] = []
+        self._attention: list[Decision] = []
+        self._chosen: dict[str, str] = {}
         self._digests: dict[str, str] = {}
         self._weights: dict[str, TensorStatistics] = {}
         quantization_config.post_init()  # keys may have been assigned since it was made
@@ -80,6 +89,10 @@ class FP8Quantizer(HfQuantizer):
             raise FP8ConfigError(f"dtype={dtype} cannot go with FP8Config: expected bfloat16, float16 or float32")
         return dtype
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        self._chosen = chosen_implementations(config)
+        return config
+
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
@@ -88,8 +101,10 @@ class FP8Quantizer(HfQuantizer):
             return
         if self.pre_quantized:
             self._decisions = saved_decisions(model, config, checkpoint_files)
+            self._attention = declare_saved_attention(model, config, checkpoint_files, self._chosen)
         else:
             self._decisions = select(model, config)
+            self._attention = select_loaded_attention(model, config, self._chosen, self._decisions)
         tied = {key.removesuffix(".weight") for key in getattr(model, "all_tied_weights_keys", {})}
         found, recipe = candidates(model), recipe_for(config, dynamic=config.scheme == "dynamic")
         skeletons: dict[nn.Module, nn.Module] = {}
@@ -159,7 +174,10 @@ class FP8Quantizer(HfQuantizer):
             self._dequantize(model, model.dtype)
             return
         fit_to_target(model, self._made_for)
-        set_state(model, FP8State(config, self._decisions, "converted", Measurements(fingerprint="")))
+        fit_attention_to_target(model, config, self._made_for)
+        state = FP8State(config, self._decisions, "converted", Measurements(fingerprint=""), attention=self._attention)
+        set_state(model, state)
+        finish_saved_attention(model, state)
         self._settle(model)
 
     def _measure_only(self, model: Any) -> None:
@@ -179,7 +197,7 @@ class FP8Quantizer(HfQuantizer):
         measurements = Measurements(model_fingerprint(model, self._digests))
         for name, statistics in self._weights.items():
             measurements.observe(name, "weight", statistics)
-        state = FP8State(config, self._decisions, "measuring", measurements)
+        state = FP8State(config, self._decisions, "measuring", measurements, attention=self._attention)
         set_state(model, state)
         if needs_ranges(config) and not self._find_ranges(model, state):
             logger.warning(
@@ -203,7 +221,7 @@ class FP8Quantizer(HfQuantizer):
         """
         config = state.config
         if config.dataset is not None:
-            start_observing(state, {name: model.get_submodule(name) for name in state.selected})
+            start_observing(model, state)
             calibrate(model)
             return True
         stored = stored_measurements(config, state.measurements.fingerprint, required=config.mode == "QUANTIZE")
@@ -212,7 +230,7 @@ class FP8Quantizer(HfQuantizer):
             return True
         if config.scheme == "auto":
             return True
-        start_observing(state, {name: model.get_submodule(name) for name in state.selected})
+        start_observing(model, state)
         return False
 
     def _raise_failures(self) -> None:

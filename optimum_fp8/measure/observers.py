@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from .statistics import TensorStatistics
 from .store import Measurements
@@ -23,7 +22,7 @@ class Observers:
 
     def __init__(self, measurements: Measurements):
         self.measurements = measurements
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[Any] = []
         self._inputs: list[tuple[str, nn.Module, int]] = []
         self._valid: torch.Tensor | None = None
 
@@ -37,6 +36,32 @@ class Observers:
                 self._inputs.append((name, module, self._handles[-1].id))
             if "output" in kinds:
                 self._handles.append(module.register_forward_hook(partial(self._see_output, name)))
+
+    def add(self, handle: Any) -> None:
+        """Let `remove()` take off something else that observes for these measurements, by its own `remove()`."""
+        self._handles.append(handle)
+
+    def see_heads(self, name: str, kind: str, x: torch.Tensor) -> None:
+        """Record what goes into or comes out of attention.
+
+        Args:
+            name: the attention module.
+            kind: "q", "k", "v", "output", "k_cache" or "v_cache".
+            x: `[batch, heads, length, size]`. Positions of padding are left out where `length` is that of the mask,
+                or keys and values go beyond it; other tensors are taken whole.
+        """
+        tokens, valid = x.transpose(1, 2), self._valid
+        if valid is not None and kind in ("k", "v") and x.shape[0] == len(valid) and x.shape[2] > valid.shape[1]:
+            generated = valid.new_ones(len(valid), x.shape[2] - valid.shape[1])
+            valid = torch.cat([valid, generated], dim=1)  # what follows the prompt is never padding
+        if valid is not None and tokens.shape[:2] == valid.shape:
+            tokens = tokens[valid.to(x.device)]
+        if tokens.numel():
+            self.measurements.observe(name, kind, TensorStatistics.of_heads(tokens.reshape(-1, *x.shape[1::2])))
+
+    def see_whole(self, name: str, kind: str, x: torch.Tensor) -> None:
+        """Record a tensor of any shape, an operand of a product; rows of padding are left out where they show."""
+        self._observe(name, kind, x)
 
     def remove(self) -> None:
         """Take all hooks off; warns of others that may have changed an input after it was measured."""

@@ -1,8 +1,8 @@
 """The Measurements store: ranges by module name, independent of device and rank, in one safetensors file.
 
-Tensors are named `<module>/<kind>/<statistic>` with kind "input", "output" or "weight"; everything else (format
-version, fingerprint, what data made it) is JSON in the file's header. The file is written beside its place and moved
-there, so it is whole or not there.
+Tensors are named `<module>/<kind>/<statistic>`; `KINDS` are those of a layer, those of attention, and what attention
+modules write to caches. Everything else (format version, fingerprint, what data made it) is JSON in the file's header.
+The file is written beside its place and moved there, so it is whole or not there.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import re
 import tempfile
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,10 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import FP8Error, FP8MeasurementError
-from .statistics import REDUCTIONS, TensorStatistics
+from .statistics import OPTIONAL, REDUCTIONS, TensorStatistics
 
 FORMAT_VERSION = 1
-KINDS = ("input", "output", "weight")
+# "q", "k" and "p", "v" are the operands of attention's two products; modules with more products number the others.
+_PRODUCTS = re.compile(r"[qkpv]\d*$")
+KINDS = ("input", "output", "weight", "q", "k", "v", "p", "k_cache", "v_cache")
 
 
 @dataclass
@@ -62,6 +65,16 @@ class Measurements:
             )
         return statistics.maxabs
 
+    def maxabs_per_head(self, module: str, kind: str) -> torch.Tensor | None:
+        """max|x| of each head, float32 `(heads,)`; None if it is not known.
+
+        Raises:
+            FP8MeasurementError: NaN or Inf went through the module.
+        """
+        if self.maxabs(module, kind) is None:
+            return None
+        return self.tensors[module, kind].maxabs_per_head
+
     def merged(self, other: Measurements) -> Measurements:
         """The measurements of two runs, or two ranks, over the same model.
 
@@ -85,9 +98,9 @@ class Measurements:
         folder = os.path.dirname(path) or "."
         os.makedirs(folder, exist_ok=True)
         tensors = {
-            f"{module}/{kind}/{name}": getattr(statistics.cpu(), name).reshape(1).clone()
+            f"{module}/{kind}/{name}": value.reshape(-1).clone()
             for (module, kind), statistics in self.tensors.items()
-            for name in REDUCTIONS
+            for name, value in statistics.cpu().known().items()
         }
         header = {
             "format_version": FORMAT_VERSION,
@@ -139,9 +152,10 @@ class Measurements:
         grouped: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
         for name, value in tensors.items():
             module, kind, statistic = name.rsplit("/", 2)
-            if kind not in KINDS or statistic not in REDUCTIONS or value.shape != (1,):
+            known = (kind in KINDS or _PRODUCTS.match(kind)) and statistic in REDUCTIONS
+            if not known or value.shape != (1,) and statistic not in OPTIONAL:
                 raise ValueError(f"tensor {name!r} is not a statistic")
-            grouped.setdefault((module, kind), {})[statistic] = value[0]
+            grouped.setdefault((module, kind), {})[statistic] = value if statistic in OPTIONAL else value[0]
         statistics = {key: TensorStatistics(**values) for key, values in grouped.items()}
         return cls(str(header["fingerprint"]), statistics, int(header["samples"]), str(header["data"]))
 

@@ -44,6 +44,33 @@ class Recipe:
     dynamic: DynamicRule | None = None
 
 
+@dataclass(frozen=True)
+class AttentionRecipe:
+    """What all attention modules of a model share.
+
+    Attributes:
+        fmt: the number format.
+        dataflow: where attention rounds (see `ops.reference_attention`).
+        rounds: whether products take FP8 operands; without it only what comes out of an FP8 cache is FP8.
+        rule: the rule of dynamic scales, one a token and head; None where scales are calibrated.
+    """
+
+    fmt: NumberFormat
+    dataflow: str
+    rounds: bool
+    rule: DynamicRule | None = None
+
+
+def attention_recipe_for(config: FP8Config) -> AttentionRecipe:
+    """The recipe of attention and caches that a configuration asks for."""
+    fmt, activation = config.number_format, config.method.activation
+    rule = None
+    if config.scheme in ("dynamic", "weight_only"):
+        divisor = activation_divisor(activation, fmt, backoff=config.input_backoff, dynamic=True)
+        rule = DynamicRule(True, divisor, activation.rounding, hp_torch_dtype(config.hp_dtype))
+    return AttentionRecipe(fmt, "qdq" if config.use_qdq else config.attention_dataflow, config.attention, rule)
+
+
 def recipe_for(config: FP8Config, *, dynamic: bool) -> Recipe:
     """The recipe a configuration asks for, with dynamic activations or without."""
     fmt, method = config.number_format, config.method

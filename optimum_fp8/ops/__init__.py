@@ -2,15 +2,20 @@
 
 from . import cpu
 from .declare import cast_from_fp8, cast_to_fp8, cast_to_fp8_with_maxabs, conv2d, dynamic_scale, linear, linears, maxabs
-from .dispatch import CallRecord, Kernel, backend, backends, calls, missing, new_owner, register_kernel
+from .declare_attention import attention, attention_weights, matmul
+from .dispatch import CallRecord, Kernel, backend, backends, calls, missing, new_owner, note_fallback, register_kernel
 from .reference import ARITHMETICS
+from .reference_attention import DATAFLOWS
 
 cpu.register()
 
 __all__ = [
     "ARITHMETICS",
+    "DATAFLOWS",
     "CallRecord",
     "Kernel",
+    "attention",
+    "attention_weights",
     "backend",
     "backends",
     "calls",
@@ -22,8 +27,10 @@ __all__ = [
     "dynamic_scale",
     "linear",
     "linears",
+    "matmul",
     "maxabs",
     "missing",
     "new_owner",
+    "note_fallback",
     "register_kernel",
 ]

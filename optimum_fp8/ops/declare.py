@@ -222,16 +222,18 @@ def _no_backward(op: str):  # type: ignore[no-untyped-def]
     return backward
 
 
-def _declare(op: str) -> None:
+def declare(op: str, schema: str, fake: Callable[..., Any], defined_by: Callable[..., Any], *, counted: bool) -> None:
+    """Make `op` known to torch and to the dispatch. A `counted` operator's last argument is its owner."""
+
     def implementation(*args):  # type: ignore[no-untyped-def]
-        return dispatch.run(op, args[-1], *args[:-1]) if op in _COUNTED else dispatch.run(op, 0, *args)
+        return dispatch.run(op, args[-1], *args[:-1]) if counted else dispatch.run(op, 0, *args)
 
-    _library.define(op + _SCHEMAS[op], tags=(torch.Tag.pt2_compliant_tag,))
+    _library.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(op, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"optimum_fp8::{op}", _FAKES[op], lib=_library)
+    torch.library.register_fake(f"optimum_fp8::{op}", fake, lib=_library)
     torch.library.register_autograd(f"optimum_fp8::{op}", _no_backward(op), lib=_library)
-    dispatch.register_kernel(op, dispatch.Kernel(dispatch.REFERENCE, None, getattr(reference, op)))
+    dispatch.register_kernel(op, dispatch.Kernel(dispatch.REFERENCE, None, defined_by))
 
 
-for _op in _SCHEMAS:
-    _declare(_op)
+for _op, _schema in _SCHEMAS.items():
+    declare(_op, _schema, _FAKES[_op], getattr(reference, _op), counted=_op in _COUNTED)

@@ -133,6 +133,11 @@ def is_plain(*arguments: Any) -> bool:
     return True
 
 
+def note_fallback(owner: int, op: str, reason: str) -> None:
+    """Count a call that `owner` did not make to `op`, because it had to stay in high precision for `reason`."""
+    _records.setdefault(owner, CallRecord()).fallbacks[op, "high precision", reason] += 1
+
+
 def run(op: str, owner: int | Sequence[int], *args: Any) -> Any:
     """Run `op` on the best kernel for its first argument's device, or on the forced backend; count it for `owner`, or
     for each of several."""

@@ -6,13 +6,13 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from .. import ops
 from ..modules import FP8Module, fp8_modules
 from ..selection import QUANTIZABLE
 from ..state import state_of
+from .attention import AttentionReport, attention_lines, attention_reports, counted, counts, extremes, table, written
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class QuantizationReport:
 
     modules: list[ModuleReport]
     phase: str
+    attention: list[AttentionReport] = field(default_factory=list)
 
     @property
     def quantized(self) -> list[ModuleReport]:
@@ -56,31 +57,35 @@ class QuantizationReport:
     @property
     def kernels(self) -> dict[str, int]:
         """Calls by backend, over all modules."""
-        return dict(sum((Counter(module.kernels) for module in self.modules), Counter()))
+        return dict(sum((Counter(row.kernels) for row in self._rows), Counter()))
 
     @property
     def fallbacks(self) -> dict[str, int]:
         """Refused calls by "backend: reason", over all modules."""
-        return dict(sum((Counter(module.fallbacks) for module in self.modules), Counter()))
+        return dict(sum((Counter(row.fallbacks) for row in self._rows), Counter()))
+
+    @property
+    def _rows(self) -> list[ModuleReport | AttentionReport]:
+        return [*self.modules, *self.attention]
 
     def to_dict(self) -> dict[str, Any]:
-        return {"phase": self.phase, "modules": [asdict(module) for module in self.modules]}
+        attention = {"attention": [asdict(module) for module in self.attention]} if self.attention else {}
+        return {"phase": self.phase, "modules": [asdict(module) for module in self.modules], **attention}
 
     def __str__(self) -> str:
         header = ("module", "type", "FP8", "activations", "weight scale", "input scale", "kernels", "reason")
-        rows = [header, *(_row(module) for module in self.modules)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines.insert(1, "  ".join("-" * width for width in widths))
+        lines = table([header, *(_row(module) for module in self.modules)])
         missing = ops.missing("cpu")
         if missing and "reference" in self.kernels:
             lines.append(f"the reference runs, which is slow: {missing}")
+        if self.attention:
+            lines += ["", *attention_lines(self.attention)]
         silent = [module.name for module in self.quantized if not module.kernels]
         if silent and self.kernels:
             lines.append(f"{len(silent)} FP8 modules made no call although others did: {', '.join(silent[:8])}")
         lines.append(
             f"{len(self.quantized)} of {len(self.modules)} candidate modules in FP8; state: {self.phase}; calls: "
-            f"{_counts(self.kernels) or 'none yet'}; fallbacks: {_counts(self.fallbacks) or 'none'}"
+            f"{counts(self.kernels) or 'none yet'}; fallbacks: {counts(self.fallbacks) or 'none'}"
         )
         return "\n".join(lines)
 
@@ -93,7 +98,7 @@ def quantization_report(model: nn.Module) -> QuantizationReport:
         named = {name: module for name, module in modules.items() if isinstance(module, QUANTIZABLE)}
         rows = [ModuleReport(name, type(module).__name__, False, "not prepared") for name, module in named.items()]
         rows += [_fp8_report(name, type(module).__name__, module) for name, module in converted.items()]
-        return QuantizationReport(rows, "converted" if converted else "high precision")
+        return QuantizationReport(rows, "converted" if converted else "high precision", attention_reports(model, None))
     rows = []
     for decision in state.decisions:
         module = modules.get(decision.name)
@@ -103,38 +108,26 @@ def quantization_report(model: nn.Module) -> QuantizationReport:
         else:
             reason = "measuring" if decision.selected else decision.reason
             rows.append(ModuleReport(decision.name, decision.type, False, reason))
-    return QuantizationReport(rows, state.phase)
+    return QuantizationReport(rows, state.phase, attention_reports(model, state))
 
 
 def _fp8_report(name: str, kind: str, module: FP8Module) -> ModuleReport:
-    record, kernels, fallbacks = ops.calls(module.owner), Counter[str](), Counter[str]()
-    for (_, backend), count in record.kernels.items():
-        kernels[backend] += count
-    for (_, backend, reason), count in record.fallbacks.items():
-        fallbacks[f"{backend}: {reason}"] += count
+    kernels, fallbacks = counted(module.owner)
     return ModuleReport(
         name,
         kind,
         True,
         "selected",
         module.activations,
-        _extremes(module.weight_scale),
-        None if module.input_scale is None else _extremes(module.input_scale)[0],
-        dict(kernels),
-        dict(fallbacks),
+        extremes(module.weight_scale),
+        None if module.input_scale is None else extremes(module.input_scale)[0],
+        kernels,
+        fallbacks,
     )
 
 
-def _extremes(scale: torch.Tensor) -> tuple[float, float]:
-    if scale.device.type == "meta":
-        return (float("nan"), float("nan"))
-    return (float(scale.min()), float(scale.max()))
-
-
 def _row(module: ModuleReport) -> tuple[str, ...]:
-    scale, weight_scale = module.weight_scale, ""
-    if scale is not None:
-        weight_scale = f"{scale[0]:.4g}" if scale[0] == scale[1] else f"{scale[0]:.4g} … {scale[1]:.4g}"
+    weight_scale = "" if module.weight_scale is None else written(module.weight_scale)
     return (
         module.name,
         module.type,
@@ -142,10 +135,6 @@ def _row(module: ModuleReport) -> tuple[str, ...]:
         module.activations,
         weight_scale,
         "" if module.input_scale is None else f"{module.input_scale:.4g}",
-        _counts(module.kernels),
+        counts(module.kernels),
         "" if module.quantized else module.reason,
     )
-
-
-def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))

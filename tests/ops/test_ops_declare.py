@@ -17,6 +17,11 @@ KERNEL = torch.randn(6, 2, 3, 3).to(E4M3)
 ROWS = torch.rand(4, 1) + 0.1
 GEOMETRY = ([2, 1], [1, 1], [1, 1], 2)
 
+QUERY, KEY, VALUE = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 6)
+HEADS, TOKENS = torch.rand(2, 1, 1) + 0.1, torch.rand(2, 2, 5, 1) + 0.1
+UNMASKED = (None, None, 0.5, 0.0, E4M3, 448.0)
+MASKED = (torch.zeros(2, 1, 3, 5), torch.randn(4), 0.5, 2.0, E4M3, 240.0)
+
 CALLS = {
     "cast_to": (NAMESPACE.cast_to_fp8, (X, SCALE, E4M3, 448.0)),
     "cast_to-e5m2": (NAMESPACE.cast_to_fp8, (X.bfloat16(), ROWS, E5M2, 57344.0)),
@@ -48,6 +53,19 @@ CALLS = {
         NAMESPACE.conv2d,
         (IMAGE.to(memory_format=torch.channels_last), KERNEL, SCALE, SCALE, None, *GEOMETRY, 448.0, "fused", 0),
     ),
+    "attention": (NAMESPACE.attention, (QUERY, KEY, VALUE, *[SCALE] * 5, *UNMASKED, "fused", 0)),
+    "attention-unrounded": (NAMESPACE.attention, (QUERY.half(), KEY, VALUE, *[None] * 5, *MASKED, "unfused", 0)),
+    "attention-heads": (NAMESPACE.attention, (QUERY, KEY, VALUE, SCALE, HEADS, HEADS, SCALE, None, *MASKED, "qdq", 0)),
+    "attention-cached": (
+        NAMESPACE.attention,
+        (QUERY.bfloat16(), KEY.to(E4M3), VALUE.to(E4M3), SCALE, TOKENS, TOKENS, SCALE, SCALE, *MASKED, "fused", 0),
+    ),
+    "attention_weights": (
+        NAMESPACE.attention_weights,
+        (QUERY.bfloat16(), KEY.to(E4M3), SCALE, TOKENS, SCALE, *MASKED, "unfused", 0),
+    ),
+    "matmul": (NAMESPACE.matmul, (QUERY, KEY.repeat(1, 2, 1, 1).mT, SCALE, SCALE, E4M3, 448.0, "fused", 0)),
+    "matmul-qdq": (NAMESPACE.matmul, (X.bfloat16(), WEIGHT.t(), SCALE, SCALE, E4M3, 448.0, "qdq", 0)),
 }
 EACH_CALL = pytest.mark.parametrize("op, args", CALLS.values(), ids=CALLS)
 
@@ -67,6 +85,9 @@ def test_every_operator_is_called_here():
         "dynamic_scale",
         "linear",
         "conv2d",
+        "attention",
+        "attention_weights",
+        "matmul",
     }
 
 

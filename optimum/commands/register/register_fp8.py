@@ -30,6 +30,9 @@ class FP8QuantizeCommand(BaseOptimumCLICommand):
         keys.add_argument("--text-column", help="key of the text in JSON lines")
         keys.add_argument("--modules-to-not-convert", nargs="+", metavar="NAME")
         keys.add_argument("--quantize-lm-head", action="store_true", default=None)
+        keys.add_argument("--attention", action="store_true", default=None, help="products of attention in FP8")
+        keys.add_argument("--kv-cache", action="store_true", default=None, help="keys and values cached in FP8")
+        keys.add_argument("--attention-granularity", help="tensor or head")
 
     def run(self) -> None:
         from optimum_fp8.commands.quantize import main

@@ -1,0 +1,78 @@
+"""How one layer's keys and values are scaled when they are cached, as a value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .. import ops
+from ..errors import FP8ScaleError
+from ..formats import NumberFormat
+from ..modules import DynamicRule
+
+
+@dataclass(frozen=True)
+class CacheScales:
+    """Static scales of keys and values, or the rule by which each token of each head gets its own.
+
+    Attributes:
+        fmt: the number format of the codes.
+        k: float32 `(1,)` or `(heads, 1, 1)`; None for dynamic scales.
+        v: as `k`; keys and values are both static or both dynamic.
+        rule: of dynamic scales; None is the power of two that maps a token's largest value to half the full scale.
+
+    Raises:
+        FP8ScaleError: only one of `k` and `v`, or a shape or dtype that no cache has.
+    """
+
+    fmt: NumberFormat
+    k: torch.Tensor | None = None
+    v: torch.Tensor | None = None
+    rule: DynamicRule | None = None
+
+    def __post_init__(self) -> None:
+        if (self.k is None) != (self.v is None):
+            raise FP8ScaleError(
+                f"k is {self.k} and v is {self.v}: the scales of a cache are both static or both dynamic (None)"
+            )
+        for name, scale in (("k", self.k), ("v", self.v)):
+            if scale is None:
+                continue
+            if scale.dtype != torch.float32 or not (scale.shape == (1,) or scale.shape[1:] == (1, 1)):
+                raise FP8ScaleError(
+                    f"{name} is {scale.dtype} {tuple(scale.shape)}: expected torch.float32 of shape (1,) for one scale "
+                    "a tensor, or (heads, 1, 1) for one a head"
+                )
+
+    @property
+    def is_dynamic(self) -> bool:
+        return self.k is None
+
+    def check(self, where: str) -> None:
+        """Refuse scales that are not set, zero, negative, NaN or infinite.
+
+        Raises:
+            FP8ScaleError: names `where` they belong to.
+        """
+        for name, scale in (("k", self.k), ("v", self.v)):
+            if scale is not None and not bool((torch.isfinite(scale) & (scale > 0)).all()):
+                raise FP8ScaleError(
+                    f"{where}: the {name} scale of its cache is {scale.flatten()[:4].tolist()}: expected finite values "
+                    "above 0; calibrate the model, or load a sound checkpoint"
+                )
+
+    def quantize(self, x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and scale of new keys or values.
+
+        Args:
+            x: `[batch, heads, length, size]`.
+            scale: `k` or `v`; None takes the scale of each token of each head from itself.
+
+        Returns:
+            codes of `x`'s shape in `fmt.dtype`, and the scale, or float32 `[batch, heads, length, 1]`.
+        """
+        if scale is None:
+            rule = self.rule or DynamicRule(True, self.fmt.full_scale * 0.5, "pow2", torch.float32)
+            scale = rule.scale(x, self.fmt)
+        return ops.cast_to_fp8(x, scale, self.fmt.dtype, self.fmt.full_scale), scale

@@ -1,0 +1,240 @@
+"""Attention modules that multiply themselves: their products are seen, and computed in FP8, while they run.
+
+Nothing is patched: hooks switch on torch's function overriding when such a module is entered and off when it is left,
+and only what is called in between, in that thread, is looked at.
+
+The first product before the softmax takes "q" and "k", the first after it "p" and "v"; further ones (relative
+positions, loops over chunks) are numbered, "q2" and "k2" for the second before the softmax. Each operand has a scale of
+its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
+
+from .. import ops
+from .attention import AttentionPlan, plan_of
+from .fp8_tensor import FP8Tensor
+from .recipe import AttentionRecipe
+
+
+def override(module: nn.Module) -> None:
+    """Look at the products of `module` from now on; its plan says what becomes of them."""
+    stop_overriding(module)
+    module.register_forward_pre_hook(_enter)
+    module.register_forward_hook(_leave, always_call=True)
+
+
+def stop_overriding(module: nn.Module) -> None:
+    """Let `module` compute on its own again."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks, module._forward_hooks_always_called):
+        for key in [key for key, hook in hooks.items() if hook in (_enter, _leave)]:
+            del hooks[key]
+            module._forward_hooks_always_called.pop(key, None)
+
+
+def _enter(module: nn.Module, args: Any) -> None:
+    plan = plan_of(module)
+    if plan is not None:
+        Overriding(module, plan).__enter__()
+
+
+def _leave(module: nn.Module, args: Any, output: Any) -> None:
+    mode = _get_current_function_mode()
+    if isinstance(mode, Overriding) and mode.module is module:
+        mode.__exit__(None, None, None)
+
+
+class Overriding(TorchFunctionMode):
+    """One run of one attention module."""
+
+    def __init__(self, module: nn.Module, plan: AttentionPlan):
+        super().__init__()
+        self.module, self.plan = module, plan
+        self._after_softmax = False
+        self._products = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        handler = _HANDLERS.get(func)
+        if handler is None:
+            return func(*args, **(kwargs or {}))
+        return handler(self, partial(func, *args, **(kwargs or {})), *args, **(kwargs or {}))
+
+    def softmax(self, compute: Callable[[], torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """What follows multiplies its result."""
+        self._after_softmax, self._products = True, 0
+        return compute()
+
+    def product(self, compute: Callable[[], torch.Tensor], a: Any, b: Any, **kwargs: Any) -> torch.Tensor:
+        """a @ b: seen, or computed in FP8."""
+        names = self._next_names()
+        plan = self.plan
+        if plan.observe is not None:
+            self._observe(names, a, b)
+        elif plan.recipe is not None and _fits(a) and _fits(b) and not kwargs:
+            found = self._rounded_product(names, a, b, plan.recipe)
+            if found is not None:
+                return found
+        return compute()
+
+    def reversed_product(self, compute: Callable[[], torch.Tensor], a: Any, b: Any) -> torch.Tensor:
+        return self.product(compute, b, a)
+
+    def added_product(
+        self,
+        compute: Callable[[], torch.Tensor],
+        added: Any,
+        batch1: Any,
+        batch2: Any,
+        *,
+        beta: Any = 1,
+        alpha: Any = 1,
+    ) -> torch.Tensor:
+        """beta · added + alpha · (batch1 @ batch2), the product rounded to its dtype before it is added."""
+        names = self._next_names()
+        if self.plan.observe is not None:
+            self._observe(names, batch1, batch2)
+        elif self.plan.recipe is not None:
+            found = self._rounded_product(names, batch1, batch2, self.plan.recipe)
+            if found is not None:
+                return alpha * found + (beta * added if beta else 0)
+        return compute()
+
+    def fused(
+        self,
+        compute: Callable[[], torch.Tensor],
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        """torch's own attention."""
+        plan = self.plan
+        if plan.observe is not None:
+            output = compute()
+            for kind, x in (("q", query), ("k", key), ("v", value)):
+                plan.observe(kind, x)
+            return output
+        if plan.recipe is None or query.ndim < 3 or dropout_p:
+            return compute()
+        scales = [self._scale(kind, x, plan.recipe) for kind, x in (("q", query), ("k", key), ("v", value))]
+        if any(known is None for known in scales):
+            ops.note_fallback(plan.owner, "attention", "q, k, v: not seen by calibration")
+            return compute()
+        return self._rounded_attention(query, key, value, scales, attn_mask, is_causal, scale, plan.recipe)
+
+    def _rounded_attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scales: list[torch.Tensor | None],
+        mask: torch.Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+        recipe: AttentionRecipe,
+    ) -> torch.Tensor:
+        shape = query.shape
+        length, positions = shape[-2], key.shape[-2]
+        if is_causal:
+            mask = torch.ones(length, positions, dtype=torch.bool, device=query.device).tril()
+        if query.ndim != 4:
+            heads = max(key.shape[-3] if key.ndim > 3 else 1, 1)
+            query, key, value = (x.reshape(-1, heads, *x.shape[-2:]) for x in (query, key, value))
+            mask = None if mask is None else mask.expand(*shape[:-1], positions).reshape(-1, heads, length, positions)
+            scales = [
+                known if known is None or known.numel() == 1 else known.reshape(-1, heads, known.shape[-2], 1)
+                for known in scales
+            ]
+        key, value = (x.codes if isinstance(x, FP8Tensor) else x for x in (key, value))
+        q_scale, k_scale, v_scale = scales
+        output = ops.attention(
+            query,
+            key,
+            value,
+            q_scale,
+            k_scale,
+            v_scale,
+            getattr(self.module, "p_scale", None),
+            None,
+            mask,
+            scaling=shape[-1] ** -0.5 if scale is None else scale,
+            dtype=recipe.fmt.dtype,
+            full_scale=recipe.fmt.full_scale,
+            dataflow=recipe.dataflow,
+            owner=self.plan.owner,
+        )
+        return output.transpose(1, 2).reshape(*shape[:-1], value.shape[-1])
+
+    def _next_names(self) -> tuple[str, str]:
+        self._products += 1
+        number = "" if self._products == 1 else str(self._products)
+        return (f"p{number}", f"v{number}") if self._after_softmax else (f"q{number}", f"k{number}")
+
+    def _observe(self, names: tuple[str, str], a: Any, b: Any) -> None:
+        assert self.plan.observe is not None
+        for name, x in zip(names, (a, b), strict=True):
+            if _fits(x):
+                self.plan.observe(name, x)
+
+    def _rounded_product(self, names: tuple[str, str], a: Any, b: Any, recipe: AttentionRecipe) -> torch.Tensor | None:
+        """The product of rounded operands; None where calibration has not seen them."""
+        a_scale = self._scale(names[0], a, recipe)
+        b_scale = self._scale(names[1], b, recipe, columns=True)
+        if a_scale is None or b_scale is None:
+            ops.note_fallback(self.plan.owner, "matmul", f"{names[0]}, {names[1]}: not seen by calibration")
+            return None
+        a = a.dequantize() if isinstance(a, FP8Tensor) else a
+        b = b.codes if isinstance(b, FP8Tensor) and b.scale is b_scale else b
+        return ops.matmul(
+            a,
+            b.dequantize() if isinstance(b, FP8Tensor) else b,
+            a_scale,
+            b_scale,
+            dtype=recipe.fmt.dtype,
+            full_scale=recipe.fmt.full_scale,
+            arithmetic="qdq" if recipe.dataflow == "qdq" else "fused",
+            owner=self.plan.owner,
+        )
+
+    def _scale(self, name: str, x: torch.Tensor, recipe: AttentionRecipe, columns: bool = False) -> torch.Tensor | None:
+        """The scale of an operand: its codes' own, the calibrated one, or that of each row (or column) of it."""
+        if isinstance(x, FP8Tensor) and (x.scale.numel() == 1 or not columns):
+            return x.scale
+        if recipe.rule is None:
+            return getattr(self.module, f"{name}_scale", None)
+        values = x.dequantize() if isinstance(x, FP8Tensor) else x
+        if columns:
+            return recipe.rule.scale(values.transpose(-1, -2), recipe.fmt).transpose(-1, -2)
+        return recipe.rule.scale(values, recipe.fmt)
+
+
+def _fits(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim >= 2 and x.numel() > 0
+
+
+_HANDLERS: dict[Any, Callable[..., torch.Tensor]] = {
+    torch.matmul: Overriding.product,
+    torch.Tensor.matmul: Overriding.product,
+    torch.Tensor.__matmul__: Overriding.product,
+    torch.Tensor.__rmatmul__: Overriding.reversed_product,
+    torch.bmm: Overriding.product,
+    torch.Tensor.bmm: Overriding.product,
+    torch.baddbmm: Overriding.added_product,
+    torch.Tensor.baddbmm: Overriding.added_product,
+    F.softmax: Overriding.softmax,
+    torch.softmax: Overriding.softmax,
+    torch.Tensor.softmax: Overriding.softmax,
+    F.scaled_dot_product_attention: Overriding.fused,
+}

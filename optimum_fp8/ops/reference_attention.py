@@ -1,0 +1,239 @@
+"""The reference of attention's operators: plain torch that defines the result, down to each rounding, on any device.
+
+All products are formed from FP8 values (or unrounded ones) held in float32 (float64 for float64 queries) and
+accumulated there; scales are multiplied in afterwards. What lies between the products is the `dataflow`:
+
+* "fused": scores, scaling, soft cap, mask and softmax stay in float32; the probabilities are rounded to FP8; the second
+  product is rounded to FP8 where there is an `output_scale`, then once to the query's dtype.
+* "unfused": the scores are rounded to the query's dtype as a matmul's output is, and scaled, capped and masked in it;
+  the softmax is taken in float32 and rounded to that dtype, then to FP8; the second product is rounded to that dtype.
+* "qdq": as "unfused", and each operand is rounded to FP8 and back to the query's dtype before its product.
+
+Keys and values that are FP8 codes already are converted in blocks of positions: there never is a high-precision copy of
+a whole cache.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import FP8ConfigError, FP8ScaleError, nearest
+from ..formats import is_fp8
+from .reference import cast_from_fp8, cast_to_fp8
+
+DATAFLOWS = ("fused", "unfused", "qdq")
+_BLOCK = 2048  # positions of a cache that are converted at a time
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    q_scale: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    p_scale: torch.Tensor | None,
+    output_scale: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    scaling: float,
+    softcap: float,
+    dtype: torch.dtype,
+    full_scale: float,
+    dataflow: str,
+) -> torch.Tensor:
+    probabilities = _probabilities(
+        query, key, q_scale, k_scale, p_scale, mask, sinks, scaling, softcap, dtype, full_scale, dataflow
+    )
+    values, scale = _operand(value, v_scale, query.dtype, dtype, full_scale, dataflow)
+    result = _weighted_sum(probabilities, values, scale)
+    if p_scale is not None and dataflow != "qdq":
+        result = result * p_scale
+    if scale is not None and scale.ndim <= 3:
+        result = result * _of_key_heads(scale, result.dtype)
+    result = result.flatten(1, 2).transpose(1, 2).contiguous()
+    if output_scale is not None and dataflow == "fused":
+        result = cast_from_fp8(cast_to_fp8(result, output_scale, dtype, full_scale), output_scale, torch.float32)
+    return result.to(query.dtype)
+
+
+def attention_weights(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    q_scale: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    p_scale: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    scaling: float,
+    softcap: float,
+    dtype: torch.dtype,
+    full_scale: float,
+    dataflow: str,
+) -> torch.Tensor:
+    probabilities = _probabilities(
+        query, key, q_scale, k_scale, p_scale, mask, sinks, scaling, softcap, dtype, full_scale, dataflow
+    )
+    if p_scale is not None and dataflow != "qdq":
+        probabilities = probabilities * p_scale
+    return probabilities.flatten(1, 2).to(query.dtype)
+
+
+def matmul(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_scale: torch.Tensor | None,
+    b_scale: torch.Tensor | None,
+    dtype: torch.dtype,
+    full_scale: float,
+    arithmetic: str,
+) -> torch.Tensor:
+    if arithmetic == "qdq":
+        operands = ((a, a_scale), (b, b_scale))
+        return torch.matmul(*(_dequantized(x, scale, a.dtype, dtype, full_scale) for x, scale in operands))
+    result = torch.matmul(_codes(a, a_scale, dtype, full_scale), _codes(b, b_scale, dtype, full_scale))
+    for scale in (a_scale, b_scale):
+        result = result if scale is None else result * scale
+    return result.to(a.dtype)
+
+
+def _probabilities(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    q_scale: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    p_scale: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    scaling: float,
+    softcap: float,
+    dtype: torch.dtype,
+    full_scale: float,
+    dataflow: str,
+) -> torch.Tensor:
+    """Softmax rounded to FP8, `[B, Hkv, H / Hkv, S, T]`, as codes in float32 (in "qdq" times their scale)."""
+    if dataflow not in DATAFLOWS:
+        raise FP8ConfigError(f"dataflow={dataflow!r} is unknown: {nearest(dataflow, DATAFLOWS)}")
+    queries, query_scale = _operand(query, q_scale, query.dtype, dtype, full_scale, dataflow)
+    keys, key_scale = _operand(key, k_scale, query.dtype, dtype, full_scale, dataflow)
+    grouped = _grouped(queries, key.shape[1])
+    scores = _scores(grouped, keys)
+    if query_scale is not None:
+        scores = scores * _grouped_scale(query_scale, key.shape[1])
+    if key_scale is not None:
+        scores = scores * (_of_key_heads(key_scale, scores.dtype) if key_scale.ndim <= 3 else _per_key(key_scale))
+    if dataflow != "fused":
+        scores = scores.to(query.dtype)
+    scores = _capped(scores * scaling, softcap)
+    if mask is not None:
+        scores = _masked(scores, mask, key.shape[1])
+    probabilities = _softmax(scores, sinks, key.shape[1])
+    if dataflow != "fused":
+        probabilities = probabilities.to(query.dtype)
+    if p_scale is None:
+        return _wide(probabilities)
+    codes = cast_to_fp8(probabilities, p_scale, dtype, full_scale)
+    return _wide(cast_from_fp8(codes, p_scale, query.dtype) if dataflow == "qdq" else codes)
+
+
+def _operand(
+    x: torch.Tensor,
+    scale: torch.Tensor | None,
+    hp_dtype: torch.dtype,
+    dtype: torch.dtype,
+    full_scale: float,
+    dataflow: str,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What a product takes: FP8 codes and the scale to multiply its result with, or values and None."""
+    if is_fp8(x.dtype) and scale is None:
+        raise FP8ScaleError(f"attention was given FP8 codes {tuple(x.shape)} without their scale")
+    if scale is None:
+        return x, None
+    if dataflow == "qdq":
+        return _dequantized(x, scale, hp_dtype, dtype, full_scale), None
+    return (x if is_fp8(x.dtype) else cast_to_fp8(x, scale, dtype, full_scale)), scale
+
+
+def _dequantized(
+    x: torch.Tensor, scale: torch.Tensor | None, hp_dtype: torch.dtype, dtype: torch.dtype, full_scale: float
+) -> torch.Tensor:
+    if scale is None:
+        return x
+    return cast_from_fp8(x if is_fp8(x.dtype) else cast_to_fp8(x, scale, dtype, full_scale), scale, hp_dtype)
+
+
+def _codes(x: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype, full_scale: float) -> torch.Tensor:
+    return _wide(x if scale is None or is_fp8(x.dtype) else cast_to_fp8(x, scale, dtype, full_scale))
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """`x` in the dtype of products: float64 stays, everything else becomes float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _blocks(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return x.split(_BLOCK, dim=2) if is_fp8(x.dtype) else (x,)
+
+
+def _grouped(x: torch.Tensor, key_heads: int) -> torch.Tensor:
+    """`[B, H, S, D]` as `[B, Hkv, H / Hkv, S, D]`: the queries that share a head of keys."""
+    return _wide(x).unflatten(1, (key_heads, -1))
+
+
+def _grouped_scale(scale: torch.Tensor, key_heads: int) -> torch.Tensor:
+    """A query's scale, `(1,)`, `(H, 1, 1)` or `[B, H, S, 1]`, along grouped scores."""
+    return scale if scale.numel() == 1 else scale.unflatten(-3, (key_heads, -1))
+
+
+def _of_key_heads(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A static scale of keys or values, `(1,)` or `(Hkv, 1, 1)`, along grouped scores or outputs."""
+    return scale.to(dtype) if scale.numel() == 1 else scale.to(dtype).reshape(-1, 1, 1, 1)
+
+
+def _per_key(scale: torch.Tensor) -> torch.Tensor:
+    """A scale per position `[B, Hkv, T, 1]` along grouped scores, whose last dimension are the positions."""
+    return scale.transpose(2, 3).unsqueeze(2)
+
+
+def _scores(grouped: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    rows = grouped.flatten(2, 3)  # the heads of a group share their keys: one product for all of them
+    parts = [rows @ _wide(block).transpose(-1, -2) for block in _blocks(keys)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).unflatten(2, grouped.shape[2:4])
+
+
+def _weighted_sum(probabilities: torch.Tensor, values: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """P · V, `[B, Hkv, H / Hkv, S, Dv]`; a scale per position is applied to the values before they are summed."""
+    rows, total, start = probabilities.flatten(2, 3), None, 0
+    for block in _blocks(values):
+        stop = start + block.shape[2]
+        wide = _wide(block)
+        if scale is not None and scale.ndim == 4:
+            wide = wide * scale[:, :, start:stop]
+        part = rows[..., start:stop] @ wide
+        total, start = part if total is None else total + part, stop
+    assert total is not None
+    return total.unflatten(2, probabilities.shape[2:4])
+
+
+def _capped(scores: torch.Tensor, softcap: float) -> torch.Tensor:
+    return torch.tanh(scores / softcap) * softcap if softcap else scores
+
+
+def _masked(scores: torch.Tensor, mask: torch.Tensor, key_heads: int) -> torch.Tensor:
+    """Add a mask `[…, H or 1, S, T]`, or keep what a boolean one allows."""
+    while mask.ndim < 4:
+        mask = mask.unsqueeze(0)
+    mask = mask[..., : scores.shape[-1]]  # the model's eager attention leaves positions to come in a static mask
+    grouped = mask.unsqueeze(2) if mask.shape[1] == 1 else mask.unflatten(1, (key_heads, -1))
+    if grouped.dtype == torch.bool:
+        return scores.masked_fill(~grouped, torch.finfo(scores.dtype).min)
+    return scores + grouped.to(scores.dtype)
+
+
+def _softmax(scores: torch.Tensor, sinks: torch.Tensor | None, key_heads: int) -> torch.Tensor:
+    """Softmax in float32; `sinks` `(H,)` or `[B, H, S, 1]` are scores that take their share and have no value."""
+    if sinks is None:
+        return _wide(scores).softmax(dim=-1)
+    sinks = sinks.reshape(1, key_heads, -1, 1, 1) if sinks.ndim == 1 else sinks.unflatten(1, (key_heads, -1))
+    column = sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)
+    return _wide(torch.cat([scores, column], dim=-1)).softmax(dim=-1)[..., :-1]

@@ -1,0 +1,184 @@
+"""The attention function itself: what it does for a module with this plan or that, whatever the model."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from optimum_fp8 import ops
+from optimum_fp8.errors import FP8NotAvailableError
+from optimum_fp8.formats import number_format
+from optimum_fp8.modules import FP8Tensor
+from optimum_fp8.modules.attention import AttentionPlan, attention_forward, plan_of, set_plan
+from optimum_fp8.modules.attention_scales import drop_scales, names_taken, scales_of, set_scales
+from optimum_fp8.modules.recipe import AttentionRecipe, DynamicRule
+
+FMT = number_format()
+ONE = {key: torch.tensor([0.03]) for key in ("q_scale", "k_scale", "v_scale", "output_scale")}
+ONE["p_scale"] = torch.tensor([1 / 64])
+
+
+def inputs(dtype=torch.float32):
+    return [torch.randn(2, heads, length, 8).to(dtype) for heads, length in ((4, 5), (2, 7), (2, 7))]
+
+
+def module(recipe=None, scales=ONE, **options):
+    made = nn.Identity().eval()
+    set_scales(made, scales)
+    set_plan(made, AttentionPlan(recipe, **options))
+    return made
+
+
+def recipe(rounds=True, rule=None, dataflow="fused"):
+    return AttentionRecipe(FMT, dataflow, rounds, rule)
+
+
+def expected(q, k, v, scales, mask=None, **options):
+    options = {"scaling": 8**-0.5, "dtype": FMT.dtype, "full_scale": 448.0} | options
+    keys = ("q_scale", "k_scale", "v_scale", "p_scale", "output_scale")
+    return ops.attention(q, k, v, *(scales.get(key) for key in keys), mask, **options)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_without_a_plan_it_is_torchs_attention(dtype):
+    q, k, v = inputs(dtype)
+    output, weights = attention_forward(nn.Identity(), q, k, v, None)
+    reference = nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
+    torch.testing.assert_close(output, reference, atol=2e-2 if dtype == torch.bfloat16 else 1e-6, rtol=1e-2)
+    assert weights.shape == (2, 4, 5, 7) and output.dtype == weights.dtype == dtype
+    q.requires_grad_(True)
+    attention_forward(nn.Identity(), q, k, v, None)[0].sum().backward()
+    assert q.grad is not None
+
+
+@pytest.mark.core
+def test_it_observes_and_changes_nothing():
+    seen, (q, k, v) = {}, inputs()
+    watched = module(observe=lambda kind, x: seen.update({kind: x}), scales={})
+    output, _ = attention_forward(watched, q, k, v, None)
+    assert torch.equal(output, attention_forward(nn.Identity(), q, k, v, None)[0])
+    assert seen["q"] is q and seen["k"] is k and seen["v"] is v and torch.equal(seen["output"], output.transpose(1, 2))
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("dataflow", ops.DATAFLOWS)
+def test_it_rounds_with_the_modules_scales(dataflow):
+    q, k, v = inputs(torch.bfloat16)
+    mask = torch.full((1, 1, 5, 7), float("-inf")).triu(3).bfloat16()
+    output, weights = attention_forward(module(recipe(dataflow=dataflow)), q, k, v, mask)
+    assert torch.equal(output, expected(q, k, v, ONE, mask, dataflow=dataflow)) and weights is None
+
+
+@pytest.mark.core
+def test_it_takes_the_codes_of_a_cache():
+    q, k, v = inputs(torch.bfloat16)
+    cached = [
+        FP8Tensor(ops.cast_to_fp8(x, ONE[key], FMT.dtype, 448.0), ONE[key], torch.bfloat16)
+        for x, key in ((k, "k_scale"), (v, "v_scale"))
+    ]
+    both, _ = attention_forward(module(recipe()), q, *cached, None)
+    assert torch.equal(both, expected(q, k, v, ONE))
+    assert torch.equal(attention_forward(module(recipe()), q, cached[0], v, None)[0], both)
+    only_cache = module(recipe(rounds=False), {})
+    found, _ = attention_forward(only_cache, q, *cached, None)
+    values = [x.dequantize() for x in cached]
+    reference, _ = attention_forward(nn.Identity(), q, *values, None)
+    torch.testing.assert_close(found, reference, atol=2e-2, rtol=2e-2)
+    assert ops.calls(plan_of(only_cache).owner).kernels == {("attention", "reference"): 1}
+    assert torch.equal(attention_forward(nn.Identity(), q, *cached, None)[0], reference)
+    attention_forward(only_cache, q, k, v, None)  # nothing is FP8: nothing to do
+    assert ops.calls(plan_of(only_cache).owner).kernels == {("attention", "reference"): 1}
+
+
+def test_dynamic_scales_are_those_of_each_token_and_head():
+    rule = DynamicRule(True, 224.0, "identity", torch.float32)
+    q, k, v = inputs()
+    found, _ = attention_forward(module(recipe(rule=rule), {"p_scale": ONE["p_scale"]}), q, k, v, None)
+    own = {f"{n}_scale": x.abs().amax(-1, keepdim=True) / 224 for n, x in (("q", q), ("k", k), ("v", v))}
+    torch.testing.assert_close(found, expected(q, k, v, own | {"p_scale": ONE["p_scale"]}), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.core
+def test_everything_models_pass():
+    q, k, v = inputs()
+    bias, mask, sinks = torch.randn(1, 4, 5, 7), torch.zeros(2, 1, 5, 7), torch.randn(4)
+    mask[1, :, :, :3] = torch.finfo(torch.float32).min
+    options = {"scaling": 0.2, "softcap": 2.0}
+    both, _ = attention_forward(module(recipe()), q, k, v, mask, position_bias=bias, s_aux=sinks, **options)
+    assert torch.equal(both, expected(q, k, v, ONE, bias + mask, sinks=sinks, **options))
+    boolean, _ = attention_forward(module(recipe()), q, k, v, mask == 0, position_bias=bias, s_aux=sinks, **options)
+    assert torch.equal(boolean, both)
+    owner = module(recipe())
+    owner.sinks = nn.Parameter(sinks)
+    ignored = {"use_cache": True, "sliding_window": 3, "is_causal": True, "cu_seq_lens_q": None, "position_ids": None}
+    assert torch.equal(attention_forward(owner, q, k, v, mask, position_bias=bias, **options, **ignored)[0], both)
+    plain = {**options, "sinks": sinks.view(1, 4, 1, 1).expand(2, 4, 5, 1), "position_bias": bias}
+    high, _ = attention_forward(nn.Identity(), q, k, v, mask, **plain)
+    unrounded = expected(q, k, v, {}, bias + mask, sinks=sinks, **options)
+    torch.testing.assert_close(high, unrounded, atol=1e-5, rtol=1e-5)
+
+
+def test_static_masks_may_be_longer_than_the_keys():
+    q, k, v = inputs()
+    mask = torch.zeros(1, 1, 5, 20)
+    mask[..., 2] = torch.finfo(torch.float32).min
+    for each in (nn.Identity(), module(recipe())):
+        found = [attention_forward(each, q, k, v, part)[0] for part in (mask, mask[..., :7])]
+        assert torch.equal(*found)
+
+
+@pytest.mark.core
+def test_probabilities_only_when_they_are_asked_for():
+    q, k, v = inputs()
+    owner = module(recipe())
+    assert attention_forward(owner, q, k, v, None)[1] is None
+    output, weights = attention_forward(owner, q, k, v, None, output_attentions=True)
+    assert torch.equal(output, expected(q, k, v, ONE))
+    high = attention_forward(nn.Identity(), q, k, v, None)[1]
+    assert weights.shape == high.shape and (weights - high).abs().max() < 0.05
+    record = ops.calls(plan_of(owner).owner)
+    assert record.kernels["attention_weights", "reference"] == 1 and sum(record.fallbacks.values()) == 1
+
+
+def test_dropout_and_sparse_keys_are_refused():
+    q, k, v = inputs()
+    owner = module(recipe())
+    attention_forward(owner, q, k, v, None, dropout=0.3)  # models pass it in evaluation too
+    with pytest.raises(FP8NotAvailableError, match="dropout"):
+        attention_forward(owner.train(), q, k, v, None, dropout=0.3)
+    with pytest.raises(FP8NotAvailableError, match="'block_indices'"):
+        attention_forward(owner, q, k, v, None, block_indices=torch.zeros(1))
+
+
+@pytest.mark.core
+def test_scales_survive_casts_copies_and_are_dropped():
+    owner = nn.Sequential(module(recipe()), nn.Linear(2, 2))
+    inner = owner[0]
+    arbitrary = torch.tensor([0.123456789])
+    set_scales(inner, ONE | {"q_scale": arbitrary})
+    owner.half().bfloat16()
+    assert owner[1].weight.dtype == torch.bfloat16
+    assert torch.equal(inner.q_scale, arbitrary) and not inner.q_scale.requires_grad
+    twin = copy.deepcopy(owner).double()
+    assert torch.equal(twin[0].q_scale, arbitrary) and twin[0].q_scale is not inner.q_scale
+    assert plan_of(twin[0]).owner != plan_of(inner).owner
+    assert set(owner.state_dict()) == {f"0.{key}" for key in ONE} | {"1.weight", "1.bias"}
+    assert names_taken(inner, {"q_scale": arbitrary, "training": arbitrary}) == ["training"]
+    owner.to_empty(device="meta")
+    assert inner.q_scale.is_meta and inner.q_scale.dtype == torch.float32
+    drop_scales(inner)
+    assert scales_of(inner) == {} and not list(inner.parameters()) and "_apply" not in vars(inner)
+
+
+def test_a_forward_hook_may_be_a_partial():
+    """Observers of a copied model are those of the copy."""
+    seen = []
+    owner = module(observe=partial(lambda log, kind, x: log.append(kind), seen), scales={})
+    twin = copy.deepcopy(owner)
+    attention_forward(twin, *inputs(), None)
+    assert seen == [] and plan_of(twin).observe.args[0] == ["q", "k", "v", "output"]

@@ -1,0 +1,142 @@
+"""Which modules compute attention, and which of them are selected."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_models import FAMILIES
+from tiny_models import tiny_bert, tiny_gpt2, tiny_llama
+from torch import nn
+from transformers import DetrConfig, DetrModel
+
+from optimum_fp8 import FP8Config, convert, prepare
+from optimum_fp8.errors import FP8SelectionError
+from optimum_fp8.selection import Decision
+from optimum_fp8.selection_attention import FUNCTIONS, INTERFACE, attention_kind, attention_modules, select_attention
+
+LAYER = Decision("some.layer", "Linear", True, "selected")
+
+
+def reasons(model, **options):
+    return {decision.name: decision.reason for decision in select_attention(model, FP8Config(**options), [LAYER])}
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    "make, name",
+    [
+        (tiny_llama, "model.layers.0.self_attn"),
+        (tiny_gpt2, "transformer.h.0.attn"),
+        (tiny_bert, "bert.encoder.layer.0.attention.self"),
+    ],
+)
+def test_the_module_that_calls_attention_is_found(make, name):
+    assert list(attention_modules(make())) == [name]
+    assert reasons(make()) == {}
+    assert reasons(make(), attention=True) == reasons(make(), kv_cache=True) == {name: "selected"}
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_its_attention(family):
+    found = attention_modules(FAMILIES[family].make())
+    assert len(found) == FAMILIES[family].ours
+    own = family.startswith(("bloom", "falcon", "mpt", "deberta"))
+    kinds = {attention_kind(module) for module in found.values()}
+    # GPT-J calls attention by name since transformers 5.23 or so.
+    assert kinds == {FUNCTIONS if own else INTERFACE} or family == "gptj"
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"blocklist": {"names": ["self_attn$"]}}, "blocklist name 'self_attn$'"),
+        ({"blocklist": {"types": ["LlamaAttention"]}}, "blocklist type 'LlamaAttention'"),
+        ({"modules_to_not_convert": ["model.layers.0"]}, "modules_to_not_convert 'model.layers.0'"),
+        ({"allowlist": {"names": ["mlp"]}}, "selected"),
+        ({"blocklist": {"names": ["q_proj"]}}, "selected"),
+    ],
+)
+def test_lists(options, reason):
+    assert reasons(tiny_llama(), attention=True, **options) == {"model.layers.0.self_attn": reason}
+
+
+def test_an_implementation_that_nobody_gets_unasked_is_a_choice():
+    model = tiny_llama()
+    model.config._attn_implementation_internal = "flex_attention"
+    assert reasons(model, attention=True) == {
+        "model.layers.0.self_attn": "attn_implementation='flex_attention' was chosen"
+    }
+
+
+@pytest.mark.core
+def test_scales_never_tell_a_models_dtype(tmp_path):
+    """A decoder that begins with its attention: there scales are buffers, saved and loaded like the others."""
+    backbone = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8], "depths": [1]}
+    config = DetrConfig(
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        num_queries=5,
+        use_timm_backbone=False,
+        use_pretrained_backbone=False,
+        backbone=None,
+        backbone_config=backbone | {"out_features": ["stage1"]},
+    )
+    model, pixels = DetrModel(config).eval().bfloat16(), torch.randn(1, 3, 32, 32).bfloat16()
+    prepare(model, FP8Config(attention=True, scale_method="maxabs_arbitrary"))
+    model(pixels)
+    convert(model)
+    assert model.encoder.dtype == model.decoder.dtype == model.dtype == torch.bfloat16
+    first, second = (layer.self_attn for layer in model.encoder.layers)
+    assert "k_scale" in first._buffers and "k_scale" in second._parameters
+    expected, scale = model(pixels)[0], first.k_scale.clone()
+    model.bfloat16()
+    assert first.k_scale.dtype == torch.float32 and torch.equal(first.k_scale, scale)
+    model.save_pretrained(tmp_path)
+    again = DetrModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert torch.equal(again.encoder.layers[0].self_attn.k_scale, scale)
+    assert torch.equal(again(pixels)[0], expected) and again.encoder.dtype == torch.bfloat16
+
+
+def test_softmax_and_product_alone_are_not_attention():
+    class Router(nn.Module):
+        def forward(self, x):
+            return torch.softmax(x @ x.mT, -1)
+
+    class SelfAttention(Router):
+        """Inherits what it computes."""
+
+    class TalksOfAttention(nn.Module):
+        """softmax(q @ k) and matmul(p, v)"""
+
+        def forward(self, x):
+            return x  # softmax(matmul)
+
+    assert attention_kind(Router()) is None and attention_kind(TalksOfAttention()) is None
+    assert attention_kind(SelfAttention()) == FUNCTIONS
+
+
+def test_nothing_at_all_is_an_error():
+    with pytest.raises(FP8SelectionError, match=r"self_attn: blocklist name"):
+        select_attention(tiny_llama(), FP8Config(attention=True, blocklist={"names": ["self_attn$"]}), [])
+    assert select_attention(tiny_llama(), FP8Config(), []) == []
+
+
+def test_storage_of_gaudi_models_is_reported():
+    class KVCache(nn.Module):
+        def forward(self, cur, dim, idx):
+            return cur
+
+    net = nn.Sequential(KVCache())
+    assert reasons(net, kv_cache=True)["0"].startswith("it stores keys and values itself")
+    assert reasons(net, attention=True) == {}
+
+
+def test_caches_alone_leave_modules_without_a_cache_out():
+    model = FAMILIES["deberta_v2"].make()
+    assert set(reasons(model, kv_cache=True).values()) == {"it writes to no cache"}
