@@ -146,9 +146,7 @@ def test_any_call(backend, data):
 
 
 @each_backend
-@pytest.mark.parametrize(
-    "dtype, kind, static", zip(HIGH, ("channel", "blocks", "tensor"), (0.02, None, None), strict=True)
-)
+@pytest.mark.parametrize("dtype, kind, static", EDGE_CASES)
 def test_all_edges(backend, dtype, kind, static):
     """Sizes on both sides of every vector, tile, panel, task and pass: parts of one large product."""
     input_scale = None if static is None else torch.tensor([static])
