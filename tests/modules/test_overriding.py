@@ -13,6 +13,7 @@ from torch.overrides import _get_current_function_mode
 
 from optimum_fp8 import FP8Config, convert, dequantize, ops, prepare, quantization_report
 from optimum_fp8.errors import FP8MeasurementError
+from optimum_fp8.modules import FP8Tensor
 from optimum_fp8.modules.attention_scales import scales_of
 from optimum_fp8.state import state_of
 
@@ -223,6 +224,38 @@ def test_a_module_without_products_is_not_called_fp8():
     state_of(net).config.ignore_modules_wo_measures = True
     row = quantization_report(convert(net)).attention[0]
     assert not row.quantized and row.reason == "never reached by calibration"
+
+
+@pytest.mark.parametrize("scheme", ["static", "dynamic"])
+@pytest.mark.parametrize("style", ["@", "fused"])
+def test_cached_codes_are_multiplied_as_they_are(monkeypatch, style, scheme):
+    """Keys out of an FP8 cache, transposed or not, bring their own scale; they are not dequantized."""
+
+    class CachedAttention(Attention):
+        def forward(self, x):
+            q = self.qkv(x)[..., :16].unflatten(-1, (2, 8)).transpose(1, 2)
+            if self.style == "fused":
+                return F.scaled_dot_product_attention(q, self.key, self.value)
+            return (q @ self.key.transpose(-1, -2) * 8**-0.5).softmax(-1) @ self.value
+
+    net, x, keys = nn.Sequential(nn.Linear(16, 16), CachedAttention(style)), torch.randn(2, 5, 16), []
+    for shape in ((1,), (2, 2, 7, 1)):
+        scale = torch.rand(shape) * 0.02 + 0.01
+        keys.append(FP8Tensor(torch.randn(2, 2, 7, 8).div(scale).to(E4M3), scale, torch.float32))
+    cached = keys[scheme == "dynamic"]
+    net[1].key = net[1].value = cached.dequantize()
+    config = FP8Config(attention=True, allowlist={"names": ["^0$"]}, scale_method="maxabs_arbitrary")
+    prepare(net, config)
+    net(x)
+    convert(net)
+    net[1].value = cached.dequantize()
+    net[1].key = cached
+    q = net[1].qkv(net[0](x))[..., :16].unflatten(-1, (2, 8)).transpose(1, 2)
+    s = scales_of(net[1])
+    p = (rounded(q, s["q_scale"]) @ cached.dequantize().mT * 8**-0.5).softmax(-1)
+    expected = rounded(p, s["p_scale"]) @ rounded(cached.dequantize(), s["v_scale"])
+    monkeypatch.setattr(FP8Tensor, "dequantize", lambda self: 1 / 0)
+    torch.testing.assert_close(net(x), expected, atol=2e-3, rtol=1e-3)
 
 
 @pytest.mark.core
