@@ -314,13 +314,15 @@ def test_a_failed_conversion_changes_nothing(ids, monkeypatch):
     assert scales(model)
 
 
-def test_decoding_is_measured_too(save, tokenizer):
+def test_decoding_is_measured_too(save, tokenizer, tmp_path):
     folder = save(llama())
     options = {"dataset": ["a b c d e f" * 3], "tokenizer": tokenizer, **STATIC}
     name = "model.layers.0.self_attn"
     counts = []
     for steps in (0, 5):
-        model = load(folder, FP8Config(decode_steps=steps, mode="MEASURE", **options))
+        model = load(
+            folder, FP8Config(decode_steps=steps, mode="MEASURE", dump_stats_path=tmp_path / "stats", **options)
+        )
         tensors = state_of(model).measurements.tensors
         counts.append((int(tensors[name, "q"].count), int(tensors[name, "k_cache"].count)))
         assert torch.equal(tensors[name, "k"].maxabs, tensors[name, "k_cache"].maxabs)
