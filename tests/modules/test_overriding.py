@@ -108,7 +108,7 @@ def test_products_are_computed_in_fp8(style):
     expected = net.attn.out(o.transpose(1, 2).flatten(-2))
     torch.testing.assert_close(net(x), expected, atol=2e-3, rtol=1e-3)
     row = quantization_report(net).attention[0]
-    assert row.kernels == {"reference": {"relative": 4, "fused": 1}.get(style, 2)} and not row.fallbacks
+    assert sum(row.kernels.values()) == {"relative": 4, "fused": 1}.get(style, 2) and not row.fallbacks
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -197,7 +197,7 @@ def test_copies_and_dequantized_modules():
     convert(net)
     found, twin = net(x), copy.deepcopy(net)
     assert torch.equal(twin(x), found)
-    assert quantization_report(twin).attention[0].kernels == {"reference": 2}
+    assert sum(quantization_report(twin).attention[0].kernels.values()) == 2
     dequantize(net)
     assert not net.attn._forward_hooks and not net.attn._forward_pre_hooks and not scales_of(net.attn)
     assert torch.equal(net.attn(net.fc(x)), net(x)) and (net(x) - before).norm() < 0.1 * before.norm()
@@ -282,8 +282,8 @@ def test_helper_modules_of_gaudi_models():
     prepare(net, FP8Config(attention=True))
     net(x)
     found = convert(net)(x)
-    assert [(row.name, row.kernels) for row in quantization_report(net).attention] == [
-        ("matmul_qk", {"reference": 1}),
-        ("sdpa", {"reference": 1}),
+    assert [(row.name, sum(row.kernels.values())) for row in quantization_report(net).attention] == [
+        ("matmul_qk", 1),
+        ("sdpa", 1),
     ]
     assert 1e-4 < (found - expected).norm() / expected.norm() < 0.2
