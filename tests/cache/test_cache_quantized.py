@@ -125,3 +125,23 @@ def test_dequantized_models_have_caches_in_high_precision(ids):
         assert [cache_record(m).layers for m in attention_modules(model).values()] == [n + 1 for n in records]
         dequantize(model)
         assert not any(in_fp8(layer) for layer in cache_of(model(ids)).layers)
+
+
+@pytest.mark.parametrize("scheme", ["per head", "dynamic"])
+@pytest.mark.parametrize("make", [hf.DynamicCache, lambda config: hf.StaticCache(config, max_cache_len=24)])
+def test_compiled_without_graph_breaks(ids, scheme, make):
+    model = quantized(llama(), {"input_ids": ids}, True, **SCHEMES[scheme])
+
+    def run(forward: Any) -> torch.Tensor:
+        cache, tokens, logits = make(config=model.config), ids, []
+        for _ in range(4):
+            logits.append(forward(tokens, **{CACHE: cache}).logits[:, -1:])
+            tokens = logits[-1].argmax(-1)
+        assert all(in_fp8(layer) for layer in cache.layers)
+        return torch.cat(logits, 1)
+
+    with torch.no_grad():
+        expected = run(model)
+        torch._dynamo.reset()
+        found = run(torch.compile(model, backend="aot_eager", fullgraph=True))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
