@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import logging
 from collections.abc import Hashable, Iterable
 from functools import cache
 from typing import Any, cast
@@ -17,6 +18,8 @@ from transformers import PreTrainedModel
 
 from .config import FP8Config
 from .selection import Decision, exclusion, refuse_nothing
+
+logger = logging.getLogger(__name__)
 
 INTERFACE, FUNCTIONS = "interface", "functions"
 # Helper modules of Gaudi's model files, by class name: each is one operation of attention.
@@ -69,6 +72,8 @@ def select_attention(model: nn.Module, config: FP8Config, layers: list[Decision]
             reason = "it stores keys and values itself: only transformers' caches become FP8"
             decisions.append(Decision(name, type(module).__name__, False, reason))
     refuse_nothing(model, [*layers, *decisions])
+    if not decisions:
+        logger.warning("%s has no attention that is known: attention and kv_cache do nothing", type(model).__name__)
     return decisions
 
 

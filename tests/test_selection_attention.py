@@ -127,6 +127,11 @@ def test_nothing_at_all_is_an_error():
     assert select_attention(tiny_llama(), FP8Config(), []) == []
 
 
+def test_a_model_without_attention_is_no_error_but_no_secret(caplog):
+    assert reasons(nn.Sequential(nn.Linear(2, 2)), attention=True) == {}
+    assert "Sequential has no attention that is known" in caplog.text
+
+
 def test_storage_of_gaudi_models_is_reported():
     class KVCache(nn.Module):
         def forward(self, cur, dim, idx):

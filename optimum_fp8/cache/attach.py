@@ -115,7 +115,9 @@ def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
     """Its turn is over: what another module writes is not scaled by its scales."""
     cache = cache_among(args, kwargs)
     for part in parts_of(cache) if cache is not None else ():
-        getattr(part, _WRITER).rest()
+        writer: Writer | None = getattr(part, _WRITER, None)
+        if writer is not None:
+            writer.rest()
 
 
 def _after_watched(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -134,6 +134,7 @@ def _summary(model: Any, report: QuantizationReport, args: Namespace, seconds: f
         ("model", args.model),
         ("output", args.output),
         ("modules in FP8", f"{len(report.quantized)} of {len(report.modules)}"),
+        ("attention in FP8", _attention(report, config)),
         ("kept in high precision", ", ".join(reasons[:4]) + (", …" if len(reasons) > 4 else "") or "none"),
         ("format", f"{config.fp8_config} for {config.target}"),
         ("scale method", config.scale_method),
@@ -141,8 +142,17 @@ def _summary(model: Any, report: QuantizationReport, args: Namespace, seconds: f
         ("parameters", f"{_megabytes(high_precision)} in {str(model.dtype).split('.')[1]}, now {_megabytes(fp8)}"),
         ("time", f"{seconds:.1f} s"),
     ]
+    rows = [(label, value) for label, value in rows if value]
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"{label.ljust(width)}  {value}" for label, value in rows)
+
+
+def _attention(report: QuantizationReport, config: FP8Config) -> str:
+    """How many attention modules compute or cache in FP8; empty where neither was asked for."""
+    if not config.wants_attention:
+        return ""
+    parts = [name for name, wanted in (("products", config.attention), ("cache", config.kv_cache)) if wanted]
+    return f"{sum(row.quantized for row in report.attention)} of {len(report.attention)} ({', '.join(parts)})"
 
 
 def _megabytes(count: int) -> str:

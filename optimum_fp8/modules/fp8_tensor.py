@@ -12,7 +12,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
 
 from .. import ops
 from ..errors import FP8NotAvailableError
@@ -89,8 +88,7 @@ class FP8Tensor(torch.Tensor):
                 raise FP8NotAvailableError(
                     f"{func} would write into a tensor of the FP8 cache, which is read-only: write into a clone() of it"
                 )
-        args, kwargs = tree_map_only(FP8Tensor, FP8Tensor.dequantize, (args, kwargs))
-        return func(*args, **kwargs)
+        return func(*_ordinary(args), **{name: _ordinary(argument) for name, argument in kwargs.items()})
 
     def tolist(self) -> Any:
         return self.dequantize().tolist()
@@ -110,6 +108,13 @@ class FP8Tensor(torch.Tensor):
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Any], dtype: torch.dtype, size: Any, stride: Any) -> FP8Tensor:
         return FP8Tensor(inner["codes"], inner["scale"], dtype)
+
+
+def _ordinary(argument: Any) -> Any:
+    """An operator's argument with ordinary tensors in place of FP8 ones."""
+    if isinstance(argument, FP8Tensor):
+        return argument.dequantize()
+    return type(argument)(map(_ordinary, argument)) if isinstance(argument, (list, tuple)) else argument
 
 
 @cache

@@ -157,12 +157,11 @@ class Overriding(TorchFunctionMode):
                 known if known is None or known.numel() == 1 else known.reshape(-1, heads, known.shape[-2], 1)
                 for known in scales
             ]
-        key, value = (x.codes if isinstance(x, FP8Tensor) else x for x in (key, value))
         q_scale, k_scale, v_scale = scales
         output = ops.attention(
-            query,
-            key,
-            value,
+            query.dequantize() if isinstance(query, FP8Tensor) else query,
+            _codes_of(key, k_scale),
+            _codes_of(value, v_scale),
             q_scale,
             k_scale,
             v_scale,
@@ -195,11 +194,9 @@ class Overriding(TorchFunctionMode):
         if a_scale is None or b_scale is None:
             ops.note_fallback(self.plan.owner, "matmul", f"{names[0]}, {names[1]}: not seen by calibration")
             return None
-        a = a.dequantize() if isinstance(a, FP8Tensor) else a
-        b = b.codes if isinstance(b, FP8Tensor) and b.scale is b_scale else b
         return ops.matmul(
-            a,
-            b.dequantize() if isinstance(b, FP8Tensor) else b,
+            a.dequantize() if isinstance(a, FP8Tensor) else a,
+            _codes_of(b, b_scale),
             a_scale,
             b_scale,
             dtype=recipe.fmt.dtype,
@@ -210,7 +207,7 @@ class Overriding(TorchFunctionMode):
 
     def _scale(self, name: str, x: torch.Tensor, recipe: AttentionRecipe, columns: bool = False) -> torch.Tensor | None:
         """The scale of an operand: its codes' own, the calibrated one, or that of each row (or column) of it."""
-        if isinstance(x, FP8Tensor) and (x.scale.numel() == 1 or not columns):
+        if isinstance(x, FP8Tensor) and (x.scale.numel() == 1 or x.scale.shape[-2 if columns else -1] == 1):
             return x.scale
         if recipe.rule is None:
             return getattr(self.module, f"{name}_scale", None)
@@ -218,6 +215,13 @@ class Overriding(TorchFunctionMode):
         if columns:
             return recipe.rule.scale(values.transpose(-1, -2), recipe.fmt).transpose(-1, -2)
         return recipe.rule.scale(values, recipe.fmt)
+
+
+def _codes_of(x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """The codes of a cached tensor where they go with `scale`, else its values; other tensors as they are."""
+    if not isinstance(x, FP8Tensor):
+        return x
+    return x.codes if x.scale is scale else x.dequantize()
 
 
 def _fits(x: Any) -> bool:

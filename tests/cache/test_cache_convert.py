@@ -62,7 +62,8 @@ def test_an_encoder_decoder_cache_takes_the_scales_of_both_halves():
     assert convert_cache(cache, [ONE, ONE, other, None]) is cache
     assert [getattr(layer, "scales", None) for layer in layers_of(cache)] == [ONE, ONE, other, None]
     assert isinstance(cache.cross_attention_cache.layers[1], hf.cache_utils.DynamicLayer)
-    cache.self_attention_cache.update(*states(5), 0)
+    for index in range(2):
+        cache.self_attention_cache.update(*states(5), index)
     cache.crop(-2)
     assert cache.get_seq_length() == 3
     cache.reorder_cache(torch.tensor([0, 0]))

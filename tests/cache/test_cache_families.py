@@ -86,6 +86,20 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any], dict[str, torch.Tensor], int
         IDS,
         2,
     ),
+    "minimax, linear attention outside the cache's layers": (
+        hf.MiniMaxForCausalLM,
+        hf.MiniMaxConfig,
+        TEXT | {"head_dim": 8, "num_local_experts": 4, "layer_types": ["linear_attention", "full_attention"]},
+        IDS,
+        1,
+    ),
+    "glm_moe_dsa, MLA with an indexer": (
+        hf.GlmMoeDsaForCausalLM,
+        hf.GlmMoeDsaConfig,
+        MLA | {"index_topk": 4, "index_n_heads": 2, "index_head_dim": 8, "mlp_layer_types": ["dense", "sparse"]},
+        IDS,
+        2,
+    ),
     "t5, cross": (
         hf.T5ForConditionalGeneration,
         hf.T5Config,

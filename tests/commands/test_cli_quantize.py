@@ -47,10 +47,13 @@ def test_writes_a_complete_checkpoint(quantized):
 def test_config_file_and_flags(tmp_path):
     config = tmp_path / "inc.json"
     config.write_text(json.dumps({"method": "HOOKS", "mode": "QUANTIZE", "scale_method": "UNIT_SCALE"}))
-    run = cli("quantize", "--model", TINY_LM, "--config", config, "--output", tmp_path / "fp8", "--fp8-config", "e5m2")
+    flags = ["--fp8-config", "e5m2", "--attention", "--kv-cache", "--attention-granularity", "head"]
+    run = cli("quantize", "--model", TINY_LM, "--config", config, "--output", tmp_path / "fp8", *flags)
     assert run.returncode == 0, run.stderr
     saved = json.loads((tmp_path / "fp8" / "config.json").read_text())["quantization_config"]
     assert (saved["scale_method"], saved["fp8_config"]) == ("unit_scale", "E5M2")
+    assert (saved["attention"], saved["kv_cache"], saved["attention_granularity"]) == (True, True, "head")
+    assert "attention in FP8        4 of 4 (products, cache)" in run.stdout
 
 
 def test_help_lists_the_options():

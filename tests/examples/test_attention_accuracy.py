@@ -18,6 +18,15 @@ CALIBRATION = {"dataset": str(TINY_LM / "calibration.txt"), "num_calibration_sam
 FULL = {"attention": True, "kv_cache": True}
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The model is tiny: more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def heldout() -> torch.Tensor:
     text = (TINY_LM / "heldout.txt").read_text(encoding="utf-8")

@@ -18,6 +18,13 @@ DTYPES = {torch.float32: numpy.float32, torch.bfloat16: ml_dtypes.bfloat16, torc
 CAUSAL = torch.full((S, T), torch.finfo(torch.bfloat16).min).triu(T - S + 1)
 
 
+@pytest.fixture(autouse=True)
+def reference():
+    """What is tested here is the definition; kernels are compared with it elsewhere."""
+    with ops.backend("reference"):
+        yield
+
+
 def fp8(x, scale, full_scale=448.0):
     """Codes as float64, by ml_dtypes."""
     return numpy.clip(x / scale, -full_scale, full_scale).astype(ml_dtypes.float8_e4m3fn).astype(numpy.float64)
