@@ -17,6 +17,7 @@ from ..errors import FP8NotAvailableError
 from . import dispatch, reference
 
 _library = Library("optimum_fp8", "DEF")
+_counted: set[str] = set()
 _SCHEMAS = {
     "cast_to_fp8": "(Tensor x, Tensor scale, ScalarType dtype, float full_scale) -> Tensor",
     "cast_to_fp8_with_maxabs": "(Tensor x, Tensor scale, ScalarType dtype, float full_scale) -> (Tensor, Tensor)",
@@ -46,24 +47,24 @@ def cast_to_fp8(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, full_s
     Returns:
         codes of `x`'s shape in `dtype`.
     """
-    return _call("cast_to_fp8", 0, x, scale, dtype, full_scale)
+    return call("cast_to_fp8", 0, x, scale, dtype, full_scale)
 
 
 def cast_to_fp8_with_maxabs(
     x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, full_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`cast_to_fp8` and, in the same pass over `x`, its largest magnitude: codes, and float32 `(1,)` as `maxabs`."""
-    return _call("cast_to_fp8_with_maxabs", 0, x, scale, dtype, full_scale)
+    return call("cast_to_fp8_with_maxabs", 0, x, scale, dtype, full_scale)
 
 
 def cast_from_fp8(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Dequantize: x · scale in float32, rounded once to `dtype`; shapes as in `cast_to_fp8`."""
-    return _call("cast_from_fp8", 0, x, scale, dtype)
+    return call("cast_from_fp8", 0, x, scale, dtype)
 
 
 def maxabs(x: torch.Tensor, *, per_token: bool = False) -> torch.Tensor:
     """max|x| in float32: `(1,)`, or one a row, `[…, 1]`; NaN where there is a NaN, 0 where there is nothing."""
-    return _call("maxabs", 0, x, per_token)
+    return call("maxabs", 0, x, per_token)
 
 
 def dynamic_scale(
@@ -85,7 +86,7 @@ def dynamic_scale(
         rounding: "identity", "pow2" or "hardware" (of `fp8_config` on `target`).
         hp_dtype: the dtype the range is rounded to and divided in.
     """
-    return _call("dynamic_scale", 0, x, per_token, divisor, rounding, fp8_config, target, hp_dtype)
+    return call("dynamic_scale", 0, x, per_token, divisor, rounding, fp8_config, target, hp_dtype)
 
 
 def linear(
@@ -113,7 +114,7 @@ def linear(
     Returns:
         `[…, out]` in `x`'s dtype.
     """
-    return _call("linear", owner, x, weight, weight_scale, input_scale, bias, full_scale, arithmetic)
+    return call("linear", owner, x, weight, weight_scale, input_scale, bias, full_scale, arithmetic)
 
 
 def linears(
@@ -129,7 +130,7 @@ def linears(
 ) -> list[torch.Tensor]:
     """`linear` of one `x` with several weights, which a kernel can do in one go: arguments as there, one for each."""
     rest = (weights, weight_scales, input_scales, biases, full_scale, arithmetic)
-    return _call("linears", tuple(owners), x, *rest)
+    return call("linears", tuple(owners), x, *rest)
 
 
 def conv2d(
@@ -160,14 +161,14 @@ def conv2d(
         `[N, out, H', W']` (or `[out, H', W']`) in `x`'s dtype.
     """
     geometry = (stride, padding, dilation, groups)
-    return _call("conv2d", owner, x, weight, weight_scale, input_scale, bias, *geometry, full_scale, arithmetic)
+    return call("conv2d", owner, x, weight, weight_scale, input_scale, bias, *geometry, full_scale, arithmetic)
 
 
-def _call(op: str, owner: int | tuple[int, ...], x: torch.Tensor, *rest: Any) -> Any:
+def call(op: str, owner: int | tuple[int, ...], x: torch.Tensor, *rest: Any) -> Any:
     """Through torch's dispatcher, where something on the way wants to see the call; else at once."""
     if dispatch.is_plain(x, *rest):
         return dispatch.run(op, owner, x, *rest)
-    arguments = (x, *rest, owner) if op in _COUNTED else (x, *rest)
+    arguments = (x, *rest, owner) if op in _counted else (x, *rest)
     return getattr(torch.ops.optimum_fp8, op)(*arguments)
 
 
@@ -209,7 +210,6 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "linears": _fake_linears,
     "conv2d": _fake_conv2d,
 }
-_COUNTED = ("linear", "linears", "conv2d")
 
 
 def _no_backward(op: str):  # type: ignore[no-untyped-def]
@@ -228,6 +228,8 @@ def declare(op: str, schema: str, fake: Callable[..., Any], defined_by: Callable
     def implementation(*args):  # type: ignore[no-untyped-def]
         return dispatch.run(op, args[-1], *args[:-1]) if counted else dispatch.run(op, 0, *args)
 
+    if counted:
+        _counted.add(op)
     _library.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(op, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"optimum_fp8::{op}", fake, lib=_library)
@@ -236,4 +238,4 @@ def declare(op: str, schema: str, fake: Callable[..., Any], defined_by: Callable
 
 
 for _op, _schema in _SCHEMAS.items():
-    declare(_op, _schema, _FAKES[_op], getattr(reference, _op), counted=_op in _COUNTED)
+    declare(_op, _schema, _FAKES[_op], getattr(reference, _op), counted=_op in ("linear", "linears", "conv2d"))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import reference_attention
-from .declare import declare
+from .declare import call, declare
 
 _OPERANDS = "Tensor? mask, Tensor? sinks, float scaling, float softcap, ScalarType dtype, float full_scale, "
 _SCHEMAS = {
@@ -72,8 +72,8 @@ def attention(
         FP8ConfigError: an unknown dataflow.
     """
     scales = (q_scale, k_scale, v_scale, p_scale, output_scale)
-    rest = (mask, sinks, scaling, softcap, dtype, full_scale, dataflow, owner)
-    return torch.ops.optimum_fp8.attention(query, key, value, *scales, *rest)
+    rest = (mask, sinks, scaling, softcap, dtype, full_scale, dataflow)
+    return call("attention", owner, query, key, value, *scales, *rest)
 
 
 def attention_weights(
@@ -93,8 +93,8 @@ def attention_weights(
     owner: int = 0,
 ) -> torch.Tensor:
     """The softmax's output as `attention` multiplies it with the value: `[B, H, S, T]` in the query's dtype."""
-    rest = (mask, sinks, scaling, softcap, dtype, full_scale, dataflow, owner)
-    return torch.ops.optimum_fp8.attention_weights(query, key, q_scale, k_scale, p_scale, *rest)
+    rest = (mask, sinks, scaling, softcap, dtype, full_scale, dataflow)
+    return call("attention_weights", owner, query, key, q_scale, k_scale, p_scale, *rest)
 
 
 def matmul(
@@ -123,7 +123,7 @@ def matmul(
     Returns:
         `[…, M, N]` in `a`'s dtype.
     """
-    return torch.ops.optimum_fp8.matmul(a, b, a_scale, b_scale, dtype, full_scale, arithmetic, owner)
+    return call("matmul", owner, a, b, a_scale, b_scale, dtype, full_scale, arithmetic)
 
 
 def _fake_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:

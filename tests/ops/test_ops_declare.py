@@ -123,6 +123,31 @@ def test_meta_tensors_are_enough(op, args):
     assert meta.device.type == "meta" and meta.shape == op(*args).shape
 
 
+def test_operators_with_several_results():
+    x, scale = torch.randn(3, 8), torch.ones(1)
+    weights = [torch.randn(size, 8).to(torch.float8_e4m3fn) for size in (4, 6)]
+    utils = ["test_faketensor", "test_aot_dispatch_dynamic"]
+    linears = torch.ops.optimum_fp8.linears
+    torch.library.opcheck(
+        linears, (x, weights, [scale] * 2, [None] * 2, [None] * 2, 448.0, "fused", [0, 0]), test_utils=utils
+    )
+    cast = torch.ops.optimum_fp8.cast_to_fp8_with_maxabs
+    torch.library.opcheck(cast, (x, scale, torch.float8_e4m3fn, 448.0), test_utils=utils)
+    torch.library.opcheck(torch.ops.optimum_fp8.maxabs, (x, True), test_utils=utils)
+
+
+def test_linears_are_linear_for_each_weight():
+    x, biases = torch.randn(3, 8).bfloat16(), [torch.randn(4), None]
+    weights = [torch.randn(size, 8).to(torch.float8_e4m3fn) for size in (4, 6)]
+    scales, inputs = [torch.rand(4, 1), torch.rand(1)], [torch.tensor([0.25]), torch.tensor([0.5])]
+    for backend in ops.backends():
+        with ops.backend(backend):
+            together = ops.linears(x, weights, scales, inputs, biases, full_scale=448.0, owners=[0, 0])
+            each = zip(weights, scales, inputs, biases, strict=True)
+            apart = [ops.linear(x, *one, full_scale=448.0) for one in each]
+        assert all(map(torch.equal, together, apart)), backend
+
+
 def test_every_operator_is_documented():
     assert all(getattr(ops, op.__name__).__doc__ for op, _ in CALLS.values())
 
