@@ -1,6 +1,6 @@
 """Builds the native CPU kernels: one plain shared library, which any Python and any torch can load.
 
-Where there is no C compiler that understands them (GCC 9 or newer, clang), the package is installed without them, and
+Where there is no C compiler that understands them (GCC 10 or newer, clang), the package is installed without them, and
 runs its reference operators.
 """
 
