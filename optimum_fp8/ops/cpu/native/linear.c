@@ -248,8 +248,8 @@ INLINE void dot_steps(const linear_job *job, kind k, int w_rows, int x_rows, int
     const float *x = job->x + from * x_rows * units_of(k) * LANES;
     for (int64_t step = from; step < whole; step++, w += STEP, x += x_rows * units_of(k) * LANES)
         UNROLL for (int r = 0; r < w_rows; r++) {
-            /* Rows are too short for the processor to see that the next ones will be needed. */
-            __builtin_prefetch(w + (r + w_rows) * row_size);
+            /* Rows, and more so spans, are too short for the processor to see that the next ones will be needed. */
+            __builtin_prefetch(w + (r + (x_rows > 4 ? 4 : w_rows)) * row_size);
             dot_step(load_bits(w + r * row_size), k, k.blocked ? block_scale(a, n + r, step * STEP) : 1, x_rows, x,
                      sums + r * x_rows);
         }
