@@ -316,3 +316,49 @@ def test_threads_do_not_change_the_result(backend):
     finally:
         torch.set_num_threads(2)
     assert_agrees(alone, found, tolerance=1e-3, edges=0.02)
+
+
+def causal(queries, keys, dtype=torch.float32):
+    mask = torch.full((queries, keys), torch.finfo(torch.float32).min).triu(keys - queries + 1)
+    return (mask == 0 if dtype == torch.bool else mask.to(dtype)).view(1, 1, queries, keys)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool])
+@pytest.mark.parametrize("per", ["tensor", "head", "token"])
+def test_blocks_of_many_queries(backend, per, dtype):
+    mask = causal(300, 333, dtype).repeat(2, 1, 1, 1)
+    mask[1, :, 40:, :30] = False if dtype == torch.bool else torch.finfo(dtype).min  # as padding is masked
+    mask[1, :, 44, :] = mask[1, :, 40, 0]  # nothing to attend to
+    case = Case(batch=2, heads=6, queries=300, keys=333, dims=(40, 24), per=per, mask=mask, scales="q")
+    assert_agrees(case.run(backend), case.oracle(), tolerance=1e-5, edges=None)
+    case.mask = causal(300, 333, dtype)
+    assert_agrees(case.run(backend), case.oracle(), tolerance=1e-5, edges=None)
+    case.mask, case.p_scale, case.output_scale = None, torch.tensor([1 / 448]), torch.tensor([0.01])
+    assert_agrees(case.run(backend), case.run("reference"), tolerance=1e-2, edges=0.07)
+
+
+@every_backend
+@pytest.mark.parametrize("queries", [1, 20])
+@pytest.mark.parametrize("per", ["tensor", "head", "token"])
+def test_one_position_to_attend_to(backend, queries, per):
+    mask = torch.full((1, 1, queries, 70), float("-inf"))
+    mask[..., 0] = 0
+    case = Case(queries=queries, keys=70, per=per, mask=mask, batch=2)
+    assert_agrees(case.run(backend), case.oracle(), edges=None)
+
+
+@every_backend
+@pytest.mark.parametrize("operand", ["q", "k", "v", "k_scale", "v_scale"])
+def test_masked_nan_reaches_what_it_reaches_in_the_reference(backend, operand):
+    case = Case(queries=40, keys=40, mask=causal(40, 40), per="token")
+    getattr(case, operand)[0, 1, 39, 0] = float("nan")
+    found, expected = case.run(backend), case.run("reference")
+    assert torch.equal(found.isnan(), expected.isnan()) and found.isnan().any()
+    torch.testing.assert_close(found, expected, equal_nan=True, atol=2e-6, rtol=1e-4)
+
+
+@every_backend
+def test_scores_beyond_the_least_of_a_mask(backend):
+    case = Case(queries=20, keys=40, mask=causal(20, 40).clamp(min=-65504).half(), scaling=4e4)
+    assert_agrees(case.run(backend), case.run("reference"), tolerance=1e-4, edges=None)

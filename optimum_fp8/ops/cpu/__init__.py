@@ -39,7 +39,7 @@ def register() -> None:
             refuses = getattr(kernels, f"refuses_{operator.removesuffix('_with_maxabs')}")
             kernel = dispatch.Kernel(f"cpu_{variant}", devices, getattr(kernels, operator), refuses)
             dispatch.register_kernel(operator, kernel)
-        attention = Attention(library, variant, kernels.cast_to_fp8)
+        attention = Attention(kernels)
         dispatch.register_kernel("attention", dispatch.Kernel(f"cpu_{variant}", devices, attention, attention.refuses))
 
 
