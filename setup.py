@@ -19,7 +19,7 @@ from setuptools.errors import CompileError
 
 NATIVE = Path("optimum_fp8/ops/cpu/native")
 FOR_ALL_VARIANTS = ["dispatch.c", "parallel.c"]
-FOR_EACH_VARIANT = ["cast.c", "linear.c"]
+FOR_EACH_VARIANT = ["cast.c", "linear.c", "attention.c", "softmax.c"]
 FLAGS = [
     "-O3",
     "-std=gnu11",

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hf.conftest import llama
 
-from benchmarks import cpu_casts, cpu_linear, generate, loading, machine, memory, models, rivals
+from benchmarks import attention, cpu_casts, cpu_linear, generate, loading, machine, memory, models, rivals
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -65,6 +66,24 @@ def test_casts_make_a_row_for_each_operation(few_copies):
     assert len({row.what for row in rows}) == len(rows) == 10
     assert all(row.limit and row.wanted_limit == 0.6 for row in rows)
     assert "copying" in notes[0] and "reading" in notes[0]
+
+
+def test_attention_makes_a_row_for_each_shape_and_length(few_copies):
+    shapes = (attention.Heads(4, 2, 32), attention.Heads(2, 2, 32))
+    rows, notes = attention.run(shapes, tokens=(50, 60), prompts=(40,), budget=0)
+    assert len({row.what for row in rows}) == len(rows) == 5
+    assert [(row.wanted, row.wanted_limit) for row in rows] == [(1.7, 0.7)] * 4 + [(0.9, None)]
+    assert all(row.ratio for row in rows) and all(row.limit for row in rows[:4]) and "SDPA" in notes[0]
+
+
+def test_attention_compares_only_equal_results():
+    heads, query = attention.Heads(4, 2, 32), torch.randn(1, 4, 9, 32).bfloat16()
+    cache = attention.codes(heads, 9)
+    expected = F.scaled_dot_product_attention(query, *attention.plain(cache), is_causal=True, enable_gqa=True)
+    found = attention.fp8_attention(query, *cache)
+    attention.check(found, expected)
+    with pytest.raises(RuntimeError, match="off bfloat16"):
+        attention.check(found * 1.1, expected)
 
 
 def test_transformers_decodes_and_prefills(folder):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from .. import dispatch
+from .attention import Attention
 from .kernels import CpuKernels
 from .library import Library, load, threads
 
@@ -34,11 +35,13 @@ def register() -> None:
         return
     for variant in library.variants:
         kernels = CpuKernels(library, variant)
+        devices = ("cpu",) if variant == library.best else ()
         for operator in OPERATORS:
-            devices = ("cpu",) if variant == library.best else ()
             refuses = getattr(kernels, f"refuses_{operator.removesuffix('_with_maxabs')}")
             kernel = dispatch.Kernel(f"cpu_{variant}", devices, getattr(kernels, operator), refuses)
             dispatch.register_kernel(operator, kernel)
+        attention = Attention(kernels)
+        dispatch.register_kernel("attention", dispatch.Kernel(f"cpu_{variant}", devices, attention, attention.refuses))
 
 
 def backends() -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 PATH = Path(__file__).with_name("libfp8cpu.so")
-ABI = 1
+ABI = 2
 _OUT_OF_MEMORY = 1
 
 
@@ -22,7 +22,7 @@ class Library:
         variants: names of the variants this processor can run, by their index.
         best: the one that is fastest on it.
         threaded: whether torch's OpenMP runtime was found; without it, everything runs on one thread.
-        encode, decode: take packed arguments (`fp8cpu.h` names them), return a status.
+        encode, decode, attention, softmax: take packed arguments (`fp8cpu.h` names them), return a status.
         linear: takes the packed arguments of several products, and how many.
     """
 
@@ -44,7 +44,7 @@ class Library:
         start_threads = torchs_openmp()
         self.threaded = start_threads is not None
         native.fp8cpu_set_openmp(start_threads)
-        for name in ("encode", "decode", "linear"):
+        for name in ("encode", "decode", "linear", "attention", "softmax"):
             function = getattr(native, f"fp8cpu_{name}")
             function.argtypes = [ctypes.c_char_p, ctypes.c_int64] if name == "linear" else [ctypes.c_char_p]
             setattr(self, name, function)
@@ -53,6 +53,8 @@ class Library:
     encode: Callable[[bytes], int]
     decode: Callable[[bytes], int]
     linear: Callable[[bytes, int], int]
+    attention: Callable[[bytes], int]
+    softmax: Callable[[bytes], int]
 
 
 def torchs_openmp() -> int | None:

@@ -9,8 +9,12 @@
 #define DECLARE(variant)                                        \
     int fp8cpu_encode_##variant(const fp8cpu_cast_args *);      \
     int fp8cpu_decode_##variant(const fp8cpu_cast_args *);      \
-    int fp8cpu_linear_##variant(const fp8cpu_linear_args *, int64_t count);
-#define KERNELS(variant) {fp8cpu_encode_##variant, fp8cpu_decode_##variant, fp8cpu_linear_##variant}
+    int fp8cpu_linear_##variant(const fp8cpu_linear_args *, int64_t count); \
+    int fp8cpu_attention_##variant(const fp8cpu_attention_args *); \
+    int fp8cpu_softmax_##variant(const fp8cpu_attention_args *);
+#define KERNELS(variant)                                                                        \
+    {fp8cpu_encode_##variant, fp8cpu_decode_##variant, fp8cpu_linear_##variant, fp8cpu_attention_##variant, \
+     fp8cpu_softmax_##variant}
 
 DECLARE(portable)
 static int always(void) { return 1; }
@@ -89,6 +93,8 @@ int fp8cpu_linear(const fp8cpu_linear_args *args, int64_t count) {
     if (args->variant < 0 || args->variant >= VARIANTS) return FP8CPU_NO_VARIANT;
     return variants[args->variant].kernels.linear(args, count);
 }
+int fp8cpu_attention(const fp8cpu_attention_args *args) { HAND_OVER(attention) }
+int fp8cpu_softmax(const fp8cpu_attention_args *args) { HAND_OVER(softmax) }
 
 /* --- reading memory ------------------------------------------------------------------------------------------------ */
 

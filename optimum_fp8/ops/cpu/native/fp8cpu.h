@@ -9,9 +9,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FP8CPU_ABI 1
+#define FP8CPU_ABI 2
 
-enum { FP8CPU_FLOAT32 = 0, FP8CPU_BFLOAT16 = 1, FP8CPU_FLOAT16 = 2 };
+enum { FP8CPU_FLOAT32 = 0, FP8CPU_BFLOAT16 = 1, FP8CPU_FLOAT16 = 2, FP8CPU_BOOLEAN = 3 };
 enum { FP8CPU_E4M3 = 0, FP8CPU_E5M2 = 1 };
 enum { FP8CPU_OK = 0, FP8CPU_NO_MEMORY = 1, FP8CPU_NO_VARIANT = 2 };
 
@@ -46,10 +46,33 @@ typedef struct {
     double full_scale;
 } fp8cpu_linear_args;
 
+/* y = softmax(softcap(q k^T scaling) + mask) v, keys and values in codes; float32 accumulation. Strides are in elements,
+ * of [batch, head, position]; the last dimension is contiguous. A scale's stride is 0 where it is shared. */
+typedef struct {
+    int64_t variant, threads;
+    int64_t batch, heads, key_heads, queries, keys, key_dim, value_dim;
+    int64_t type, format;             /* of q, y; of what is rounded to FP8 here */
+    int64_t q, q_stride[3];           /* [batch, heads, queries, key_dim] */
+    int64_t k, k_format, k_stride[3]; /* const uint8_t * [batch, key_heads, keys, key_dim] */
+    int64_t v, v_format, v_stride[3]; /* const uint8_t * [batch, key_heads, keys, value_dim] */
+    int64_t q_scale, q_scale_stride[3];        /* const float *: q is rounded to the FP8 grid; 0: it is not */
+    int64_t k_scale, k_scale_stride[3];        /* const float *, the last stride 0 or 1; 0: none */
+    int64_t v_scale, v_scale_stride[3];
+    int64_t p_scale, output_scale;             /* const float *: what is rounded to the FP8 grid with it; 0: it is not */
+    int64_t mask, mask_type, mask_size, mask_stride[3]; /* [batch, heads, queries, keys], mask_size bytes an element; or 0 */
+    int64_t sinks, sinks_type, sinks_stride[3];         /* [batch, heads, queries], or 0 */
+    int64_t scores, scores_stride; /* float * [batch * heads * queries, stride]: scratch; whole vectors a row */
+    int64_t y;                     /* [batch, queries, heads, value_dim], contiguous */
+    int64_t rounds_scores;         /* each step from products to probabilities is rounded to q's type */
+    double full_scale, scaling, softcap;
+} fp8cpu_attention_args;
+
 typedef struct {
     int (*encode)(const fp8cpu_cast_args *);
     int (*decode)(const fp8cpu_cast_args *);
     int (*linear)(const fp8cpu_linear_args *, int64_t count);
+    int (*attention)(const fp8cpu_attention_args *);
+    int (*softmax)(const fp8cpu_attention_args *);
 } fp8cpu_kernels;
 
 #if defined(_WIN32)
@@ -70,6 +93,9 @@ FP8CPU_EXPORT int fp8cpu_encode(const fp8cpu_cast_args *);
 FP8CPU_EXPORT int fp8cpu_decode(const fp8cpu_cast_args *);
 /* `count` products; neighbours with the same x share the work of laying it out, and one set of threads. */
 FP8CPU_EXPORT int fp8cpu_linear(const fp8cpu_linear_args *, int64_t count);
+FP8CPU_EXPORT int fp8cpu_attention(const fp8cpu_attention_args *);
+/* Of attention, what lies between the two products: `scores`, in place, from the one to the operand of the other. */
+FP8CPU_EXPORT int fp8cpu_softmax(const fp8cpu_attention_args *);
 /* Reads every byte once, as fast as it can (to measure memory bandwidth); returns their xor in 8-byte words. */
 FP8CPU_EXPORT int64_t fp8cpu_read(const void *bytes, int64_t count, int64_t threads);
 

@@ -6,16 +6,12 @@
  * to match. A "unit" is what one lane multiplies at a time: a float, or a pair of bfloat16 (bytes i and i + 2), where
  * the processor multiplies pairs and x fits in bfloat16.
  */
-#include <stdlib.h>
-
-#include "lookup.h"
 #include "parallel.h"
 #include "transpose.h"
+#include "units.h"
 #include "variant.h"
-#include "vector.h"
 
 enum {
-    STEP = 4 * LANES,
     DOT_ROWS = 8,                         /* up to so many rows of x, weights are used as they are decoded, */
     SPAN_STEPS = 8,                       /* in spans of k so short that x stays in the first-level cache */
     TILE_ROWS = LANES == 16 ? 12 : 6,     /* rows of x, and */
@@ -46,39 +42,21 @@ typedef struct {
     int64_t scratch_size; /* floats a thread */
 } linear_job;
 
-INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 INLINE int units_of(kind k) { return k.bf16 ? 2 : 4; }
 INLINE int64_t codes_of(int64_t units, kind k) { return k.bf16 ? 2 * units : units; }
-
-static void *aligned(int64_t floats) {
-    void *memory = NULL;
-    return posix_memalign(&memory, 64, (size_t)(floats > 0 ? floats : 1) * sizeof(float)) ? NULL : memory;
-}
 
 /* --- decoding and multiplying units --------------------------------------------------------------------------------- */
 
 /* The units of one step of a row: units[i] holds byte i of every lane, or the pair of bytes i and i + 2. */
 INLINE void decode_step(vi codes, kind k, vf *units) {
 #if defined(__AVX512VBMI__)
-    const vi low = bfloat16_of_even_bytes(codes, k.e5m2), high = bfloat16_of_odd_bytes(codes, k.e5m2);
     if (k.bf16) {
-        units[0] = (vf)low;
-        units[1] = (vf)high;
+        units[0] = (vf)bfloat16_of_even_bytes(codes, k.e5m2);
+        units[1] = (vf)bfloat16_of_odd_bytes(codes, k.e5m2);
         return;
     }
-    units[0] = (vf)(low << 16);
-    units[1] = (vf)(high << 16);
-    units[2] = (vf)(low & (int32_t)0xFFFF0000);
-    units[3] = (vf)(high & (int32_t)0xFFFF0000);
-#else
-    const fp8_format format = k.e5m2 ? E5M2 : E4M3;
-    const int exceptional = any_exceptional(codes, format);
-    UNROLL for (int i = 0; i < 4; i++) {
-        const vi on_top = (vi)((vu)codes << (24 - 8 * i));
-        units[i] = __builtin_expect(exceptional, 0) ? decode_any(on_top, format) : decode_normal(on_top, format);
-    }
 #endif
+    decode_units(codes, k.e5m2, units);
 }
 
 INLINE vf multiply_add(vf sum, vf a, vf b, kind k) {
@@ -87,14 +65,6 @@ INLINE vf multiply_add(vf sum, vf a, vf b, kind k) {
 #endif
     (void)k;
     return sum + a * b;
-}
-
-INLINE vi load_step(const uint8_t *row, int64_t step, int64_t k) {
-    const int64_t at = step * STEP;
-    if (at + STEP <= k) return load_bits(row + at);
-    uint8_t padded[STEP] = {0};
-    memcpy(padded, row + at, (size_t)(k - at));
-    return load_bits(padded);
 }
 
 INLINE float block_scale(const fp8cpu_linear_args *a, int64_t n, int64_t k) {
@@ -166,16 +136,6 @@ INLINE void lay_out_tile(const linear_job *job, kind k, int64_t tile, float *row
 
 /* --- from sums to the output ---------------------------------------------------------------------------------------- */
 
-INLINE vf load_up_to(const void *p, int64_t type, int64_t count) {
-    return count >= LANES ? load_values(p, type) : load_some(p, type, count);
-}
-
-INLINE vf round_to(vf x, int64_t type) {
-    char memory[sizeof x];
-    store_values(memory, x, type);
-    return load_values(memory, type);
-}
-
 /* sums[m][n - first]: times scales, plus bias, rounded; for `cols` rows of w from `first` on. */
 static void finish(const linear_job *job, int blocked, const float *sums, int64_t stride, int64_t first, int64_t cols) {
     const fp8cpu_linear_args *a = job->args;
@@ -207,25 +167,6 @@ static void finish(const linear_job *job, int blocked, const float *sums, int64_
 }
 
 /* --- few rows of x: dot products ------------------------------------------------------------------------------------ */
-
-/* Lane r of the result is the sum of all lanes of vector r, for `count` vectors: 1, 2 or 4. */
-INLINE vf sum_each(const vf *vectors, int stride, int count) {
-#define SUM_HALVES(a, b, size) \
-    ((vf)SHUFFLE((vi)(a), (vi)(b), ALL_LANES(OF_FIRST, size)) + (vf)SHUFFLE((vi)(a), (vi)(b), ALL_LANES(OF_SECOND, size)))
-    vf sum = SUM_HALVES(vectors[0], vectors[count > 1 ? stride : 0], 1);
-    if (count > 2)
-        sum = SUM_HALVES(sum, SUM_HALVES(vectors[2 * stride], vectors[3 * stride], 1), 2);
-    else
-        sum = SUM_HALVES(sum, sum, 2);
-#if LANES >= 8
-    sum = SUM_HALVES(sum, sum, 4);
-#endif
-#if LANES >= 16
-    sum = SUM_HALVES(sum, sum, 8);
-#endif
-#undef SUM_HALVES
-    return sum;
-}
 
 /* One step of one row of w times all `x_rows` rows of x. */
 INLINE void dot_step(vi codes, kind k, float scale, int x_rows, const float *x, vf *sums) {

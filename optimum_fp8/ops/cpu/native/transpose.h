@@ -40,4 +40,23 @@ INLINE void transpose(vi *rows) {
 #endif
 }
 
+/* Lane r of the result is the sum of all lanes of vector r, for `count` vectors: 1, 2 or 4. */
+INLINE vf sum_each(const vf *vectors, int stride, int count) {
+#define SUM_HALVES(a, b, size) \
+    ((vf)SHUFFLE((vi)(a), (vi)(b), ALL_LANES(OF_FIRST, size)) + (vf)SHUFFLE((vi)(a), (vi)(b), ALL_LANES(OF_SECOND, size)))
+    vf sum = SUM_HALVES(vectors[0], vectors[count > 1 ? stride : 0], 1);
+    if (count > 2)
+        sum = SUM_HALVES(sum, SUM_HALVES(vectors[2 * stride], vectors[3 * stride], 1), 2);
+    else
+        sum = SUM_HALVES(sum, sum, 2);
+#if LANES >= 8
+    sum = SUM_HALVES(sum, sum, 4);
+#endif
+#if LANES >= 16
+    sum = SUM_HALVES(sum, sum, 8);
+#endif
+#undef SUM_HALVES
+    return sum;
+}
+
 #endif

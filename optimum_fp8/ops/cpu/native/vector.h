@@ -274,4 +274,14 @@ INLINE void store_some(void *p, vf x, int64_t type, int64_t count) {
     memcpy(p, padded, (size_t)(count * value_size(type)));
 }
 
+INLINE vf load_up_to(const void *p, int64_t type, int64_t count) {
+    return count >= LANES ? load_values(p, type) : load_some(p, type, count);
+}
+
+INLINE vf round_to(vf x, int64_t type) {
+    char memory[sizeof x];
+    store_values(memory, x, type);
+    return load_values(memory, type);
+}
+
 #endif

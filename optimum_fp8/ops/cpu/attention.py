@@ -1,0 +1,158 @@
+"""Attention on the native library: over codes of a cache, or over keys and values that are rounded to codes here."""
+
+from __future__ import annotations
+
+import torch
+
+from .attention_call import FORMATS, TYPES, Call, Options, row_size
+from .attention_prefill import many_queries
+from .kernels import CpuKernels
+from .library import check
+
+_DATAFLOWS = ("fused", "unfused")
+FEW_QUERIES = 16  # up to so many, reading keys and values takes longest; beyond, multiplying does
+
+
+def refuses_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    q_scale: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    p_scale: torch.Tensor | None,
+    output_scale: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    scaling: float,
+    softcap: float,
+    dtype: torch.dtype,
+    full_scale: float,
+    dataflow: str,
+) -> str | None:
+    """Why the native library cannot run this call, or None."""
+    if dataflow not in _DATAFLOWS:
+        return f"dataflow {dataflow!r}"
+    if query.dtype not in TYPES or dtype not in FORMATS:
+        return f"queries in {query.dtype}, rounded to {dtype}"
+    for name, x, scale in (("keys", key, k_scale), ("values", value, v_scale)):
+        if scale is None:
+            return f"{name} in {x.dtype} without a scale"
+        if x.dtype not in FORMATS and x.dtype not in TYPES:
+            return f"{name} in {x.dtype}"
+    if reason := _refuses_shapes(query, key, value, mask, sinks):
+        return reason
+    for name, scale, x in (("queries", q_scale, query), ("keys", k_scale, key), ("values", v_scale, value)):
+        if scale is not None and not _fits(scale, x):
+            return f"scales of {name} in {scale.dtype} of shape {tuple(scale.shape)} for {tuple(x.shape)}"
+    for scale in (p_scale, output_scale):
+        if scale is not None and (scale.dtype != torch.float32 or scale.numel() != 1):
+            return f"a scale in {scale.dtype} of shape {tuple(scale.shape)} for probabilities or the output"
+    return None
+
+
+def _refuses_shapes(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+) -> str | None:
+    shapes = f"queries {tuple(query.shape)}, keys {tuple(key.shape)}, values {tuple(value.shape)}"
+    if not query.ndim == key.ndim == value.ndim == 4 or key.shape[:3] != value.shape[:3] or 0 in key.shape:
+        return shapes
+    if query.shape[0] != key.shape[0] or query.shape[1] % key.shape[1] or query.shape[3] != key.shape[3]:
+        return shapes
+    if mask is not None:
+        wanted = (*query.shape[:3], key.shape[2])
+        shape = (1,) * (4 - mask.ndim) + tuple(mask.shape)
+        if mask.dtype not in TYPES and mask.dtype != torch.bool:
+            return f"a mask in {mask.dtype}"
+        if len(shape) > 4 or any(n not in (1, w) for n, w in zip(shape[:3], wanted[:3], strict=True)):
+            return f"a mask of {tuple(mask.shape)} for scores of {wanted}"
+        if shape[3] < wanted[3]:
+            return f"a mask of {tuple(mask.shape)} for scores of {wanted}"
+    if sinks is not None and (
+        sinks.dtype not in TYPES or tuple(sinks.shape) not in ((query.shape[1],), (*query.shape[:3], 1))
+    ):
+        return f"sinks in {sinks.dtype} of shape {tuple(sinks.shape)}"
+    return None
+
+
+def _fits(scale: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether `scale` is `(1,)`, one a head, or one a row of `x`."""
+    shapes = ((1,), (x.shape[1], 1, 1), (*x.shape[:3], 1))
+    return scale.dtype == torch.float32 and tuple(scale.shape) in shapes
+
+
+class Attention:
+    """`attention` on one variant of the library, whose other kernels do the casts."""
+
+    def __init__(self, kernels: CpuKernels):
+        self.kernels = kernels
+
+    refuses = staticmethod(refuses_attention)
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        q_scale: torch.Tensor | None,
+        k_scale: torch.Tensor,
+        v_scale: torch.Tensor,
+        p_scale: torch.Tensor | None,
+        output_scale: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+        scaling: float,
+        softcap: float,
+        dtype: torch.dtype,
+        full_scale: float,
+        dataflow: str,
+    ) -> torch.Tensor:
+        call = Call(
+            query=query if query.stride(3) == 1 else query.contiguous(),
+            key=self._codes(key, k_scale, dtype, full_scale),
+            value=self._codes(value, v_scale, dtype, full_scale),
+            q_scale=None if q_scale is None else q_scale.expand(*query.shape[:3], 1),
+            k_scale=_packed(k_scale).expand(*key.shape[:3], 1),
+            v_scale=_packed(v_scale).expand(*value.shape[:3], 1),
+            p_scale=p_scale,
+            output_scale=output_scale if dataflow == "fused" else None,
+            mask=None if mask is None else _expanded_mask(mask, (*query.shape[:3], key.shape[2])),
+            sinks=None
+            if sinks is None
+            else sinks.reshape(1, -1, 1, 1).expand(*query.shape[:3], 1)
+            if sinks.ndim == 1
+            else sinks,
+            options=Options(scaling, softcap, dtype, full_scale, dataflow),
+        )
+        if query.shape[2] <= FEW_QUERIES:
+            return self._few_queries(call)
+        return many_queries(self.kernels, call)
+
+    def _codes(self, x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, full_scale: float) -> torch.Tensor:
+        if x.dtype not in FORMATS:
+            by_head = scale.expand(*x.shape[:2], 1, 1) if scale.ndim == 3 else scale
+            x = self.kernels.cast_to_fp8(x, by_head, dtype, full_scale)
+        return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+
+    def _few_queries(self, call: Call) -> torch.Tensor:
+        batch, heads, queries, _ = call.query.shape
+        scores = call.query.new_empty((batch * heads * queries, row_size(call.key.shape[2])), dtype=torch.float32)
+        output = call.query.new_empty((batch, queries, heads, call.value.shape[3]))
+        arguments = call.pack(self.kernels.variant, scores, output)
+        check(self.kernels.library.attention(arguments), "attention")
+        return output
+
+
+def _packed(scale: torch.Tensor) -> torch.Tensor:
+    """A scale whose positions are neighbours, or that has one for all."""
+    return scale.contiguous() if scale.ndim == 4 and scale.stride(2) != 1 else scale
+
+
+def _expanded_mask(mask: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    mask = mask[..., : shape[3]]
+    mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+    return mask.expand(shape)

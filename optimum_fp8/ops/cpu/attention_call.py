@@ -1,0 +1,113 @@
+"""One call of attention: its tensors, and how they become the native library's arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from struct import Struct
+
+import torch
+
+from .library import threads
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FORMATS = {torch.float8_e4m3fn: 0, torch.float8_e5m2: 1}
+_BOOLEAN = 3
+_ARGUMENTS = Struct("=54q3d")
+_WIDEST = 16  # floats in a vector, on any processor
+
+
+def row_size(keys: int) -> int:
+    """Floats a row of scores takes: whole vectors."""
+    return -(-keys // _WIDEST) * _WIDEST
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is the same for all positions, as the operator takes it."""
+
+    scaling: float
+    softcap: float
+    dtype: torch.dtype
+    full_scale: float
+    dataflow: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """The operands, as views of their full shapes, with a contiguous last dimension.
+
+    Attributes:
+        query: `[B, H, S, D]`, high precision.
+        key: FP8 codes `[B, Hkv, T, D]`.
+        value: FP8 codes `[B, Hkv, T, Dv]`.
+        q_scale: `[B, H, S, 1]` or None.
+        k_scale: `[B, Hkv, T, 1]`; along T it is contiguous or has stride 0.
+        v_scale: the same.
+        p_scale: `(1,)` or None.
+        output_scale: `(1,)` or None.
+        mask: `[B, H, S, T]` or None.
+        sinks: `[B, H, S, 1]` or None.
+        options: the rest.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    q_scale: torch.Tensor | None
+    k_scale: torch.Tensor
+    v_scale: torch.Tensor
+    p_scale: torch.Tensor | None
+    output_scale: torch.Tensor | None
+    mask: torch.Tensor | None
+    sinks: torch.Tensor | None
+    options: Options
+
+    def part(self, batch: int, key_head: int, queries: slice, keys: int) -> Call:
+        """The queries `queries` of one sequence that share a head of keys, and its first `keys` positions."""
+        group = self.query.shape[1] // self.key.shape[1]
+        one, heads, first = slice(batch, batch + 1), slice(key_head * group, (key_head + 1) * group), slice(keys)
+        rows, positions = (one, heads, queries), (one, slice(key_head, key_head + 1), first)
+        return Call(
+            query=self.query[rows],
+            key=self.key[positions],
+            value=self.value[positions],
+            q_scale=None if self.q_scale is None else self.q_scale[rows],
+            k_scale=self.k_scale[positions],
+            v_scale=self.v_scale[positions],
+            p_scale=self.p_scale,
+            output_scale=self.output_scale,
+            mask=None if self.mask is None else self.mask[(*rows, first)],
+            sinks=None if self.sinks is None else self.sinks[rows],
+            options=self.options,
+        )
+
+    def pack(self, variant: int, scores: torch.Tensor, output: torch.Tensor | None) -> bytes:
+        """The arguments; `scores` is scratch, float32 `[B · H · S, row_size(T)]`."""
+        (batch, heads, queries, dim), (_, key_heads, keys, value_dim) = self.query.shape, self.value.shape
+        options, mask, sinks = self.options, self.mask, self.sinks
+        return _ARGUMENTS.pack(
+            *(variant, threads(), batch, heads, key_heads, queries, keys, dim, value_dim),
+            *(TYPES[self.query.dtype], FORMATS[options.dtype]),
+            *_located(self.query),
+            *(self.key.data_ptr(), FORMATS[self.key.dtype], *self.key.stride()[:3]),
+            *(self.value.data_ptr(), FORMATS[self.value.dtype], *self.value.stride()[:3]),
+            *(number for scale in (self.q_scale, self.k_scale, self.v_scale) for number in _located(scale)),
+            0 if self.p_scale is None else self.p_scale.data_ptr(),
+            0 if self.output_scale is None else self.output_scale.data_ptr(),
+            0 if mask is None else mask.data_ptr(),
+            0 if mask is None else TYPES.get(mask.dtype, _BOOLEAN),
+            0 if mask is None else mask.element_size(),
+            *_located(mask)[1:],
+            0 if sinks is None else sinks.data_ptr(),
+            0 if sinks is None else TYPES[sinks.dtype],
+            *_located(sinks)[1:],
+            *(scores.data_ptr(), scores.stride(0)),
+            0 if output is None else output.data_ptr(),
+            options.dataflow != "fused",
+            *(options.full_scale, options.scaling, options.softcap),
+        )
+
+
+def _located(x: torch.Tensor | None) -> tuple[int, ...]:
+    """Where a tensor is, and its strides."""
+    return (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])
