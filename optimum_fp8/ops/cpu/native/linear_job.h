@@ -1,0 +1,169 @@
+/* What all stages of a product share: the job, how weights are decoded, how x is laid out, how sums become outputs.
+ *
+ * Weights are read as vectors of 4 LANES codes, one "step" along k. The four bytes of lane l are k = 4 l ... 4 l + 3 of
+ * the step; taking byte i of all lanes gives a vector without moving anything between lanes. x is laid out once a call
+ * to match. A "unit" is what one lane multiplies at a time: a float, or a pair of bfloat16 (bytes i and i + 2), where
+ * the processor multiplies pairs and x fits in bfloat16.
+ */
+#ifndef FP8CPU_LINEAR_JOB_H
+#define FP8CPU_LINEAR_JOB_H
+
+#include "parallel.h"
+#include "transpose.h"
+#include "units.h"
+
+enum {
+    DOT_ROWS = 8,                         /* up to so many rows of x, weights are used as they are decoded, */
+    SPAN_STEPS = 8,                       /* in spans of k so short that x stays in the first-level cache */
+    TILE_ROWS = LANES == 16 ? 12 : 6,     /* rows of x, and */
+    TILE_COLS = 2 * LANES,                /* rows of w, whose sums are in registers at a time */
+    PANEL_UNITS = 256,                    /* units along k in a panel: TILE_COLS floats each, 32 KiB at 16 lanes */
+    FETCHES = PANEL_UNITS / TILE_COLS,    /* units of a tile for each row of the next panel */
+    TASK_COLS = 128,                      /* rows of w a task takes on */
+    PASS_ROWS = 512,                      /* rows of x that are laid out at a time */
+};
+
+typedef struct {
+    int bf16;    /* units are pairs */
+    int blocked; /* weights are scaled, by blocks, as they are decoded */
+    int e5m2;
+} kind;
+
+enum { MOST_PARTS = 8 };
+
+typedef struct {
+    const fp8cpu_linear_args *args;
+    const fp8cpu_linear_args *parts; /* several weights that are multiplied with the same x, one behind the other */
+    int64_t count, first_task[MOST_PARTS + 1];
+    int64_t first_row, rows; /* of x, in this pass */
+    int64_t steps;           /* ceil(k / STEP) */
+    int64_t task_cols;
+    float *x;                /* laid out in units, in panels or in steps */
+    float *scratch;
+    int64_t scratch_size; /* floats a thread */
+} linear_job;
+
+INLINE int units_of(kind k) { return k.bf16 ? 2 : 4; }
+INLINE int64_t codes_of(int64_t units, kind k) { return k.bf16 ? 2 * units : units; }
+
+/* --- decoding and multiplying units --------------------------------------------------------------------------------- */
+
+/* The units of one step of a row: units[i] holds byte i of every lane, or the pair of bytes i and i + 2. */
+INLINE void decode_step(vi codes, kind k, vf *units) {
+#if defined(__AVX512VBMI__)
+    if (k.bf16) {
+        units[0] = (vf)bfloat16_of_even_bytes(codes, k.e5m2);
+        units[1] = (vf)bfloat16_of_odd_bytes(codes, k.e5m2);
+        return;
+    }
+#endif
+    decode_units(codes, k.e5m2, units);
+}
+
+INLINE vf multiply_add(vf sum, vf a, vf b, kind k) {
+#if defined(__AVX512BF16__)
+    if (k.bf16) return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#endif
+    (void)k;
+    return sum + a * b;
+}
+
+INLINE float block_scale(const fp8cpu_linear_args *a, int64_t n, int64_t k) {
+    return ((const float *)a->w_scale)[n / a->block * divide_up(a->k, a->block) + k / a->block];
+}
+
+/* --- laying out x --------------------------------------------------------------------------------------------------- */
+
+/* Row m of x as floats, on the FP8 grid where it has a scale, with zeros up to a whole number of steps. */
+INLINE void read_row(const linear_job *job, kind k, int64_t m, float *row) {
+    const fp8cpu_linear_args *a = job->args;
+    const int64_t type = a->x_type;
+    const char *x = (const char *)a->x + (job->first_row + m) * a->x_stride * value_size(type);
+    const float *scale = (const float *)a->x_scale;
+    const vf reciprocal = splat(scale ? 1.0f / scale[(job->first_row + m) * a->x_scale_step] : 1.0f);
+    for (int64_t i = 0; i < job->steps * STEP; i += LANES) {
+        vf values = splat(0);
+        if (i + LANES <= a->k)
+            values = load_values(x + i * value_size(type), type);
+        else if (i < a->k)
+            values = load_some(x + i * value_size(type), type, a->k - i);
+        if (scale) values = to_grid(values * reciprocal, (float)a->full_scale, k.e5m2 ? E5M2 : E4M3);
+        store_floats(row + i, values);
+    }
+}
+
+/* Unit i of the four floats at `group`. */
+INLINE float unit_of(const float *group, int i, kind k) {
+    if (!k.bf16) return group[i];
+    uint32_t low, high;
+    memcpy(&low, group + i, 4);
+    memcpy(&high, group + i + 2, 4);
+    const uint32_t pair = low >> 16 | (high & 0xFFFF0000);
+    float unit;
+    memcpy(&unit, &pair, 4);
+    return unit;
+}
+
+/* For dot products: [step][row][unit][lane]. */
+INLINE void lay_out_steps(const linear_job *job, kind k, int64_t m, float *row) {
+    const int units = units_of(k);
+    float *x = job->x + m * units * LANES;
+    read_row(job, k, m, row);
+    for (int64_t step = 0; step < job->steps; step++, x += job->rows * units * LANES)
+        UNROLL for (int i = 0; i < units; i++)
+            for (int lane = 0; lane < LANES; lane++) x[i * LANES + lane] = unit_of(row + step * STEP + 4 * lane, i, k);
+}
+
+/* The rows of a pass are cut into tiles as even as can be: how many there are, and where one begins. */
+INLINE int64_t tiles_of(const linear_job *job) { return divide_up(job->rows, TILE_ROWS); }
+INLINE int64_t tile_start(const linear_job *job, int64_t tile) { return tile * job->rows / tiles_of(job); }
+
+/* For tiles: [panel along k][tile][unit along k][row of the tile]. */
+INLINE void lay_out_tile(const linear_job *job, kind k, int64_t tile, float *row) {
+    const int64_t first = tile_start(job, tile), height = tile_start(job, tile + 1) - first;
+    const int64_t all_units = job->steps * STEP / 4 * units_of(k);
+    for (int64_t m = 0; m < height; m++) {
+        read_row(job, k, first + m, row);
+        for (int64_t panel = 0; panel * PANEL_UNITS < all_units; panel++) {
+            const int64_t start = panel * PANEL_UNITS, count = smaller(PANEL_UNITS, all_units - start);
+            float *x = job->x + start * job->rows + first * count + m;
+            for (int64_t unit = 0; unit < count; unit++) {
+                const int64_t at = start + unit, units = units_of(k);
+                x[unit * height] = unit_of(row + at / units * 4, (int)(at % units), k);
+            }
+        }
+    }
+}
+
+/* --- from sums to the output ---------------------------------------------------------------------------------------- */
+
+/* sums[m][n - first]: times scales, plus bias, rounded; for `cols` rows of w from `first` on. */
+static void finish(const linear_job *job, int blocked, const float *sums, int64_t stride, int64_t first, int64_t cols) {
+    const fp8cpu_linear_args *a = job->args;
+    const int64_t type = a->x_type, size = value_size(type), bias_type = a->bias_type;
+    const float *w_scale = (const float *)a->w_scale, *x_scale = (const float *)a->x_scale;
+    for (int64_t m = 0; m < job->rows; m++) {
+        const int64_t row = job->first_row + m;
+        const float of_x = x_scale ? x_scale[row * a->x_scale_step] : 1.0f;
+        char *y = (char *)a->y + (row * a->y_stride + first) * size;
+        for (int64_t i = 0; i < cols; i += LANES) {
+            const int64_t n = first + i, left = cols - i;
+            vf scale = splat(of_x);
+            if (!blocked) scale *= a->w_scale_step ? load_up_to(w_scale + n, FP8CPU_FLOAT32, left) : splat(*w_scale);
+            vf value = load_floats(sums + m * stride + i) * scale;
+            if (a->bias) {
+                vf bias = load_up_to((const char *)a->bias + n * value_size(bias_type), bias_type, left);
+                if (a->round_before_bias) {
+                    value = round_to(value, type);
+                    bias = round_to(bias, type);
+                }
+                value += bias;
+            }
+            if (left >= LANES)
+                store_values(y + i * size, value, type);
+            else
+                store_some(y + i * size, value, type, left);
+        }
+    }
+}
+#endif
