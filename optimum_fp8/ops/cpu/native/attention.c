@@ -68,6 +68,13 @@ INLINE chunk chunk_of(const attention_job *job, int64_t task) {
     return (chunk){head, first, smaller(job->chunk, job->args->keys - first), keys};
 }
 
+/* The same pointer, though the compiler does not know: what it points to is read again, as an operand, where it would
+ * otherwise be kept, and registers run out. */
+INLINE const float *again(const float *p) {
+    __asm__("" : "+r"(p));
+    return p;
+}
+
 INLINE void dot_rows(const attention_job *job, int e5m2, int k_rows, int q_rows, const uint8_t *k, const float *q,
                      float *out) {
     const fp8cpu_attention_args *a = job->args;
@@ -78,8 +85,9 @@ INLINE void dot_rows(const attention_job *job, int e5m2, int k_rows, int q_rows,
         UNROLL for (int r = 0; r < k_rows; r++) {
             __builtin_prefetch(k + r * stride + ahead + at);
             decode_units(load_step(k + r * stride, at / STEP, dim), e5m2, units);
+            const float *from = again(q + at);
             UNROLL for (int i = 0; i < 4; i++) UNROLL for (int c = 0; c < q_rows; c++)
-                sums[r * q_rows + c] += load_floats(q + c * q_size + at + i * LANES) * units[i];
+                sums[r * q_rows + c] += load_floats(from + c * q_size + i * LANES) * units[i];
         }
     UNROLL for (int c = 0; c < q_rows; c++) {
         const vf each = sum_each(sums + c, q_rows, k_rows);
