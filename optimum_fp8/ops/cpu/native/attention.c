@@ -21,7 +21,7 @@ enum {
     PIECE = 64,                     /* positions whose values stay in cache while all rows of queries pass */
     LEAST_CHUNK = 64,               /* positions a task takes at least, */
     MOST_CHUNK = 1024,              /* and at most */
-    FETCH_AHEAD = 4096,             /* bytes: rows are asked for before they are reached */
+    FETCH_AHEAD = 8192,             /* bytes: rows are asked for before they are reached */
 };
 
 /* Bytes from a row to the one to fetch: whole rows, as rows may lie far apart. */
