@@ -57,8 +57,8 @@ const char *fp8cpu_variant(int index) { return index >= 0 && index < VARIANTS ? 
 
 int fp8cpu_runs(int index) { return index >= 0 && index < VARIANTS && variants[index].runs(); }
 
-/* The first that runs. But where vdpbf16ps is issued at half the rate of a float32 multiply-add (Intel's processors: both
- * then multiply as much, and pairs only cost accuracy) units of float32 are the better choice. */
+/* The first that runs. But where vdpbf16ps is issued at a quarter of the rate of a float32 multiply-add, as on the Intel
+ * processors measured, pairs multiply half as much as floats do. */
 int fp8cpu_best(void) {
     int index = 0;
 #ifdef FP8CPU_X86
