@@ -1,5 +1,7 @@
 """The operators as torch sees them: schema, fake kernels, torch.compile, and no gradient."""
 
+import itertools
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -140,12 +142,13 @@ def test_linears_are_linear_for_each_weight():
     x, biases = torch.randn(3, 8).bfloat16(), [torch.randn(4), None]
     weights = [torch.randn(size, 8).to(torch.float8_e4m3fn) for size in (4, 6)]
     scales, inputs = [torch.rand(4, 1), torch.rand(1)], [torch.tensor([0.25]), torch.tensor([0.5])]
-    for backend in ops.backends():
+    for backend, arithmetic in itertools.product(ops.backends(), ops.ARITHMETICS):
+        options = {"full_scale": 448.0, "arithmetic": arithmetic}
         with ops.backend(backend):
-            together = ops.linears(x, weights, scales, inputs, biases, full_scale=448.0, owners=[0, 0])
+            together = ops.linears(x, weights, scales, inputs, biases, owners=[0, 0], **options)
             each = zip(weights, scales, inputs, biases, strict=True)
-            apart = [ops.linear(x, *one, full_scale=448.0) for one in each]
-        assert all(map(torch.equal, together, apart)), backend
+            apart = [ops.linear(x, *one, **options) for one in each]
+        assert all(map(torch.equal, together, apart)), (backend, arithmetic)
 
 
 def test_every_operator_is_documented():

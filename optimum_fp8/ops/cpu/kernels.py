@@ -190,8 +190,6 @@ class CpuKernels:
         full_scale: float,
         arithmetic: str,
     ) -> str | None:
-        if arithmetic == "qdq":
-            return "arithmetic 'qdq'"
         each = zip(weights, weight_scales, input_scales, biases, strict=True)
         return next(filter(None, (self.refuses_linear(x, *one, full_scale, arithmetic) for one in each)), None)
 
@@ -205,13 +203,16 @@ class CpuKernels:
         full_scale: float,
         arithmetic: str,
     ) -> list[torch.Tensor]:
+        if arithmetic == "qdq":
+            each = zip(weights, weight_scales, input_scales, biases, strict=True)
+            return [self._qdq(F.linear, x, *one, full_scale) for one in each]
         x = x.contiguous()
         scales = [scale.contiguous() for scale in weight_scales]
         inputs = [None if scale is None else scale.contiguous() for scale in input_scales]
         added = [None if bias is None else bias.contiguous() for bias in biases]
         outputs = [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
-        each = zip(weights, scales, inputs, added, outputs, strict=True)
-        arguments = b"".join(self._pack(x, *one[:4], full_scale, arithmetic, one[4]) for one in each)
+        prepared = zip(weights, scales, inputs, added, outputs, strict=True)
+        arguments = b"".join(self._pack(x, *one[:4], full_scale, arithmetic, one[4]) for one in prepared)
         check(self.library.linear(arguments, len(outputs)), "linears")
         return outputs
 
