@@ -40,15 +40,20 @@ class Weights:
 
     @classmethod
     def of(cls, shape: tuple[int, int]) -> Weights:
-        """Random codes, scaled by a power of two per tensor or per channel."""
-        codes = torch.randn(shape).mul_(16).bfloat16().to(torch.float8_e4m3fn)
-        plain = codes.bfloat16() / 1024
-        size = codes.numel()
+        """Random codes, scaled by a power of two per tensor or per channel; each copy as quantizing a model makes it."""
+        scale = torch.full((1,), 2.0**-10)
+        plain = torch.randn(shape).mul_(16).to(torch.float8_e4m3fn).bfloat16() / 1024
+        size = plain.numel()
         return cls(
             shape,
             timing.Rotation([plain.clone() for _ in range(machine.cold_copies(2 * size))]),
-            timing.Rotation([codes.clone() for _ in range(machine.cold_copies(size))]),
-            {"tensor": torch.full((1,), 2.0**-10), "channel": torch.full((shape[0], 1), 2.0**-10)},
+            timing.Rotation(
+                [
+                    ops.cast_to_fp8(plain, scale, torch.float8_e4m3fn, FULL_SCALE)
+                    for _ in range(machine.cold_copies(size))
+                ]
+            ),
+            {"tensor": scale, "channel": torch.full((shape[0], 1), 2.0**-10)},
         )
 
 

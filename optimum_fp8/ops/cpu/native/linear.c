@@ -6,6 +6,7 @@
 
 typedef struct {
     fp8cpu_task lay_out_dot, dot, lay_out_panel, panel;
+    int64_t dot_rows; /* of x: more are multiplied in panels */
 } stages;
 
 /* The job with the weight that a task is about, and the task counted from that weight's first. */
@@ -19,7 +20,7 @@ static linear_job part_of(const linear_job *job, int64_t *task) {
 }
 
 /* The four stages with `kind` a constant in each, so that the compiler leaves out what a kind does not need. */
-#define STAGES(suffix, ...)                                                                                     \
+#define STAGES(suffix, dot_rows, ...)                                                                           \
     static void lay_out_dot_##suffix(void *job, int64_t task, int64_t thread) {                                 \
         const linear_job *j = job;                                                                              \
         lay_out_steps(j, (kind)__VA_ARGS__, task, j->scratch + thread * j->scratch_size);                       \
@@ -36,15 +37,16 @@ static linear_job part_of(const linear_job *job, int64_t *task) {
         const linear_job part = part_of(job, &task);                                                            \
         panel_task(&part, (kind)__VA_ARGS__, task, thread);                                                     \
     }                                                                                                           \
-    static const stages suffix = {lay_out_dot_##suffix, dot_##suffix, lay_out_panel_##suffix, panel_##suffix};
+    static const stages suffix = {lay_out_dot_##suffix, dot_##suffix, lay_out_panel_##suffix, panel_##suffix,  \
+                                  dot_rows};
 
-STAGES(float_e4m3, {0, 0, 0})
-STAGES(float_e5m2, {0, 0, 1})
-STAGES(blocked_e4m3, {0, 1, 0})
-STAGES(blocked_e5m2, {0, 1, 1})
+STAGES(float_e4m3, DOT_ROWS, {0, 0, 0})
+STAGES(float_e5m2, DOT_ROWS, {0, 0, 1})
+STAGES(blocked_e4m3, DOT_ROWS, {0, 1, 0})
+STAGES(blocked_e5m2, DOT_ROWS, {0, 1, 1})
 #if defined(__AVX512BF16__)
-STAGES(pairs_e4m3, {1, 0, 0})
-STAGES(pairs_e5m2, {1, 0, 1})
+STAGES(pairs_e4m3, DOT_ROWS_OF_PAIRS, {1, 0, 0})
+STAGES(pairs_e5m2, DOT_ROWS_OF_PAIRS, {1, 0, 1})
 #endif
 
 static const stages *stages_for(const fp8cpu_linear_args *a) {
@@ -81,8 +83,8 @@ static void plan_tasks(linear_job *job, int few_rows) {
 }
 
 static int multiply(const fp8cpu_linear_args *a, int64_t count) {
-    const int few_rows = a->m <= DOT_ROWS;
     const stages *run = stages_for(a);
+    const int few_rows = a->m <= run->dot_rows;
     linear_job job = {.args = a, .parts = a, .count = count, .steps = divide_up(a->k, STEP)};
     const int64_t padded_k = job.steps * STEP, pass = few_rows ? a->m : smaller(a->m, PASS_ROWS);
     plan_tasks(&job, few_rows);
@@ -98,8 +100,8 @@ static int multiply(const fp8cpu_linear_args *a, int64_t count) {
     for (; job.first_row < a->m; job.first_row += job.rows) {
         job.rows = smaller(pass, a->m - job.first_row);
         const int64_t threads = job.rows * padded_k < 1 << 14 ? 1 : a->threads;
-        fp8cpu_parallel(few_rows ? run->lay_out_dot : run->lay_out_panel, &job, few_rows ? job.rows : tiles_of(&job),
-                        threads);
+        fp8cpu_parallel(few_rows ? run->lay_out_dot : run->lay_out_panel, &job,
+                        few_rows ? job.rows : parts_of(&job, TILE_ROWS), threads);
         fp8cpu_parallel(few_rows ? run->dot : run->panel, &job, job.first_task[count], a->threads);
     }
     free(job.x);

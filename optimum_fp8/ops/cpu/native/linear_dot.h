@@ -4,36 +4,82 @@
 
 #include "linear_job.h"
 
-/* One step of one row of w times all `x_rows` rows of x. */
-INLINE void dot_step(vi codes, kind k, float scale, int x_rows, const float *x, vf *sums) {
+enum { MOST_SUMS = 16 }; /* in registers at a time */
+
+/* A group of rows of x, and the span of k at hand. */
+typedef struct {
+    const float *x; /* the group's, from its first step on */
+    int64_t from, to;
+} span;
+
+/* What to fetch while a tile is multiplied, a vector for each that is read. Tiles are too short for the processor to
+ * see by itself that the next ones will be needed. */
+typedef struct {
+    int64_t ahead, row, step; /* bytes from the first codes of the tile; from row to row, from step to step */
+} fetching;
+
+#if defined(__AVX512BF16__)
+typedef lookup decoder;
+INLINE decoder decoder_for(kind k) { return lookup_for(k.e5m2); }
+#else
+typedef int decoder;
+INLINE decoder decoder_for(kind k) { return k.e5m2; }
+#endif
+
+/* The units of one step of a row: units[i] holds byte i of every lane, or pairs of neighbours. */
+INLINE void decode_step(vi codes, kind k, decoder d, vf *units) {
+#if defined(__AVX512BF16__)
+    if (k.bf16) {
+        bfloat16_of_halves(codes, d, (vi *)&units[0], (vi *)&units[1]);
+        return;
+    }
+#endif
+    (void)d;
+    decode_units(codes, k.e5m2, units);
+}
+
+/* One step of `w_rows` rows of w, one or two, times `x_rows` rows of x: each value of x is loaded once for both. */
+INLINE void dot_step(const vi *codes, kind k, decoder d, const float *scales, int w_rows, int x_rows, const float *x,
+                     vf *sums) {
     const int units = units_of(k);
-    vf w[4];
-    decode_step(codes, k, w);
-    UNROLL for (int i = 0; i < units; i++) {
-        if (k.blocked) w[i] *= scale;
-        UNROLL for (int c = 0; c < x_rows; c++)
-            sums[c] = multiply_add(sums[c], load_floats(x + (c * units + i) * LANES), w[i], k);
+    vf w[2][4];
+    UNROLL for (int r = 0; r < w_rows; r++) {
+        decode_step(codes[r], k, d, w[r]);
+        if (k.blocked) UNROLL for (int i = 0; i < units; i++) w[r][i] *= scales[r];
+    }
+    UNROLL for (int i = 0; i < units; i++) UNROLL for (int c = 0; c < x_rows; c++) {
+        const vf values = load_floats(x + (c * units + i) * LANES);
+        UNROLL for (int r = 0; r < w_rows; r++)
+            sums[r * x_rows + c] = multiply_add(sums[r * x_rows + c], values, w[r][i], k);
     }
 }
 
-/* `w_rows` rows of w from n on, times all `x_rows` rows of x, over steps `from` ... `to` - 1; added to sums. */
-INLINE void dot_steps(const linear_job *job, kind k, int w_rows, int x_rows, int64_t n, int64_t from, int64_t to,
-                      vf *sums) {
+/* `w_rows` rows of w from n on, times `x_rows` rows of x, over a span; added to sums. */
+INLINE void dot_steps(const linear_job *job, kind k, int w_rows, int x_rows, int64_t n, span s, fetching f, vf *sums) {
     const fp8cpu_linear_args *a = job->args;
-    const int64_t row_size = a->k, whole = smaller(to, row_size / STEP);
-    const uint8_t *w = (const uint8_t *)a->w + n * row_size + from * STEP;
-    const float *x = job->x + from * x_rows * units_of(k) * LANES;
-    for (int64_t step = from; step < whole; step++, w += STEP, x += x_rows * units_of(k) * LANES)
-        UNROLL for (int r = 0; r < w_rows; r++) {
-            /* Rows, and more so spans, are too short for the processor to see that the next ones will be needed. */
-            __builtin_prefetch(w + (r + (x_rows > 4 ? 4 : w_rows)) * row_size);
-            dot_step(load_bits(w + r * row_size), k, k.blocked ? block_scale(a, n + r, step * STEP) : 1, x_rows, x,
-                     sums + r * x_rows);
+    const int64_t size = a->k, whole = smaller(s.to, size / STEP), x_size = x_rows * units_of(k) * LANES;
+    const int pair = k.bf16 && w_rows > 1 ? 2 : 1; /* floats of two rows would crowd out sums */
+    const uint8_t *w = (const uint8_t *)a->w + n * size + s.from * STEP, *fetch = w + f.ahead;
+    const float *x = s.x + s.from * x_size;
+    const decoder d = decoder_for(k);
+    vi codes[2];
+    float scales[2];
+    int64_t step = s.from;
+    for (; step < whole; step++, w += STEP, fetch += f.step, x += x_size)
+        UNROLL for (int r = 0; r < w_rows; r += pair) {
+            UNROLL for (int i = r; i < r + pair; i++) {
+                __builtin_prefetch(fetch + i * f.row);
+                codes[i - r] = load_bits(w + i * size);
+                scales[i - r] = k.blocked ? block_scale(a, n + i, step * STEP) : 1;
+            }
+            dot_step(codes, k, d, scales, pair, x_rows, x, sums + r * x_rows);
         }
-    if (whole < to)
-        UNROLL for (int r = 0; r < w_rows; r++)
-            dot_step(load_step((const uint8_t *)a->w + (n + r) * row_size, whole, row_size), k,
-                     k.blocked ? block_scale(a, n + r, whole * STEP) : 1, x_rows, x, sums + r * x_rows);
+    if (step < s.to)
+        UNROLL for (int r = 0; r < w_rows; r++) {
+            codes[0] = load_step((const uint8_t *)a->w + (n + r) * size, step, size);
+            scales[0] = k.blocked ? block_scale(a, n + r, step * STEP) : 1;
+            dot_step(codes, k, d, scales, 1, x_rows, x, sums + r * x_rows);
+        }
 }
 
 INLINE void store_sums(int w_rows, int x_rows, const vf *sums, float *out, int64_t stride) {
@@ -43,56 +89,71 @@ INLINE void store_sums(int w_rows, int x_rows, const vf *sums, float *out, int64
     }
 }
 
-/* So few rows of x that they stay in cache: each row of w is done with at once. */
-INLINE void dot_rows(const linear_job *job, kind k, int w_rows, int x_rows, int64_t n, float *out) {
-    vf sums[4 * 4];
-    UNROLL for (int i = 0; i < w_rows * x_rows; i++) sums[i] = splat(0);
-    dot_steps(job, k, w_rows, x_rows, n, 0, job->steps, sums);
-    store_sums(w_rows, x_rows, sums, out, job->task_cols);
+/* As dot_steps; sums are kept from span to span, and stored after the last. */
+INLINE void dot_rows(const linear_job *job, kind k, int w_rows, int x_rows, int64_t n, span s, fetching f, vf *kept,
+                     float *out) {
+    const int count = w_rows * x_rows;
+    vf sums[MOST_SUMS];
+    UNROLL for (int i = 0; i < count; i++) sums[i] = s.from ? kept[i] : splat(0);
+    dot_steps(job, k, w_rows, x_rows, n, s, f, sums);
+    if (s.to < job->steps)
+        UNROLL for (int i = 0; i < count; i++) kept[i] = sums[i];
+    else
+        store_sums(w_rows, x_rows, sums, out, job->task_cols);
 }
 
-INLINE void dot_cols(const linear_job *job, kind k, int x_rows, int64_t first, int64_t cols, float *out) {
-    enum { W_ROWS = LANES == 16 ? 4 : 2 };
-    int64_t i = 0;
-    for (; i + W_ROWS <= cols; i += W_ROWS) dot_rows(job, k, W_ROWS, x_rows, first + i, out + i);
-    for (; i < cols; i++) dot_rows(job, k, 1, x_rows, first + i, out + i);
-}
-
-/* More rows of x: all rows of w go through one span of k, for which x is in cache, before the next span is begun. */
-INLINE void dot_spans(const linear_job *job, kind k, int x_rows, int64_t first, int64_t cols, float *out, vf *kept) {
-    enum { W_ROWS = LANES == 16 ? 2 : 1 };
-    for (int64_t i = 0; i < cols * x_rows; i++) kept[i] = splat(0);
-    for (int64_t from = 0; from < job->steps; from += SPAN_STEPS) {
-        const int64_t to = smaller(from + SPAN_STEPS, job->steps);
-        for (int64_t i = 0; i < cols; i += W_ROWS) {
-            vf sums[2 * DOT_ROWS];
-            if (i + W_ROWS <= cols) {
-                UNROLL for (int j = 0; j < W_ROWS * x_rows; j++) sums[j] = kept[i * x_rows + j];
-                dot_steps(job, k, W_ROWS, x_rows, first + i, from, to, sums);
-                UNROLL for (int j = 0; j < W_ROWS * x_rows; j++) kept[i * x_rows + j] = sums[j];
-            } else {
-                UNROLL for (int j = 0; j < x_rows; j++) sums[j] = kept[i * x_rows + j];
-                dot_steps(job, k, 1, x_rows, first + i, from, to, sums);
-                UNROLL for (int j = 0; j < x_rows; j++) kept[i * x_rows + j] = sums[j];
-            }
-        }
+/* What a tile of weights fetches. Groups pass over the same weights: each fetches a part of the next span's. A single
+ * group fetches rows to come along with its own; and where it reads rows from end to end, pairs are done so soon that
+ * memory has to be read in order to keep up. */
+INLINE fetching fetching_for(const linear_job *job, kind k, span s, int64_t cols, int w_rows, int64_t tile,
+                             int64_t group) {
+    const int64_t size = job->args->k, groups = parts_of(job, GROUP_ROWS);
+    if (groups > 1) {
+        const int64_t next = s.to < job->steps ? (s.to - s.from) * STEP : cols * size - s.from * STEP;
+        return (fetching){tile % groups == group ? next : 0, size, STEP};
     }
-    for (int64_t i = 0; i < cols; i++) store_sums(1, x_rows, kept + i * x_rows, out + i, job->task_cols);
+    if (k.bf16 && job->rows <= 4 && s.to - s.from == job->steps) return (fetching){4 * size, STEP, w_rows * STEP};
+    return (fetching){(k.bf16 ? 8 : 4) * size, size, STEP};
+}
+
+/* `cols` rows of w from `first` on, times group `group` of `x_rows` rows of x, over a span. */
+INLINE void dot_group(const linear_job *job, kind k, int x_rows, int64_t group, int64_t first, int64_t cols, span s,
+                      vf *kept, float *out) {
+    const int w_rows = (LANES < 16 ? 2 : k.bf16 ? 2 : 4) / (x_rows > 4 && !k.bf16 ? 2 : 1);
+    int64_t i = 0;
+    for (; i + w_rows <= cols; i += w_rows)
+        dot_rows(job, k, w_rows, x_rows, first + i, s, fetching_for(job, k, s, cols, w_rows, i / w_rows, group),
+                 kept + i * x_rows, out + i);
+    for (; i < cols; i++)
+        dot_rows(job, k, 1, x_rows, first + i, s, (fetching){0, 0, STEP}, kept + i * x_rows, out + i);
+}
+
+/* Steps of a span, all as even as can be. A single row of x is used once for each row of w, and read in order. */
+INLINE int64_t span_of(const linear_job *job, kind k, int64_t x_rows) {
+    if (job->rows == 1) return job->steps;
+    const int64_t most = GROUP_BYTES / (x_rows * units_of(k) * LANES * (int64_t)sizeof(float));
+    return divide_up(job->steps, divide_up(job->steps, most));
 }
 
 INLINE void dot_task(const linear_job *job, kind k, int64_t task, int64_t thread) {
     const int64_t first = task * job->task_cols, cols = smaller(job->task_cols, job->args->n - first);
+    const int64_t groups = parts_of(job, GROUP_ROWS), steps = span_of(job, k, divide_up(job->rows, groups));
     float *sums = job->scratch + thread * job->scratch_size;
     vf *kept = (vf *)(sums + job->rows * job->task_cols);
-    switch (job->rows) {
-        case 1: dot_cols(job, k, 1, first, cols, sums); break;
-        case 2: dot_cols(job, k, 2, first, cols, sums); break;
-        case 3: dot_cols(job, k, 3, first, cols, sums); break;
-        case 4: dot_cols(job, k, 4, first, cols, sums); break;
-        case 5: dot_spans(job, k, 5, first, cols, sums, kept); break;
-        case 6: dot_spans(job, k, 6, first, cols, sums, kept); break;
-        case 7: dot_spans(job, k, 7, first, cols, sums, kept); break;
-        default: dot_spans(job, k, 8, first, cols, sums, kept); break;
+    for (span s = {.from = 0}; s.from < job->steps; s.from = s.to) {
+        s.to = smaller(s.from + steps, job->steps);
+        for (int64_t group = 0; group < groups; group++) {
+            const int64_t start = part_start(job, group, GROUP_ROWS);
+            s.x = job->x + start * job->steps * units_of(k) * LANES;
+#define GROUP_OF(rows)                                                                                        \
+    case rows:                                                                                                \
+        dot_group(job, k, rows, group, first, cols, s, kept + start * cols, sums + start * job->task_cols);   \
+        break;
+            switch (part_start(job, group + 1, GROUP_ROWS) - start) {
+                GROUP_OF(1) GROUP_OF(2) GROUP_OF(3) GROUP_OF(4) GROUP_OF(5) GROUP_OF(6) GROUP_OF(7) GROUP_OF(8)
+            }
+#undef GROUP_OF
+        }
     }
     finish(job, k.blocked, sums, job->task_cols, first, cols);
 }

@@ -2,8 +2,8 @@
  *
  * Weights are read as vectors of 4 LANES codes, one "step" along k. The four bytes of lane l are k = 4 l ... 4 l + 3 of
  * the step; taking byte i of all lanes gives a vector without moving anything between lanes. x is laid out once a call
- * to match. A "unit" is what one lane multiplies at a time: a float, or a pair of bfloat16 (bytes i and i + 2), where
- * the processor multiplies pairs and x fits in bfloat16.
+ * to match. A "unit" is what one lane multiplies at a time: a float, or a pair of bfloat16, where the processor
+ * multiplies pairs and x fits in bfloat16. A step has 4 units of floats, or 2 of pairs.
  */
 #ifndef FP8CPU_LINEAR_JOB_H
 #define FP8CPU_LINEAR_JOB_H
@@ -13,8 +13,10 @@
 #include "units.h"
 
 enum {
-    DOT_ROWS = 8,                         /* up to so many rows of x, weights are used as they are decoded, */
-    SPAN_STEPS = 8,                       /* in spans of k so short that x stays in the first-level cache */
+    GROUP_ROWS = 8,                       /* rows of x that dot products are computed with at a time, */
+    DOT_ROWS = GROUP_ROWS,                /* up to so many rows of x, weights are used as they are decoded; */
+    DOT_ROWS_OF_PAIRS = 4 * GROUP_ROWS,   /* pairs are, again for each group, as decoding them costs so little */
+    GROUP_BYTES = 16 << 10,               /* in spans of k so short that they stay in the first-level cache */
     TILE_ROWS = LANES == 16 ? 12 : 6,     /* rows of x, and */
     TILE_COLS = 2 * LANES,                /* rows of w, whose sums are in registers at a time */
     PANEL_UNITS = 256,                    /* units along k in a panel: TILE_COLS floats each, 32 KiB at 16 lanes */
@@ -46,19 +48,7 @@ typedef struct {
 INLINE int units_of(kind k) { return k.bf16 ? 2 : 4; }
 INLINE int64_t codes_of(int64_t units, kind k) { return k.bf16 ? 2 * units : units; }
 
-/* --- decoding and multiplying units --------------------------------------------------------------------------------- */
-
-/* The units of one step of a row: units[i] holds byte i of every lane, or the pair of bytes i and i + 2. */
-INLINE void decode_step(vi codes, kind k, vf *units) {
-#if defined(__AVX512VBMI__)
-    if (k.bf16) {
-        units[0] = (vf)bfloat16_of_even_bytes(codes, k.e5m2);
-        units[1] = (vf)bfloat16_of_odd_bytes(codes, k.e5m2);
-        return;
-    }
-#endif
-    decode_units(codes, k.e5m2, units);
-}
+/* --- multiplying units ---------------------------------------------------------------------------------------------- */
 
 INLINE vf multiply_add(vf sum, vf a, vf b, kind k) {
 #if defined(__AVX512BF16__)
@@ -92,45 +82,58 @@ INLINE void read_row(const linear_job *job, kind k, int64_t m, float *row) {
     }
 }
 
-/* Unit i of the four floats at `group`. */
-INLINE float unit_of(const float *group, int i, kind k) {
-    if (!k.bf16) return group[i];
-    uint32_t low, high;
-    memcpy(&low, group + i, 4);
-    memcpy(&high, group + i + 2, 4);
-    const uint32_t pair = low >> 16 | (high & 0xFFFF0000);
-    float unit;
-    memcpy(&unit, &pair, 4);
-    return unit;
+/* Rows are cut into parts of at most `most`, as even as can be: how many there are, and where one begins. */
+INLINE int64_t parts_of(const linear_job *job, int64_t most) { return divide_up(job->rows, most); }
+INLINE int64_t part_start(const linear_job *job, int64_t part, int64_t most) {
+    return part * job->rows / parts_of(job, most);
 }
 
-/* For dot products: [step][row][unit][lane]. */
+#if defined(__AVX512BF16__)
+/* 32 floats that fit in bfloat16, as pairs of neighbours. */
+INLINE __m512i neighbours(const float *row) {
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(row + LANES), _mm512_loadu_ps(row));
+}
+#endif
+
+/* For dot products: [group][step][row of the group][unit][lane], a unit's lanes in the order decode_step has them. */
 INLINE void lay_out_steps(const linear_job *job, kind k, int64_t m, float *row) {
     const int units = units_of(k);
-    float *x = job->x + m * units * LANES;
+    int64_t group = 0;
+    while (part_start(job, group + 1, GROUP_ROWS) <= m) group++;
+    const int64_t first = part_start(job, group, GROUP_ROWS), height = part_start(job, group + 1, GROUP_ROWS) - first;
+    float *x = job->x + (first * job->steps + m - first) * units * LANES;
     read_row(job, k, m, row);
-    for (int64_t step = 0; step < job->steps; step++, x += job->rows * units * LANES)
+    for (int64_t step = 0; step < job->steps; step++, x += height * units * LANES, row += STEP) {
+#if defined(__AVX512BF16__)
+        if (k.bf16) {
+            const __m512i first_half = neighbours(row), second_half = neighbours(row + STEP / 2);
+            _mm512_storeu_si512(x, _mm512_shuffle_i64x2(first_half, second_half, 0x88));
+            _mm512_storeu_si512(x + LANES, _mm512_shuffle_i64x2(first_half, second_half, 0xDD));
+            continue;
+        }
+#endif
         UNROLL for (int i = 0; i < units; i++)
-            for (int lane = 0; lane < LANES; lane++) x[i * LANES + lane] = unit_of(row + step * STEP + 4 * lane, i, k);
+            for (int lane = 0; lane < LANES; lane++) x[i * LANES + lane] = row[4 * lane + i];
+    }
 }
-
-/* The rows of a pass are cut into tiles as even as can be: how many there are, and where one begins. */
-INLINE int64_t tiles_of(const linear_job *job) { return divide_up(job->rows, TILE_ROWS); }
-INLINE int64_t tile_start(const linear_job *job, int64_t tile) { return tile * job->rows / tiles_of(job); }
 
 /* For tiles: [panel along k][tile][unit along k][row of the tile]. */
 INLINE void lay_out_tile(const linear_job *job, kind k, int64_t tile, float *row) {
-    const int64_t first = tile_start(job, tile), height = tile_start(job, tile + 1) - first;
+    const int64_t first = part_start(job, tile, TILE_ROWS), height = part_start(job, tile + 1, TILE_ROWS) - first;
     const int64_t all_units = job->steps * STEP / 4 * units_of(k);
     for (int64_t m = 0; m < height; m++) {
         read_row(job, k, first + m, row);
-        for (int64_t panel = 0; panel * PANEL_UNITS < all_units; panel++) {
-            const int64_t start = panel * PANEL_UNITS, count = smaller(PANEL_UNITS, all_units - start);
+#if defined(__AVX512BF16__)
+        /* Of four neighbours the first and third are a pair, and the others: as fill_panel_step decodes them. */
+        const __m512i mixed = _mm512_broadcast_i32x4(_mm_set_epi64x(0x0F0E0B0A0D0C0908, 0x0706030205040100));
+        if (k.bf16)
+            for (int64_t unit = 0; unit < all_units; unit += LANES)
+                _mm512_storeu_si512(row + unit, _mm512_shuffle_epi8(neighbours(row + 2 * unit), mixed));
+#endif
+        for (int64_t start = 0; start < all_units; start += PANEL_UNITS) {
+            const int64_t count = smaller(PANEL_UNITS, all_units - start);
             float *x = job->x + start * job->rows + first * count + m;
-            for (int64_t unit = 0; unit < count; unit++) {
-                const int64_t at = start + unit, units = units_of(k);
-                x[unit * height] = unit_of(row + at / units * 4, (int)(at % units), k);
-            }
+            for (int64_t unit = 0; unit < count; unit++) x[unit * height] = row[start + unit];
         }
     }
 }

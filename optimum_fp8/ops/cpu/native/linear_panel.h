@@ -4,6 +4,18 @@
 
 #include "linear_job.h"
 
+/* units[i] holds byte i of every lane, or the pair of bytes i and i + 2. */
+INLINE void decode_columns(vi codes, kind k, vf *units) {
+#if defined(__AVX512VBMI__)
+    if (k.bf16) {
+        units[0] = (vf)bfloat16_of_even_bytes(codes, k.e5m2);
+        units[1] = (vf)bfloat16_of_odd_bytes(codes, k.e5m2);
+        return;
+    }
+#endif
+    decode_units(codes, k.e5m2, units);
+}
+
 /* One step of LANES rows of w from n on, decoded into column `column` of a panel, [unit][TILE_COLS]. Rows behind the
  * last become zeros. */
 INLINE void fill_panel_step(const linear_job *job, kind k, int64_t n, int64_t step, float *panel) {
@@ -23,7 +35,7 @@ INLINE void fill_panel_step(const linear_job *job, kind k, int64_t n, int64_t st
     transpose(rows);
     UNROLL for (int group = 0; group < LANES; group++) {
         vf w[4];
-        decode_step(rows[group], k, w);
+        decode_columns(rows[group], k, w);
         UNROLL for (int i = 0; i < units; i++)
             store_floats(panel + (group * units + i) * TILE_COLS, k.blocked ? w[i] * scale : w[i]);
     }
@@ -51,21 +63,35 @@ INLINE void multiply_tile(kind k, int height, const float *x, const float *panel
     }
 }
 
-INLINE void multiply_tile_of(kind k, int64_t height, const float *x, const float *panel, int64_t count, int add,
-                             float *sums, int64_t stride, const uint8_t *next, int64_t row_size) {
-#define HEIGHT(rows) case rows: multiply_tile(k, rows, x, panel, count, add, sums, stride, next, row_size); break;
-    switch (height) {
-        HEIGHT(1) HEIGHT(2) HEIGHT(3) HEIGHT(4) HEIGHT(5) HEIGHT(6)
-#if LANES == 16
-        HEIGHT(7) HEIGHT(8) HEIGHT(9) HEIGHT(10) HEIGHT(11) HEIGHT(12)
-#endif
+/* Never inlined: what else is in registers around it, above all the tables of a decoder, would crowd out sums. */
+#define TILE_OF(name, ...)                                                                                            \
+    static __attribute__((noinline)) void name(int64_t height, const float *x, const float *panel, int64_t count,    \
+                                               int add, float *sums, int64_t stride, const uint8_t *next,            \
+                                               int64_t row_size) {                                                   \
+        switch (height) { HEIGHTS(__VA_ARGS__) }                                                                     \
     }
-#undef HEIGHT
-}
+#define HEIGHT(rows, ...) \
+    case rows: multiply_tile((kind)__VA_ARGS__, rows, x, panel, count, add, sums, stride, next, row_size); break;
+#define HEIGHTS_TO_6(...)                                                                                             \
+    HEIGHT(1, __VA_ARGS__) HEIGHT(2, __VA_ARGS__) HEIGHT(3, __VA_ARGS__) HEIGHT(4, __VA_ARGS__)                       \
+    HEIGHT(5, __VA_ARGS__) HEIGHT(6, __VA_ARGS__)
+#if LANES == 16
+#define HEIGHTS(...)                                                                                                  \
+    HEIGHTS_TO_6(__VA_ARGS__) HEIGHT(7, __VA_ARGS__) HEIGHT(8, __VA_ARGS__) HEIGHT(9, __VA_ARGS__)                    \
+    HEIGHT(10, __VA_ARGS__) HEIGHT(11, __VA_ARGS__) HEIGHT(12, __VA_ARGS__)
+#else
+#define HEIGHTS HEIGHTS_TO_6
+#endif
+TILE_OF(multiply_floats, {0, 0, 0})
+#if defined(__AVX512BF16__)
+TILE_OF(multiply_pairs, {1, 0, 0})
+#else
+#define multiply_pairs multiply_floats
+#endif
 
 INLINE void panel_task(const linear_job *job, kind k, int64_t task, int64_t thread) {
     const int64_t first = task * job->task_cols, cols = smaller(job->task_cols, job->args->n - first);
-    const int64_t tiles = tiles_of(job), all_units = job->steps * STEP / 4 * units_of(k);
+    const int64_t tiles = parts_of(job, TILE_ROWS), all_units = job->steps * STEP / 4 * units_of(k);
     const int64_t step_units = LANES * units_of(k), row_size = job->args->k;
     const uint8_t *w = (const uint8_t *)job->args->w;
     float *panel = job->scratch + thread * job->scratch_size, *sums = panel + TILE_COLS * PANEL_UNITS;
@@ -79,9 +105,10 @@ INLINE void panel_task(const linear_job *job, kind k, int64_t task, int64_t thre
             const uint8_t *next = col + TILE_COLS < cols ? w + (first + col + TILE_COLS) * row_size + codes_of(start, k)
                                                          : w + first * row_size + codes_of(start + PANEL_UNITS, k);
             for (int64_t tile = 0; tile < tiles; tile++) {
-                const int64_t row = tile_start(job, tile), height = tile_start(job, tile + 1) - row;
-                multiply_tile_of(k, height, job->x + start * job->rows + row * count, panel, count, start > 0,
-                                 sums + row * job->task_cols + col, job->task_cols, tile ? NULL : next, row_size);
+                const int64_t row = part_start(job, tile, TILE_ROWS), height = part_start(job, tile + 1, TILE_ROWS) - row;
+                (k.bf16 ? multiply_pairs : multiply_floats)(
+                    height, job->x + start * job->rows + row * count, panel, count, start > 0,
+                    sums + row * job->task_cols + col, job->task_cols, tile ? NULL : next, row_size);
             }
         }
     }
