@@ -317,12 +317,12 @@ static void check_linear(const fp8cpu_linear_args *a) {
 }
 
 static void fuzz_linear(int64_t variant) {
-    static const int64_t edges[] = {1, 4, 5, 8, 9, 12, 13, 24, 25, 6, 7};
+    static const int64_t edges[] = {1, 4, 5, 8, 9, 12, 13, 24, 25, 6, 7, 32, 33};
     fp8cpu_linear_args a = {.variant = variant, .threads = 1 + below(2)};
     const int many = chance(100), any_bits = chance(8);
-    a.m = many ? 505 + below(30) : chance(2) ? edges[below(11)] : below(50);
+    a.m = many ? 505 + below(30) : chance(2) ? edges[below(13)] : below(50);
     a.n = many ? 1 + below(40) : size_up_to(chance(8) ? 300 : 70);
-    a.k = 1 + size_up_to(many ? 60 : chance(8) ? 1100 : 300);
+    a.k = 1 + size_up_to(many ? 60 : chance(8) ? (a.m < 9 ? 4500 : 1100) : 300);
     a.x_type = below(3);
     a.x_stride = a.k + (chance(2) ? below(5) : 0);
     a.y_stride = a.n + (chance(2) ? below(5) : 0);

@@ -17,7 +17,7 @@ from optimum_fp8 import ops
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 FULL_SCALES = {E4M3: 448.0, E5M2: 57344.0}
 HIGH = [torch.bfloat16, torch.float16, torch.float32]
-ROWS = [0, 1, 4, 5, 8, 9, 12, 13, 24, 25, 512, 513, 520]
+ROWS = [0, 1, 4, 5, 8, 9, 12, 13, 24, 25, 32, 33, 512, 513, 520]
 OUTS = [1, 15, 16, 17, 31, 33, 127, 129]
 INS = [1, 3, 4, 63, 64, 65, 255, 256, 257, 1023, 1024, 1025]
 EDGE_CASES = [(torch.bfloat16, "channel", 0.02), (torch.float16, "blocks", None), (torch.float32, "tensor", None)]
@@ -163,6 +163,16 @@ def test_all_edges(backend, dtype, kind, static):
             y = on(backend, x[:rows], weight[:out], scales, input_scale, bias[:out], full_scale)
             beyond = excess(y, exact[:rows, :out], bound[:rows, :out], bias[:out], "fused")
             assert rows == 0 or beyond.max() <= 0, (rows, out, into)
+
+
+@each_backend
+@pytest.mark.parametrize("rows, into", [(1, 17000), (2, 4240), (3, 2900), (4, 2113), (7, 2113), (20, 1500), (32, 1089)])
+def test_sums_kept_from_span_to_span(backend, rows, into):
+    """Rows so long that k is cut into spans, on which sums go on where they were."""
+    weight = codes_like((37, into), E4M3)
+    for dtype, kind in ((torch.bfloat16, "channel"), (torch.float32, "tensor"), (torch.bfloat16, "blocks")):
+        x = torch.randn(rows, into).to(dtype)
+        assert_right(backend, x, weight, scale_for(weight, kind), None, None, 448.0)
 
 
 @each_backend
