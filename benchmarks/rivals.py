@@ -46,6 +46,8 @@ class Transformers:
     def __init__(self, model: Any, compiled: bool = False):
         self.model, self.options = model, {"cache_implementation": "static"} if compiled else {}
         if compiled:
+            with torch.no_grad():  # where `generate` compiles by itself, prompts go through the model as it is
+                model(torch.zeros(1, 2, dtype=torch.int64))
             model.forward = torch.compile(model.forward, dynamic=False)
 
     def _moments(self, prompt: torch.Tensor, tokens: int) -> list[float]:

@@ -119,14 +119,17 @@ def is_plain(*arguments: Any) -> bool:
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd._profiler_enabled():
         return False
-    gradients = torch.is_grad_enabled()
+    return _are_plain(arguments, torch.is_grad_enabled())
+
+
+def _are_plain(arguments: Sequence[Any], gradients: bool) -> bool:
     for argument in arguments:
         kind = type(argument)
-        if kind is torch.Tensor or kind is torch.nn.Parameter:
+        if kind is torch.nn.Parameter or kind is torch.Tensor:
             if gradients and argument.requires_grad:
                 return False
         elif kind is list or kind is tuple:
-            if not is_plain(*argument):
+            if not _are_plain(argument, gradients):
                 return False
         elif kind not in _NO_TENSORS and isinstance(argument, torch.Tensor):
             return False

@@ -132,3 +132,36 @@ def test_different_static_scales_stay_different():
     for _ in range(3):
         x = torch.randn(3, 64).bfloat16() * 40
         assert torch.equal(layer(x), alone(layer, x))
+
+
+@torch.no_grad()
+def test_compiled_they_are_computed_together_once_that_was_seen(model, together):
+    """Before, each by itself; a graph recorded later has them in one go, and leaves nothing behind."""
+    x, expected = torch.randn(3, 64).bfloat16(), None
+    for seen in (False, True):
+        torch._dynamo.reset()
+        if seen:
+            expected = [model(x) for _ in range(2)][1]
+            assert together
+        together.clear()
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x), alone(model, x), rtol=0, atol=0)
+        assert together == ([3, 3] * 2 if seen else [])  # in each of two attentions, at each of two calls
+        assert all(getattr(module, "traced", None) is None for module in model.modules())
+    assert torch.equal(compiled(2 * x), model(2 * x)) and not torch.equal(compiled(2 * x), expected)
+
+
+@torch.no_grad()
+def test_compiled_another_input_in_between_is_its_own(model):
+    x = torch.randn(3, 64).bfloat16()
+    for _ in range(2):
+        model(x)
+    for attention in model:
+        attention.use_v = False  # whose output is computed with the leader's, and never asked for
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), alone(model, x), rtol=0, atol=0)
+    for attention in model:
+        attention.use_v = True
+    torch.testing.assert_close(compiled(x), alone(model, x), rtol=0, atol=0)

@@ -33,7 +33,7 @@ def register() -> None:
     if not isinstance(library, Library):
         dispatch.note_missing("cpu", library)
         return
-    for variant in library.variants:
+    for variant in sorted(library.variants, key=lambda variant: variant == library.best):  # the last is asked first
         kernels = CpuKernels(library, variant)
         devices = ("cpu",) if variant == library.best else ()
         for operator in OPERATORS:

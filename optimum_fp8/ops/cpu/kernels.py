@@ -190,8 +190,11 @@ class CpuKernels:
         full_scale: float,
         arithmetic: str,
     ) -> str | None:
-        each = zip(weights, weight_scales, input_scales, biases, strict=True)
-        return next(filter(None, (self.refuses_linear(x, *one, full_scale, arithmetic) for one in each)), None)
+        for one in zip(weights, weight_scales, input_scales, biases, strict=True):
+            reason = self.refuses_linear(x, *one, full_scale, arithmetic)
+            if reason is not None:
+                return reason
+        return None
 
     def linears(
         self,
