@@ -40,7 +40,7 @@ class Weights:
 
     @classmethod
     def of(cls, shape: tuple[int, int]) -> Weights:
-        """Random codes, scaled by a power of two per tensor or per channel; each copy as quantizing a model makes it."""
+        """Random codes, scaled by a power of two per tensor or per channel; copies as quantizing a model makes them."""
         scale = torch.full((1,), 2.0**-10)
         plain = torch.randn(shape).mul_(16).to(torch.float8_e4m3fn).bfloat16() / 1024
         size = plain.numel()

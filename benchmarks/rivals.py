@@ -48,6 +48,7 @@ class Transformers:
         if compiled:
             with torch.no_grad():  # where `generate` compiles by itself, prompts go through the model as it is
                 model(torch.zeros(1, 2, dtype=torch.int64))
+            torch._dynamo.config.recompile_limit = 64  # every model and shape counts: above, dynamo gives up silently
             model.forward = torch.compile(model.forward, dynamic=False)
 
     def _moments(self, prompt: torch.Tensor, tokens: int) -> list[float]:
