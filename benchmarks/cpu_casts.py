@@ -2,7 +2,8 @@
 
 Each call reads another copy of the input, so that it comes from memory. A cast moves what it reads and what it writes;
 the limit is torch's copy of the same input, in bytes read and written, and for a range (which writes nothing) reading
-the input.
+the input. torch copies with ordinary stores, as our casts do, for what they write is read soon: stores that pass the
+caches by copy 1.1 to 1.3 times as fast.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     python -m benchmarks.loading
 
-Loading cannot be faster than reading the file's pages and casting them: that is done tensor by tensor with the very
-operators that loading uses, in turns with `from_pretrained`. The file is in the page cache on both sides.
+Loading is held against reading the file's pages, then casting them: that is done tensor by tensor with the operators
+for casts, in turns with `from_pretrained`. It is a loader of two passes that knows its scales; one that finds them on
+the way, and casts what is still in a cache, can be faster. The file is in the page cache on both sides.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ BASES = {
 
 
 def read_and_cast(folder: Path, read: Callable[[torch.Tensor], object]) -> None:
-    """What any loader has to do: touch every page, cast every matrix but the embeddings, keep the rest."""
+    """What a loader has to do: touch every page, cast every matrix but the embeddings, keep the rest."""
     from optimum_fp8 import ops
 
     for file in sorted(folder.glob("*.safetensors")):

@@ -335,6 +335,6 @@ def _quantized_modules(
 
 def _codes_and_scale(name: str, weight: torch.Tensor, config: FP8Config) -> tuple[torch.Tensor, torch.Tensor]:
     try:
-        return quantize_weight(weight, config, config.number_format)
+        return quantize_weight(weight, config, config.number_format)[:2]
     except FP8ScaleError as error:
         raise FP8ScaleError(f"{name}: {error}") from None

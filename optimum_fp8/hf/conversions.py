@@ -38,16 +38,17 @@ class QuantizeWeight(ConversionOps):
         return result
 
     def _quantize(self, name: str, module: FP8Module, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        self.quantizer.observe_weight(name, tensor)
         try:
             weight, expected = module.canonical(tensor), tuple(module.weight.shape)
             if tuple(weight.shape) != expected:  # transformers leaves the shapes of quantized weights to the quantizer
                 raise FP8ScaleError(f"the checkpoint's weight is {tuple(weight.shape)}, the model expects {expected}")
-            return quantize_weight(weight, self.quantizer.quantization_config, module.recipe.fmt)
+            codes, scale, maxabs = quantize_weight(weight, self.quantizer.quantization_config, module.recipe.fmt)
         except FP8ScaleError as error:
             # transformers would bury an exception in its load report: the quantizer raises it when loading is done.
             self.quantizer.failures[name] = str(error)
             return torch.zeros(module.weight.shape, dtype=module.weight.dtype), torch.full((1,), torch.nan)
+        self.quantizer.observe_weight(name, tensor, maxabs)
+        return codes, scale
 
 
 class SqueezeWeight(ConversionOps):

@@ -144,11 +144,12 @@ class FP8Quantizer(HfQuantizer):
     def get_quantize_ops(self) -> QuantizeWeight:
         return QuantizeWeight(self)
 
-    def observe_weight(self, name: str, weight: torch.Tensor) -> None:
+    def observe_weight(self, name: str, weight: torch.Tensor, maxabs: torch.Tensor) -> None:
         """Remember what only the high-precision weight can tell: its part of the fingerprint, and its range."""
         self._digests[f"{name}.weight"] = weight_digest(weight)
         if "weight" in self.quantization_config.measured:
-            self._weights[name] = TensorStatistics.of(weight)
+            count = torch.tensor(weight.numel(), dtype=torch.int64, device=weight.device)
+            self._weights[name] = TensorStatistics(maxabs.amax(), count)
 
     # --- after loading --------------------------------------------------------------------------------------------
 

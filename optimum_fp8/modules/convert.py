@@ -8,10 +8,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .. import ops
 from ..config import FP8Config
 from ..formats import NumberFormat
-from ..scales import weight_scale
+from ..scales import quantized_weight
 from .base import FP8Module
 from .conv import FP8Conv2d
 from .linear import FP8Linear, share_inputs
@@ -42,19 +41,21 @@ def fp8_modules(model: nn.Module) -> dict[str, FP8Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, FP8Module)}
 
 
-def quantize_weight(weight: torch.Tensor, config: FP8Config, fmt: NumberFormat) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scale of a weight with output channels first.
+def quantize_weight(
+    weight: torch.Tensor, config: FP8Config, fmt: NumberFormat
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, scale and range of a weight with output channels first.
 
     Args:
         weight: `[out, in, …]`, a floating-point dtype.
 
     Returns:
-        `[out, in, …]` in FP8 and the float32 scale, `(1,)` or `(out, 1, …)`.
+        `[out, in, …]` in FP8; the float32 scale, `(1,)` or `(out, 1, …)`; max|w| in float32, one or one a channel.
 
     Raises:
         FP8ScaleError: the weight holds NaN or Inf.
     """
-    scale = weight_scale(
+    return quantized_weight(
         weight,
         method=config.scale_method,
         target=fmt.target,
@@ -62,7 +63,6 @@ def quantize_weight(weight: torch.Tensor, config: FP8Config, fmt: NumberFormat) 
         hp_dtype=config.hp_dtype,
         backoff=config.weight_backoff,
     )
-    return ops.cast_to_fp8(weight, scale, fmt.dtype, fmt.full_scale), scale
 
 
 def swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:

@@ -1,7 +1,17 @@
 """FP8 arithmetic as a small set of operators in the namespace `torch.ops.optimum_fp8`."""
 
 from . import cpu
-from .declare import cast_from_fp8, cast_to_fp8, cast_to_fp8_with_maxabs, conv2d, dynamic_scale, linear, linears, maxabs
+from .declare import (
+    cast_from_fp8,
+    cast_to_fp8,
+    cast_to_fp8_by_range,
+    cast_to_fp8_with_maxabs,
+    conv2d,
+    dynamic_scale,
+    linear,
+    linears,
+    maxabs,
+)
 from .declare_attention import attention, attention_weights, matmul
 from .dispatch import CallRecord, Kernel, backend, backends, calls, missing, new_owner, note_fallback, register_kernel
 from .reference import ARITHMETICS
@@ -21,6 +31,7 @@ __all__ = [
     "calls",
     "cast_from_fp8",
     "cast_to_fp8",
+    "cast_to_fp8_by_range",
     "cast_to_fp8_with_maxabs",
     "conv2d",
     "cpu",

@@ -21,6 +21,8 @@ _counted: set[str] = set()
 _SCHEMAS = {
     "cast_to_fp8": "(Tensor x, Tensor scale, ScalarType dtype, float full_scale) -> Tensor",
     "cast_to_fp8_with_maxabs": "(Tensor x, Tensor scale, ScalarType dtype, float full_scale) -> (Tensor, Tensor)",
+    "cast_to_fp8_by_range": "(Tensor x, Tensor scale_of_range, bool per_row, ScalarType dtype, float full_scale) -> "
+    "(Tensor, Tensor, Tensor)",
     "cast_from_fp8": "(Tensor x, Tensor scale, ScalarType dtype) -> Tensor",
     "maxabs": "(Tensor x, bool per_token) -> Tensor",
     "dynamic_scale": "(Tensor x, bool per_token, float divisor, str rounding, str fp8_config, str target, "
@@ -55,6 +57,24 @@ def cast_to_fp8_with_maxabs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`cast_to_fp8` and, in the same pass over `x`, its largest magnitude: codes, and float32 `(1,)` as `maxabs`."""
     return call("cast_to_fp8_with_maxabs", 0, x, scale, dtype, full_scale)
+
+
+def cast_to_fp8_by_range(
+    x: torch.Tensor, scale_of_range: torch.Tensor, *, per_row: bool, dtype: torch.dtype, full_scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`cast_to_fp8` with the scale that follows from `x`'s own range, or from that of each of its rows.
+
+    Args:
+        x: `[rows, …]`, a floating-point dtype.
+        scale_of_range: float32 `[32768]`, the scale of every range there is in bfloat16, by its bits (NaN: 0x7FC0).
+        per_row: one scale a row; else one for the tensor.
+        dtype: `torch.float8_e4m3fn` or `torch.float8_e5m2`.
+        full_scale: 448, 240 (Gaudi2) or 57344 (E5M2).
+
+    Returns:
+        contiguous codes of `x`'s shape; the scale and max|x| in float32, `(rows, 1, …)` or `(1,)`.
+    """
+    return call("cast_to_fp8_by_range", 0, x, scale_of_range, per_row, dtype, full_scale)
 
 
 def cast_from_fp8(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -180,6 +200,11 @@ def _fake_cast_with_maxabs(x, scale, dtype, full_scale):  # type: ignore[no-unty
     return torch.empty_like(x, dtype=dtype), x.new_empty((1,), dtype=torch.float32)
 
 
+def _fake_cast_by_range(x, scale_of_range, per_row, dtype, full_scale):  # type: ignore[no-untyped-def]
+    shape = (x.shape[0], *[1] * (x.ndim - 1)) if per_row else (1,)
+    return (x.new_empty(x.shape, dtype=dtype), *(x.new_empty(shape, dtype=torch.float32) for _ in range(2)))
+
+
 def _fake_maxabs(x, per_token):  # type: ignore[no-untyped-def]
     return x.new_empty((*x.shape[:-1], 1) if per_token else (1,), dtype=torch.float32)
 
@@ -203,6 +228,7 @@ def _fake_conv2d(x, weight, weight_scale, input_scale, bias, stride, padding, di
 _FAKES: dict[str, Callable[..., Any]] = {
     "cast_to_fp8": _fake_cast,
     "cast_to_fp8_with_maxabs": _fake_cast_with_maxabs,
+    "cast_to_fp8_by_range": _fake_cast_by_range,
     "cast_from_fp8": _fake_cast,
     "maxabs": _fake_maxabs,
     "dynamic_scale": _fake_dynamic_scale,

@@ -44,6 +44,16 @@ def cast_to_fp8_with_maxabs(
     return cast_to_fp8(x, scale, dtype, full_scale), maxabs(x, False)
 
 
+def cast_to_fp8_by_range(
+    x: torch.Tensor, scale_of_range: torch.Tensor, per_row: bool, dtype: torch.dtype, full_scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x = x.contiguous()
+    found = maxabs(x.reshape(x.shape[0], -1), True).reshape(-1, *[1] * (x.ndim - 1)) if per_row else maxabs(x, False)
+    bits = found.to(torch.bfloat16).view(torch.int16).long()
+    scale = scale_of_range[torch.where(found.isnan(), 0x7FC0, bits)]
+    return cast_to_fp8(x, scale, dtype, full_scale), scale, found
+
+
 def cast_from_fp8(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (x.float() * spread(scale, x).float()).to(dtype)
 

@@ -2,7 +2,7 @@
 
 from .activation import activation_divisor, activation_scale, fixed_scale
 from .methods import SCALE_METHODS, ScaleMethod, ScaleRule, scale_method
-from .weight import weight_maxabs, weight_scale
+from .weight import quantized_weight, weight_maxabs, weight_scale
 
 __all__ = [
     "SCALE_METHODS",
@@ -11,6 +11,7 @@ __all__ = [
     "activation_divisor",
     "activation_scale",
     "fixed_scale",
+    "quantized_weight",
     "scale_method",
     "weight_maxabs",
     "weight_scale",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from .. import ops
@@ -49,12 +51,45 @@ def weight_scale(
     if fixed is not None:
         return torch.full((1,), fixed, dtype=torch.float32, device=weight.device)
     divisor = full_scale_part(fmt, backoff, rule.backoff)
-    if rule.granularity == "channel":
-        return _channel_scale(weight, maxabs, divisor, rule, fmt)
-    if rule.value == "search":
+    if rule.value == "maxabs":
+        return _scale_from_range(maxabs, divisor, rule, fmt, hp_torch_dtype(hp_dtype))
+    if rule.granularity == "tensor":
         return search_tensor_scale(weight, rule.rounding, fmt, hp_torch_dtype(hp_dtype))
-    dtype = hp_torch_dtype(hp_dtype)
-    return scale_from_maxabs(maxabs, divisor, rule.rounding, fmt, dtype, reciprocal=fmt.is_gaudi)
+    reference = round_scale(_raw_channel_scale(maxabs, divisor), "pow2", fmt)
+    return search_channel_scales(weight, reference, fmt).clamp(2.0**MIN_EXPONENT, 2.0**MAX_EXPONENT)
+
+
+def quantized_weight(
+    weight: torch.Tensor,
+    *,
+    method: str,
+    target: str = "cpu",
+    fp8_config: str = "E4M3",
+    hp_dtype: str = "bf16",
+    backoff: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A weight in FP8: where its scale follows from a range of 16 bits, in one pass over memory.
+
+    Args: those of `weight_scale`.
+
+    Returns:
+        contiguous codes of the weight's shape; `weight_scale`'s scale; max|w| in float32, one or one a channel.
+
+    Raises: what `weight_scale` raises.
+    """
+    fmt, rule, weight = number_format(fp8_config, target), scale_method(method).weight, weight.detach()
+    if rule.value == "maxabs" and weight.dtype in (torch.bfloat16, torch.float16) and weight.numel():
+        divisor = full_scale_part(fmt, backoff, rule.backoff)
+        scales, per_row = _scale_of_range(divisor, rule, fmt, hp_torch_dtype(hp_dtype)), rule.granularity == "channel"
+        codes, scale, maxabs = ops.cast_to_fp8_by_range(
+            weight, scales.to(weight.device), per_row=per_row, dtype=fmt.dtype, full_scale=fmt.full_scale
+        )
+        _refuse_unsound(maxabs)
+        return codes, scale, maxabs
+    scale = weight_scale(
+        weight, method=method, target=target, fp8_config=fp8_config, hp_dtype=hp_dtype, backoff=backoff
+    )
+    return ops.cast_to_fp8(weight, scale, fmt.dtype, fmt.full_scale).contiguous(), scale, ops.maxabs(weight)
 
 
 def weight_maxabs(weight: torch.Tensor, granularity: str = "tensor") -> torch.Tensor:
@@ -70,17 +105,30 @@ def weight_maxabs(weight: torch.Tensor, granularity: str = "tensor") -> torch.Te
     else:
         maxabs = ops.maxabs(weight)
     maxabs = maxabs.to(weight.dtype)
-    if not bool(torch.isfinite(maxabs).all()):
-        raise FP8ScaleError("the weight holds NaN or Inf: expected finite values; check the checkpoint")
+    _refuse_unsound(maxabs)
     return maxabs
 
 
-def _channel_scale(
-    weight: torch.Tensor, maxabs: torch.Tensor, divisor: float, rule: ScaleRule, fmt: NumberFormat
+def _refuse_unsound(maxabs: torch.Tensor) -> None:
+    if not bool(torch.isfinite(maxabs).all()):
+        raise FP8ScaleError("the weight holds NaN or Inf: expected finite values; check the checkpoint")
+
+
+def _scale_from_range(
+    maxabs: torch.Tensor, divisor: float, rule: ScaleRule, fmt: NumberFormat, hp_dtype: torch.dtype
 ) -> torch.Tensor:
+    if rule.granularity == "channel":
+        return round_scale(_raw_channel_scale(maxabs, divisor), rule.rounding, fmt)
+    return scale_from_maxabs(maxabs, divisor, rule.rounding, fmt, hp_dtype, reciprocal=fmt.is_gaudi)
+
+
+def _raw_channel_scale(maxabs: torch.Tensor, divisor: float) -> torch.Tensor:
     """Per-channel scales keep the plain division, and give a channel of zeros the smallest scale, as INC does."""
-    raw = (maxabs / divisor).clamp(min=2.0**MIN_EXPONENT)
-    if rule.value == "maxabs":
-        return round_scale(raw, rule.rounding, fmt)
-    reference = round_scale(raw, "pow2", fmt)
-    return search_channel_scales(weight, reference, fmt).clamp(2.0**MIN_EXPONENT, 2.0**MAX_EXPONENT)
+    return (maxabs / divisor).clamp(min=2.0**MIN_EXPONENT)
+
+
+@cache
+def _scale_of_range(divisor: float, rule: ScaleRule, fmt: NumberFormat, hp_dtype: torch.dtype) -> torch.Tensor:
+    """The scale of every bfloat16 range, by its bits, float32 `[32768]`."""
+    ranges = torch.arange(1 << 15, dtype=torch.int16, device="cpu").view(torch.bfloat16)
+    return _scale_from_range(ranges, divisor, rule, fmt, hp_dtype)

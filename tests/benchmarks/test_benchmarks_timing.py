@@ -47,6 +47,22 @@ def test_seconds_of_a_call(monkeypatch):
     assert timing.seconds(lambda: None) == 2.5
 
 
+def test_seconds_of_a_call_leave_out_freeing_its_result(monkeypatch):
+    events = []
+
+    class Result:
+        def __del__(self):
+            events.append("freed")
+
+    def clock():
+        events.append("clock")
+        return 0.0
+
+    monkeypatch.setattr(timing.time, "perf_counter", clock)
+    timing.seconds(Result)
+    assert events == ["clock", "clock", "freed"]
+
+
 def test_median_is_the_middle():
     assert timing.median([3.0, 100.0, 1.0]) == 3
 

@@ -234,6 +234,15 @@ def test_modules_calibration_never_reached(save, batches, tmp_path, ids, caplog)
     assert torch.equal(logits(load(str(tmp_path / "fp8")), ids), logits(quantized, ids))
 
 
+@pytest.mark.parametrize("method", ["maxabs_pow2", "maxabs_pcs_pow2", "maxabs_pow2_opt_weight"])
+def test_ranges_of_weights_are_measured_while_they_become_fp8(save, method):
+    original = llama().bfloat16()
+    model = load(save(original), FP8Config(activation_scheme="dynamic", scale_method=method))
+    for name in fp8_modules(model):
+        expected = original.get_submodule(name).weight.abs().amax().item()
+        assert state_of(model).measurements.maxabs(name, "weight") == expected
+
+
 def test_a_weight_with_nan_is_named(save):
     model = llama()
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] = torch.nan

@@ -216,6 +216,20 @@ static void check_maxabs(const fp8cpu_cast_args *a, const char *found) {
     }
 }
 
+/* Some scale for every range; those that the kernel has written must be those of the ranges that it found. */
+static float scale_of_range[1 << 15];
+
+static void check_scales(const fp8cpu_cast_args *a) {
+    for (int64_t row = 0; row < (a->scale_step ? a->rows : 1); row++) {
+        const float range = float_at((const char *)a->maxabs, row);
+        uint32_t bits;
+        memcpy(&bits, &range, 4);
+        bits = isnan(range) ? 0x7FC0 : (bits >> 16) + ((bits & 0xFFFF) + (bits >> 16 & 1) > 0x8000);
+        const float scale = float_at((const char *)a->scale, row), expected = scale_of_range[bits];
+        if (scale != expected) FAIL("row %lld of range %g has scale %g, not %g", (long long)row, range, scale, expected);
+    }
+}
+
 static void fuzz_encode(int64_t variant) {
     fp8cpu_cast_args a;
     buffer scale = draw_cast(&a, variant);
@@ -223,13 +237,15 @@ static void fuzz_encode(int64_t variant) {
     buffer x = new_buffer(count * size, size), y = new_buffer(count, 1);
     fill_values(x.data, count, a.value_type, chance(2));
     a.x = (int64_t)x.data;
-    a.maxabs_step = chance(2);
+    const int by_range = a.rows && !a.block && (a.scale_step || a.rows == 1) && chance(2);
+    a.maxabs_step = by_range ? a.scale_step : chance(2);
     buffer maxabs = new_buffer(4 * (a.maxabs_step ? a.rows : 1), 4);
     memset(maxabs.data, 0, (size_t)(4 * (a.maxabs_step ? a.rows : 1)));
-    const int wants_maxabs = chance(2), wants_codes = !wants_maxabs || chance(2);
+    const int wants_maxabs = by_range || chance(2), wants_codes = !wants_maxabs || chance(2);
+    if (by_range) a.scale_of_range = (int64_t)scale_of_range;
     if (wants_maxabs) a.maxabs = (int64_t)maxabs.data;
     if (wants_codes) a.y = (int64_t)y.data;
-    if (!wants_codes && chance(2)) a.scale = 0;
+    if (!wants_codes && !by_range && chance(2)) a.scale = 0;
     if (fp8cpu_encode(&a) != FP8CPU_OK) FAIL("encode refused");
     for (int64_t i = 0; wants_codes && i < count; i++) {
         const float value = (float)value_at(x.data, i, a.value_type);
@@ -240,6 +256,7 @@ static void fuzz_encode(int64_t variant) {
                  (long long)a.rows, (long long)a.cols);
     }
     if (wants_maxabs) check_maxabs(&a, maxabs.data);
+    if (by_range) check_scales(&a);
     free(scale.base), free(x.base), free(y.base), free(maxabs.base);
 }
 
@@ -402,6 +419,7 @@ int main(int count, char **arguments) {
     const double seconds = atof(arguments[1]);
     uint64_t seed = strtoull(arguments[2], NULL, 10), cases = 0;
     const time_t end = time(NULL) + (time_t)seconds;
+    fill_scales((char *)scale_of_range, sizeof scale_of_range / sizeof scale_of_range[0], 1);
     printf("first seed %llu\n", (unsigned long long)seed);
     fflush(stdout);
     do {

@@ -15,6 +15,7 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 FORMATS = [(E4M3, 448.0), (E4M3, 240.0), (E5M2, 57344.0)]
 HIGH = [torch.bfloat16, torch.float16, torch.float32]
 SCALES = [1.0, 0.09130859375, 2.0**-8, 3e-5, 1e30, 2.0**-126, 2.0**126]
+NO_SCALES = [0.0, torch.inf, -0.75]  # nothing should ask for them, and still there is one right answer
 SHAPES = [  # of x, and of the scales that suit it
     ((131, 300), (1,)),
     ((131, 300), (131, 1)),
@@ -73,7 +74,7 @@ def scales_of(shape):
 @pytest.mark.parametrize("fp8, full_scale", FORMATS)
 def test_codes_of_every_input(backend, dtype, fp8, full_scale):
     x = float32_patterns() if dtype == torch.float32 else every(dtype)
-    for scale in map(torch.tensor, SCALES):
+    for scale in map(torch.tensor, SCALES + NO_SCALES):
         assert_like_reference(backend, lambda scale=scale: ops.cast_to_fp8(x, scale.reshape(1), fp8, full_scale))
 
 
@@ -129,11 +130,45 @@ def test_memory_layouts(backend):
         assert_like_reference(backend, call)
 
 
+def some_scale_of_every_range():
+    return 2.0 ** (torch.rand(1 << 15) * 16 - 12)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", HIGH)
+@pytest.mark.parametrize("shape", [(131, 300), (5, 3, 3, 3), (3, 20000), (1, 50), (40, 1), (50001, 1), (7,)])
+def test_scales_by_range(backend, dtype, shape):
+    scale_of_range = some_scale_of_every_range()
+    x = torch.randn(shape).to(dtype) * 2.0 ** torch.randint(-8, 9, (shape[0], *[1] * (len(shape) - 1))).to(dtype)
+    odd = x.clone()
+    odd.view(-1)[-1], odd.view(-1)[0] = torch.nan, torch.inf
+    transposed = x.transpose(0, -1)
+    for case, per_row, (fp8, full_scale) in itertools.product((x, odd, transposed, x * 0), (False, True), FORMATS):
+        options = {"per_row": per_row, "dtype": fp8, "full_scale": full_scale}
+        for part in range(3):
+            assert_like_reference(
+                backend, lambda x=case, i=part, o=options: ops.cast_to_fp8_by_range(x, scale_of_range, **o)[i]
+            )
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_scales_by_range_are_those_of_the_ranges(per_row):
+    scale_of_range, x = some_scale_of_every_range(), torch.randn(9, 2048).bfloat16()
+    x[4] *= 300
+    codes, scale, maxabs = ops.cast_to_fp8_by_range(
+        x.t().contiguous().t(), scale_of_range, per_row=per_row, dtype=E4M3, full_scale=240.0
+    )
+    assert torch.equal(maxabs, ops.maxabs(x, per_token=per_row)) and codes.is_contiguous()
+    assert torch.equal(scale, scale_of_range[maxabs.bfloat16().view(torch.int16).long()])
+    assert same(codes, ops.cast_to_fp8(x, scale, E4M3, 240.0))
+
+
 @each_backend
 def test_values_of_every_code(backend):
-    for fp8, dtype, scale in itertools.product((E4M3, E5M2), HIGH, SCALES):
+    for fp8, dtype, scale in itertools.product((E4M3, E5M2), HIGH, SCALES + NO_SCALES):
         codes = torch.arange(256, dtype=torch.uint8).view(fp8)
-        assert_like_reference(backend, lambda c=codes, s=scale, d=dtype: ops.cast_from_fp8(c, torch.tensor([s]), d))
+        for some in (codes[:128], codes[128:], codes.repeat(3)):  # few, and so many that they are looked up
+            assert_like_reference(backend, lambda c=some, s=scale, d=dtype: ops.cast_from_fp8(c, torch.tensor([s]), d))
         for size in range(1, 67):
             piece = codes[size : 2 * size + 1]
             assert_like_reference(backend, lambda c=piece, d=dtype: ops.cast_from_fp8(c, torch.ones(1), d))

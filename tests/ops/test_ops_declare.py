@@ -136,6 +136,10 @@ def test_operators_with_several_results():
     cast = torch.ops.optimum_fp8.cast_to_fp8_with_maxabs
     torch.library.opcheck(cast, (x, scale, torch.float8_e4m3fn, 448.0), test_utils=utils)
     torch.library.opcheck(torch.ops.optimum_fp8.maxabs, (x, True), test_utils=utils)
+    scales = torch.rand(1 << 15)
+    for per_row, transposed in itertools.product((False, True), repeat=2):
+        arguments = (x.t() if transposed else x, scales, per_row, torch.float8_e4m3fn, 448.0)
+        torch.library.opcheck(torch.ops.optimum_fp8.cast_to_fp8_by_range, arguments, test_utils=utils)
 
 
 def test_linears_are_linear_for_each_weight():

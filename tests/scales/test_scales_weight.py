@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from optimum_fp8 import ops
 from optimum_fp8.errors import FP8ConfigError, FP8ScaleError
 from optimum_fp8.formats import FP8_DTYPES, HP_DTYPES, TARGETS, number_format
-from optimum_fp8.scales import SCALE_METHODS, weight_maxabs, weight_scale
+from optimum_fp8.scales import SCALE_METHODS, quantized_weight, weight_maxabs, weight_scale
 
 EVERYWHERE = [(target, fp8) for target in TARGETS for fp8 in FP8_DTYPES]
 PER_CHANNEL = [name for name, method in SCALE_METHODS.items() if method.weight.granularity == "channel"]
@@ -151,3 +152,61 @@ def test_parameter_is_left_alone():
 def test_unknown_method_gives_the_nearest(wrong, hint):
     with pytest.raises(FP8ConfigError, match=f"did you mean '{hint}'"):
         weight_scale(torch.ones(1, 1), method=wrong)
+
+
+def assert_quantized_as_scaled(weight, fmt, **options):
+    """One pass or two: the same codes, scale and range, to the bit."""
+    codes, scale, maxabs = quantized_weight(weight, target=fmt.target, fp8_config=fmt.name, **options)
+    expected = weight_scale(weight, target=fmt.target, fp8_config=fmt.name, **options)
+    assert scale.dtype == torch.float32 and torch.equal(scale, expected), options
+    expected_codes = ops.cast_to_fp8(weight.detach(), expected, fmt.dtype, fmt.full_scale)
+    assert torch.equal(codes.view(torch.uint8), expected_codes.contiguous().view(torch.uint8)), options
+    assert maxabs.dtype == torch.float32 and maxabs.amax() == weight.abs().amax().float()
+    assert codes.is_contiguous() and codes.shape == weight.shape and not codes.requires_grad
+
+
+@pytest.mark.parametrize("target, fp8", EVERYWHERE)
+@pytest.mark.parametrize("dtype", HP_DTYPES.values())
+@pytest.mark.parametrize("method", SCALE_METHODS)
+def test_quantized_in_one_pass_or_two(target, fp8, dtype, method):
+    fmt = number_format(fp8, target)
+    weight = torch.randn(24, 40) * 2.0 ** torch.randint(-14, 4, (24, 1))
+    weight[3] = 0
+    for case in (weight, weight.t(), torch.randn(6, 2, 3, 3), torch.zeros(2, 3), torch.nn.Parameter(weight)):
+        for hp_dtype, backoff in (("bf16", None), ("fp16", 1.0), ("fp32", 0.3)):
+            assert_quantized_as_scaled(case.to(dtype), fmt, method=method, hp_dtype=hp_dtype, backoff=backoff)
+
+
+@pytest.mark.parametrize("target, fp8", EVERYWHERE)
+@pytest.mark.parametrize("method", PER_CHANNEL)
+def test_quantized_channels_of_every_range(target, fp8, method):
+    """All finite non-negative bfloat16 values, each the range of a channel: one at a time too, as they round alone."""
+    ranges = torch.arange(0x7F80, dtype=torch.int16).view(torch.bfloat16).reshape(-1, 1)
+    if SCALE_METHODS[method].weight.value == "maxabs":
+        assert_quantized_as_scaled(ranges, number_format(fp8, target), method=method)
+        for weight in ranges[torch.randint(0, 0x7F80, (50,))]:
+            assert_quantized_as_scaled(weight.reshape(1, 1), number_format(fp8, target), method=method)
+
+
+@pytest.mark.parametrize("target, fp8", EVERYWHERE)
+@settings(max_examples=40)
+@given(bits=st.integers(0, 0x7F7F), fraction=st.floats(0, 1), backoff=st.floats(0.01, 1))
+def test_quantized_tensors_of_any_range(target, fp8, bits, fraction, backoff):
+    largest = torch.tensor([bits], dtype=torch.int16).view(torch.bfloat16)
+    weight = torch.cat([-largest, largest * fraction]).reshape(1, 2)
+    for method, parts in SCALE_METHODS.items():
+        if parts.weight.value == "maxabs":
+            assert_quantized_as_scaled(weight, number_format(fp8, target), method=method, backoff=backoff)
+
+
+@pytest.mark.parametrize("method", SCALE_METHODS)
+@pytest.mark.parametrize("dtype", HP_DTYPES.values())
+def test_quantizing_refuses_what_has_no_scale(method, dtype):
+    weight = torch.ones(3, 5, dtype=dtype)
+    weight[1, 4] = torch.nan
+    with pytest.raises(FP8ScaleError, match="NaN or Inf"):
+        quantized_weight(weight, method=method)
+    with pytest.raises(FP8ScaleError, match="empty"):
+        quantized_weight(weight[:0], method=method)
+    with pytest.raises(FP8ConfigError, match="backoff"):
+        quantized_weight(torch.ones(2, 2, dtype=dtype), method="maxabs_pow2", backoff=2.0)

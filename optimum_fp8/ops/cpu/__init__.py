@@ -15,6 +15,7 @@ from .library import Library, load, threads
 
 OPERATORS = (
     "cast_to_fp8",
+    "cast_to_fp8_by_range",
     "cast_to_fp8_with_maxabs",
     "cast_from_fp8",
     "maxabs",

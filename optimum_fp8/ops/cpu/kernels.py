@@ -17,7 +17,7 @@ from .library import Library, check, threads
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FORMATS = {torch.float8_e4m3fn: 0, torch.float8_e5m2: 1}
-_CAST = Struct("=13qd")
+_CAST = Struct("=14qd")
 _LINEAR = Struct("=20qd")
 
 
@@ -50,6 +50,20 @@ class CpuKernels:
         self._encode(x, scale, codes, full_scale, maxabs)
         return _strided_like(x, codes), maxabs
 
+    def refuses_cast_to_fp8_by_range(self, x: torch.Tensor, scale_of_range: torch.Tensor, *rest: object) -> str | None:
+        if scale_of_range.dtype != torch.float32 or scale_of_range.numel() != 1 << 15:
+            return f"scales by range of {tuple(scale_of_range.shape)} in {scale_of_range.dtype}"
+        return "an empty input" if x.numel() == 0 else self.refuses_maxabs(x, False)
+
+    def cast_to_fp8_by_range(
+        self, x: torch.Tensor, scale_of_range: torch.Tensor, per_row: bool, dtype: torch.dtype, full_scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        codes = torch.empty(x.shape, dtype=dtype, device=x.device)
+        shape = (x.shape[0], *[1] * (x.ndim - 1)) if per_row else (1,)
+        scale, maxabs = (torch.zeros(shape, dtype=torch.float32, device=x.device) for _ in range(2))
+        self._encode(x, scale, codes, full_scale, maxabs, scale_of_range.contiguous())
+        return codes, scale, maxabs
+
     def refuses_maxabs(self, x: torch.Tensor, per_token: bool) -> str | None:
         return None if x.dtype in _TYPES else f"inputs in {x.dtype}"
 
@@ -65,25 +79,27 @@ class CpuKernels:
         codes: torch.Tensor | None,
         full_scale: float,
         maxabs: torch.Tensor | None,
+        scale_of_range: torch.Tensor | None = None,
     ) -> None:
-        x = x.contiguous()
-        one_row = (scale is None or scale.numel() == 1) and (maxabs is None or maxabs.numel() == 1)
-        rows, cols = (1, x.numel()) if one_row else _rows_and_cols(x, maxabs if scale is None else scale)
-        scale = None if scale is None else scale.contiguous()
+        x, scale = x.contiguous(), None if scale is None else scale.contiguous()
+        of_rows, block = maxabs if scale is None else scale, 0 if scale is None else _block_of(scale, x)
+        assert of_rows is not None
+        rows = x.shape[0] if block else of_rows.numel()
         arguments = _CAST.pack(
             self.variant,
             threads(),
             rows,
-            cols,
+            x.numel() // rows if rows else 0,
             x.data_ptr(),
             0 if codes is None else codes.data_ptr(),
             _TYPES[x.dtype],
             0 if codes is None else _FORMATS[codes.dtype],
             0 if scale is None else scale.data_ptr(),
             int(scale is not None and scale.numel() > 1),
-            _block_of(scale, x),
+            block,
             0 if maxabs is None else maxabs.data_ptr(),
             int(maxabs is not None and maxabs.numel() > 1),
+            0 if scale_of_range is None else scale_of_range.data_ptr(),
             full_scale,
         )
         check(self.library.encode(arguments), "cast_to_fp8")
@@ -94,21 +110,21 @@ class CpuKernels:
         return _refuses_scale(x, scale)
 
     def cast_from_fp8(self, x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        given, x, scale = x, x.contiguous(), scale.contiguous()
-        values = torch.empty(x.shape, dtype=dtype, device=x.device)
-        rows, cols = (1, x.numel()) if scale.numel() == 1 else _rows_and_cols(x, scale)
+        given, x, scale, block = x, x.contiguous(), scale.contiguous(), _block_of(scale, x)
+        values, rows = torch.empty(x.shape, dtype=dtype, device=x.device), x.shape[0] if block else scale.numel()
         arguments = _CAST.pack(
             self.variant,
             threads(),
             rows,
-            cols,
+            x.numel() // rows if rows else 0,
             x.data_ptr(),
             values.data_ptr(),
             _TYPES[dtype],
             _FORMATS[x.dtype],
             scale.data_ptr(),
             int(scale.numel() > 1),
-            _block_of(scale, x),
+            block,
+            0,
             0,
             0,
             0.0,
@@ -129,12 +145,14 @@ class CpuKernels:
         target: str,
         hp_dtype: torch.dtype,
     ) -> torch.Tensor:
-        maxabs = self.maxabs(x, per_token)
         if x.dtype == hp_dtype == torch.bfloat16:
-            bits = maxabs.view(torch.int32).flatten() >> 16  # a range of bfloat16 values is one
-            scales = _scales_of_bfloat16(per_token, divisor, rounding, fp8_config, target)
-            return scales.index_select(0, bits).reshape(maxabs.shape)
-        return _scale(maxabs.to(x.dtype), per_token, divisor, rounding, fp8_config, target, hp_dtype)
+            maxabs = torch.zeros((*x.shape[:-1], 1) if per_token else (1,), dtype=torch.float32, device=x.device)
+            scale = torch.empty_like(maxabs)
+            scale_of_range = _scale_of_range(per_token, divisor, rounding, fp8_config, target)
+            self._encode(x, scale, None, 0.0, maxabs, scale_of_range)
+            return scale
+        maxabs = self.maxabs(x, per_token).to(x.dtype)
+        return _scale(maxabs, per_token, divisor, rounding, fp8_config, target, hp_dtype)
 
     # --- linear ---------------------------------------------------------------------------------------------------
 
@@ -350,19 +368,11 @@ def _is_by_rows(x: torch.Tensor, scale: torch.Tensor) -> bool:
     return all(size == 1 for size in scale.shape[rows:])
 
 
-def _block_of(scale: torch.Tensor | None, x: torch.Tensor) -> int:
+def _block_of(scale: torch.Tensor, x: torch.Tensor) -> int:
     """The side of the blocks that share a scale; 0 where scales are not by blocks."""
-    if scale is None or scale.numel() == 1 or x.ndim != 2 or _is_by_rows(x, scale):
+    if scale.numel() == 1 or x.ndim != 2 or _is_by_rows(x, scale):
         return 0
     return BLOCK if tuple(scale.shape) == tuple(-(-size // BLOCK) for size in x.shape) else 0
-
-
-def _rows_and_cols(x: torch.Tensor, scale: torch.Tensor | None) -> tuple[int, int]:
-    """`x` as the matrix whose rows, or blocks, have the scales."""
-    if _block_of(scale, x):
-        return x.shape[0], x.shape[1]
-    rows = 1 if scale is None else scale.numel()
-    return rows, x.numel() // rows if rows else 0
 
 
 def _scale(
@@ -379,7 +389,7 @@ def _scale(
 
 
 @cache
-def _scales_of_bfloat16(per_token: bool, divisor: float, rounding: str, fp8_config: str, target: str) -> torch.Tensor:
+def _scale_of_range(per_token: bool, divisor: float, rounding: str, fp8_config: str, target: str) -> torch.Tensor:
     """The scale of every bfloat16 range, by its bits, float32 `[32768]`: looking it up is quicker than rounding it."""
     ranges = torch.arange(1 << 15, dtype=torch.int16, device="cpu").view(torch.bfloat16)
     return _scale(ranges, per_token, divisor, rounding, fp8_config, target, torch.bfloat16)

@@ -1,9 +1,9 @@
 /* Casts to FP8 and back, and the largest magnitude of what is cast, row by row in parallel. */
 #include <math.h>
 
+#include "pairs.h"
 #include "parallel.h"
 #include "variant.h"
-#include "vector.h"
 
 enum { CHUNK = 1 << 14 }; /* elements a task: long enough to be worth handing out, short enough to balance */
 
@@ -21,11 +21,13 @@ INLINE piece piece_of(const cast_job *job, int64_t task) {
     return (piece){row, start, left < job->chunk ? left : job->chunk, row * job->args->cols + start};
 }
 
-INLINE float scale_of(const fp8cpu_cast_args *a, piece p) {
+INLINE const float *scale_of(const fp8cpu_cast_args *a, piece p) {
     const float *scale = (const float *)a->scale;
-    if (!a->block) return scale[p.row * a->scale_step];
-    return scale[p.row / a->block * ((a->cols + a->block - 1) / a->block) + p.start / a->block];
+    if (!a->block) return scale + p.row * a->scale_step;
+    return scale + p.row / a->block * ((a->cols + a->block - 1) / a->block) + p.start / a->block;
 }
+
+/* --- values to FP8 ------------------------------------------------------------------------------------------------ */
 
 /* Magnitudes compare as integers. */
 static float largest_lane(vi magnitudes) {
@@ -47,46 +49,77 @@ static void raise_to(float *maxabs, float value) {
     }
 }
 
-INLINE void store_codes(uint8_t *y, vi codes) {
+INLINE void store_codes(uint8_t *y, vi codes, int64_t count) {
     const vquarter bytes = narrow_to_bytes(codes);
-    memcpy(y, &bytes, sizeof bytes);
+    if (count >= LANES)
+        memcpy(y, &bytes, sizeof bytes);
+    else
+        memcpy(y, &bytes, (size_t)count);
 }
 
-INLINE void encode_range(const char *x, uint8_t *y, int64_t count, int64_t type, vf reciprocal, float full_scale,
-                         fp8_format format, int wants_codes, float *maxabs) {
-    vi largest = splat_bits(0);
+/* The largest of some values: as they come, and of values of 16 bits in pairs. */
+typedef struct {
+    vi lanes;
+    vpairs pairs;
+} magnitudes;
+
+INLINE float largest_of(magnitudes m, int64_t type) {
+    vi lanes = m.lanes;
+    if (type != FP8CPU_FLOAT32) {
+        const vi even = (vi)m.pairs << 16, odd = (vi)m.pairs & (int32_t)0xFFFF0000;
+        const vi halves = (vi)((vu)larger_of(even, odd) >> 16);
+        lanes = larger_of(lanes, type == FP8CPU_BFLOAT16 ? halves << 16 : (vi)from_half(narrow(halves)));
+    }
+    return largest_lane(lanes);
+}
+
+/* Bytes fetched ahead: across the pages' borders, at which the processor's own guesses end. */
+enum { AHEAD = 1 << 12 };
+
+/* What can go in pairs, as far as it fills vectors; returns how many values that are. */
+INLINE int64_t encode_in_pairs(const char *x, uint8_t *y, int64_t count, float reciprocal, float full_scale,
+                               fp8_format format, int wants_codes, int wants_maxabs, magnitudes *largest) {
     int64_t i = 0;
+    for (; i + 2 * LANES <= count; i += 2 * LANES) {
+        const vi pairs = load_bits(x + 2 * i);
+        __builtin_prefetch(x + 2 * i + AHEAD);
+        if (wants_maxabs) largest->pairs = larger_pairs(largest->pairs, magnitudes_of(pairs));
+        if (wants_codes) {
+            const vhalf codes = encode_pairs(pairs, splat(reciprocal), full_scale, format);
+            memcpy(y + i, &codes, sizeof codes);
+        }
+    }
+    return i;
+}
+
+INLINE void encode_range(const char *x, uint8_t *y, int64_t count, int64_t type, float reciprocal, float full_scale,
+                         fp8_format format, int wants_codes, float *maxabs) {
+    magnitudes largest = {splat_bits(0), splat_pairs(0)};
+    int64_t i = 0;
+    if (wants_codes ? type == FP8CPU_BFLOAT16 && reciprocal > 0 && reciprocal < INFINITY : type != FP8CPU_FLOAT32)
+        i = encode_in_pairs(x, y, count, reciprocal, full_scale, format, wants_codes, maxabs != NULL, &largest);
     for (; i + LANES <= count; i += LANES) {
         const vf value = load_values(x + i * value_size(type), type);
-        if (maxabs) largest = larger_of((vi)value & 0x7FFFFFFF, largest); /* NaN is above all */
-        if (wants_codes) store_codes(y + i, encode(value * reciprocal, full_scale, format));
+        if (maxabs) largest.lanes = larger_of((vi)value & 0x7FFFFFFF, largest.lanes); /* NaN is above all */
+        if (wants_codes) store_codes(y + i, encode(value * splat(reciprocal), full_scale, format), LANES);
     }
     if (i < count) {
         const vf value = load_some(x + i * value_size(type), type, count - i);
-        if (maxabs) largest = larger_of((vi)value & 0x7FFFFFFF, largest); /* NaN is above all */
-        if (wants_codes) {
-            uint8_t codes[LANES];
-            store_codes(codes, encode(value * reciprocal, full_scale, format));
-            memcpy(y + i, codes, (size_t)(count - i));
-        }
+        if (maxabs) largest.lanes = larger_of((vi)value & 0x7FFFFFFF, largest.lanes);
+        if (wants_codes) store_codes(y + i, encode(value * splat(reciprocal), full_scale, format), count - i);
     }
-    if (maxabs) raise_to(maxabs, largest_lane(largest));
+    if (maxabs) raise_to(maxabs, largest_of(largest, type));
 }
 
-static void encode_task(void *context, int64_t task, int64_t thread) {
-    const cast_job *job = context;
-    const fp8cpu_cast_args *a = job->args;
-    const piece p = piece_of(job, task);
+/* Codes with a scale, the largest magnitude, or both: what is not wanted is NULL. */
+static void encode_piece(const fp8cpu_cast_args *a, piece p, const float *scale, float *maxabs) {
     const int64_t type = a->value_type, count = p.count;
     const char *x = (const char *)a->x + p.at * value_size(type);
     uint8_t *y = (uint8_t *)a->y + p.at;
-    float *maxabs = a->maxabs ? (float *)a->maxabs + p.row * a->maxabs_step : NULL;
-    const vf reciprocal = splat(a->y ? 1.0f / scale_of(a, p) : 1.0f);
-    const float full_scale = (float)a->full_scale;
-    (void)thread;
+    const float reciprocal = scale ? 1.0f / *scale : 1.0f, full_scale = (float)a->full_scale;
 #define ENCODE(TYPE)                                                                                    \
     if (type == TYPE) {                                                                                 \
-        if (!a->y)                                                                                      \
+        if (!scale)                                                                                     \
             encode_range(x, y, count, TYPE, reciprocal, full_scale, E4M3, 0, maxabs);                   \
         else if (a->format == FP8CPU_E4M3)                                                              \
             maxabs ? encode_range(x, y, count, TYPE, reciprocal, full_scale, E4M3, 1, maxabs)           \
@@ -100,14 +133,73 @@ static void encode_task(void *context, int64_t task, int64_t thread) {
     ENCODE(FP8CPU_FLOAT16)
 }
 
+static void encode_task(void *context, int64_t task, int64_t thread) {
+    const cast_job *job = context;
+    const fp8cpu_cast_args *a = job->args;
+    const piece p = piece_of(job, task);
+    (void)thread;
+    encode_piece(a, p, a->y ? scale_of(a, p) : NULL, a->maxabs ? (float *)a->maxabs + p.row * a->maxabs_step : NULL);
+}
+
+/* Finds a range's scale, and keeps it. */
+static void take_scale(const fp8cpu_cast_args *a, int64_t row) {
+    const float range = ((const float *)a->maxabs)[row * a->maxabs_step];
+    uint32_t bits = 0x7FC00000;
+    if (range == range) memcpy(&bits, &range, sizeof bits);
+    bits = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16; /* to bfloat16 */
+    ((float *)a->scale)[row * a->scale_step] = ((const float *)a->scale_of_range)[bits];
+}
+
+/* A row's range, its scale, and, while the row is in a cache, its codes. */
+static void encode_row_task(void *context, int64_t row, int64_t thread) {
+    const fp8cpu_cast_args *a = ((const cast_job *)context)->args;
+    const piece whole = {row, 0, a->cols, row * a->cols};
+    (void)thread;
+    encode_piece(a, whole, NULL, (float *)a->maxabs + row);
+    take_scale(a, row);
+    if (a->y) encode_piece(a, whole, (const float *)a->scale + row, NULL);
+}
+
+/* --- FP8 to values ------------------------------------------------------------------------------------------------ */
+
 INLINE vi load_codes(const uint8_t *x) {
     vquarter bytes;
     memcpy(&bytes, x, sizeof bytes);
     return widen_bytes(bytes) << 24;
 }
 
+#if defined(__AVX512BW__)
+enum { TABLE_PAYS = 256 }; /* values: it has 128 entries, which cost as much each */
+
+/* Values of 16 bits by their codes' magnitudes, in registers: as many values as fill vectors. Returns how many. */
+INLINE int64_t decode_by_table(const uint8_t *x, char *y, int64_t count, int64_t type, vf scale, fp8_format format) {
+    uint16_t table[128];
+    uint8_t codes[128];
+    for (int code = 0; code < 128; code++) codes[code] = (uint8_t)code;
+    for (int code = 0; code < 128; code += LANES)
+        store_values((char *)(table + code), decode_any(load_codes(codes + code), format) * scale, type);
+    const __m512i first = _mm512_loadu_si512(table), second = _mm512_loadu_si512(table + 32);
+    const __m512i third = _mm512_loadu_si512(table + 64), fourth = _mm512_loadu_si512(table + 96);
+    int64_t i = 0;
+    for (; i + 32 <= count; i += 32) {
+        const __m512i code = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(x + i)));
+        __builtin_prefetch(x + i + AHEAD);
+        const __m512i low = _mm512_permutex2var_epi16(first, code, second); /* by the last six bits */
+        const __m512i high = _mm512_permutex2var_epi16(third, code, fourth);
+        const __mmask32 is_high = _mm512_test_epi16_mask(code, _mm512_set1_epi16(0x40));
+        const __m512i value = _mm512_mask_mov_epi16(low, is_high, high), sign = _mm512_slli_epi16(code, 8);
+        /* value ^ sign's first bit */
+        _mm512_storeu_si512(y + 2 * i, _mm512_ternarylogic_epi32(value, sign, _mm512_set1_epi16((short)0x8000), 0x78));
+    }
+    return i;
+}
+#endif
+
 INLINE void decode_range(const uint8_t *x, char *y, int64_t count, int64_t type, vf scale, fp8_format format) {
     int64_t i = 0;
+#if defined(__AVX512BW__)
+    if (type != FP8CPU_FLOAT32 && count >= TABLE_PAYS) i = decode_by_table(x, y, count, type, scale, format);
+#endif
     for (; i + LANES <= count; i += LANES)
         store_values(y + i * value_size(type), decode_any(load_codes(x + i), format) * scale, type);
     if (i < count) {
@@ -124,7 +216,7 @@ static void decode_task(void *context, int64_t task, int64_t thread) {
     const int64_t count = p.count;
     const uint8_t *x = (const uint8_t *)a->x + p.at;
     char *y = (char *)a->y + p.at * value_size(a->value_type);
-    const vf scale = splat(scale_of(a, p));
+    const vf scale = splat(*scale_of(a, p));
     (void)thread;
 #define DECODE(TYPE)                                         \
     if (a->value_type == TYPE) {                             \
@@ -138,14 +230,38 @@ static void decode_task(void *context, int64_t task, int64_t thread) {
     DECODE(FP8CPU_FLOAT16)
 }
 
-static int run(fp8cpu_task task, const fp8cpu_cast_args *args) {
-    const int64_t chunk = args->block ? args->block : CHUNK;
-    cast_job job = {args, chunk, (args->cols + chunk - 1) / chunk};
-    const int64_t count = args->rows * job.chunks, elements = args->rows * args->cols;
+/* --- the whole ---------------------------------------------------------------------------------------------------- */
+
+enum { WHOLE_ROWS = 0 };
+
+static void run(fp8cpu_task task, const fp8cpu_cast_args *args, int64_t chunk) {
+    const int64_t chunks = chunk == WHOLE_ROWS ? 1 : (args->cols + chunk - 1) / chunk;
+    const int64_t elements = args->rows * args->cols;
+    cast_job job = {args, chunk, chunks};
     /* Waking threads takes longer than casting a few thousand elements. */
-    fp8cpu_parallel(task, &job, count, elements < CHUNK ? 1 : args->threads);
+    fp8cpu_parallel(task, &job, args->rows * chunks, elements < CHUNK ? 1 : args->threads);
+}
+
+/* One range for all: two passes over memory. */
+static void encode_by_one_range(const fp8cpu_cast_args *args) {
+    fp8cpu_cast_args ranges = *args, codes = *args;
+    ranges.y = codes.maxabs = 0;
+    run(encode_task, &ranges, CHUNK);
+    take_scale(args, 0);
+    if (args->y) run(encode_task, &codes, CHUNK);
+}
+
+int FP8CPU_NAME(encode)(const fp8cpu_cast_args *args) {
+    if (!args->scale_of_range)
+        run(encode_task, args, args->block ? args->block : CHUNK);
+    else if (args->rows == 1)
+        encode_by_one_range(args);
+    else
+        run(encode_row_task, args, WHOLE_ROWS);
     return FP8CPU_OK;
 }
 
-int FP8CPU_NAME(encode)(const fp8cpu_cast_args *args) { return run(encode_task, args); }
-int FP8CPU_NAME(decode)(const fp8cpu_cast_args *args) { return run(decode_task, args); }
+int FP8CPU_NAME(decode)(const fp8cpu_cast_args *args) {
+    run(decode_task, args, args->block ? args->block : CHUNK);
+    return FP8CPU_OK;
+}

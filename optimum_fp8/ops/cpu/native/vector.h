@@ -41,7 +41,13 @@ INLINE vf splat(float value) { /* as bits: 0 + value would be an addition, and l
 }
 
 /* Where mask (all ones or all zeros a lane) is set: a, else b. */
-INLINE vi pick(vi mask, vi a, vi b) { return (mask & a) | (~mask & b); }
+INLINE vi pick(vi mask, vi a, vi b) {
+#if defined(__AVX512F__)
+    return (vi)_mm512_ternarylogic_epi32((__m512i)mask, (__m512i)a, (__m512i)b, 0xCA);
+#else
+    return (mask & a) | (~mask & b);
+#endif
+}
 
 INLINE vi smaller_of(vi a, vi b) {
 #if defined(__AVX512F__)
@@ -134,10 +140,11 @@ typedef struct {
     int32_t mask, bias;
     int32_t min_normal, special; /* magnitudes below the first are subnormal, from the second on NaN or Inf */
     float subnormal_step;
+    float lift; /* see `lifted` */
 } fp8_format;
 
-static const fp8_format E4M3 = {4, 3, (int32_t)0x87F00000, 120 << 23, 0x08, 0x7F, 0x1p-9f};
-static const fp8_format E5M2 = {3, 2, (int32_t)0x8FE00000, 112 << 23, 0x04, 0x7C, 0x1p-16f};
+static const fp8_format E4M3 = {4, 3, (int32_t)0x87F00000, 120 << 23, 0x08, 0x7F, 0x1p-9f, 0x1p20f + 152 / 8};
+static const fp8_format E5M2 = {3, 2, (int32_t)0x8FE00000, 112 << 23, 0x04, 0x7C, 0x1p-16f, 0x1p21f + 232 / 4};
 
 INLINE vf decode_normal(vi code_in_top_byte, fp8_format format) {
     return (vf)(((code_in_top_byte >> format.shift) & format.mask) + format.bias);
@@ -179,24 +186,35 @@ INLINE int any_exceptional(vi codes, fp8_format format) {
 }
 
 /* --- float32 to FP8 ------------------------------------------------------------------------------------------------
- * Round to nearest even, clamped to +-full_scale; NaN stays NaN. Codes come out in the low byte of each lane. */
+ * Round to nearest even, clamped to +-full_scale; NaN stays NaN.
+ *
+ * Floats without sign are ordered as the integers that their bits are. Beside 2^(23 - mantissa bits) times its own power
+ * of two (for subnormals: the smallest normal's), float32 has as many bits left for a float as FP8 has: the addition
+ * rounds it. Of the sum, the last bits count FP8 steps above that power of two's 0, and the exponent, moved to them,
+ * counts the steps below. What is to be taken off, because exponents start elsewhere, is 0 in the last byte: `lift` is
+ * that little more than a power of two. */
+
+INLINE vf power_of_two(vf magnitude, fp8_format format) {
+    const int32_t smallest_normal = (format.min_normal << (23 - format.mantissa)) + format.bias;
+    return (vf)(larger_of((vi)magnitude, splat_bits(smallest_normal)) & 0x7F800000);
+}
+
+INLINE vf lifted(vf magnitude, fp8_format format) { return magnitude + power_of_two(magnitude, format) * format.lift; }
+
+/* Codes come out in the low byte of each lane. */
 INLINE vi encode(vf x, float full_scale, fp8_format format) {
-    const vi bits = (vi)x, sign = (bits >> 24) & 0x80, magnitude = bits & 0x7FFFFFFF;
-    const vi is_nan = magnitude > 0x7F800000;
-    const vi clamped = smaller_of(magnitude, (vi)splat(full_scale)); /* floats without sign compare as integers */
-    const int drop = 23 - format.mantissa;
-    const vi rounded = (clamped + ((1 << (drop - 1)) - 1) + ((clamped >> drop) & 1)) >> drop;
-    const vi normal = rounded - (format.bias >> drop);
-    /* Added to a float whose last bit is one subnormal step, a value is rounded to such steps by the addition. */
-    const vf steps = splat(format.subnormal_step * 0x1p23f);
-    const vi subnormal = (vi)((vf)clamped + steps) - (vi)steps;
-    const vi is_small = clamped < (format.min_normal << drop) + format.bias;
-    return pick(is_nan, splat_bits(0x7F), pick(is_small, subnormal, normal)) | sign;
+    const vi magnitude = (vi)x & 0x7FFFFFFF, is_nan = magnitude > 0x7F800000;
+    const vi sum = smaller_of((vi)lifted((vf)magnitude, format), (vi)lifted(splat(full_scale), format));
+    const vi code = (sum + (sum >> (23 - format.mantissa))) | is_nan;
+    return pick(splat_bits(0x7F), code, (vi)((vu)(vi)x >> 24)); /* with x's sign */
 }
 
 /* A float rounded to the FP8 grid. */
 INLINE vf to_grid(vf x, float full_scale, fp8_format format) {
-    return decode_any(encode(x, full_scale, format) << 24, format);
+    const vi magnitude = (vi)x & 0x7FFFFFFF, is_nan = magnitude > 0x7F800000;
+    const vf clamped = (vf)smaller_of(magnitude, (vi)splat(full_scale));
+    const vf rounded = lifted(clamped, format) - power_of_two(clamped, format) * format.lift;
+    return (vf)(pick(splat_bits(0x7FFFFFFF), (vi)rounded, (vi)x) | is_nan);
 }
 
 /* --- bfloat16 and float16 ------------------------------------------------------------------------------------------ */
