@@ -175,7 +175,7 @@ def start_attention(modules: list[nn.Module], recipe: AttentionRecipe, kv_cache:
     for module in modules:
         stop_overriding(module)
         set_plan(module, AttentionPlan(recipe))
-        if attention_kind(module) == FUNCTIONS and recipe.rounds:
+        if attention_kind(module) == FUNCTIONS:
             override(module)
     if kv_cache:
         attach_cache(modules, cache_scales)
