@@ -58,7 +58,7 @@ def attach_cache(modules: Iterable[nn.Module], scales_of: ScalesOf) -> CacheHook
     hooks = CacheHooks()
     for module in modules:
         detach_cache([module])
-        setattr(module, _RECORD, CacheRecord())
+        start_record(module)
         hooks.put_on(module, partial(_before, scales_of), _after)
     return hooks
 
@@ -87,8 +87,13 @@ def detach_cache(modules: Iterable[nn.Module]) -> None:
                 module._forward_hooks_with_kwargs.pop(key, None)
 
 
+def start_record(module: nn.Module) -> None:
+    """Record from now on what becomes of the caches that `module` writes to."""
+    setattr(module, _RECORD, CacheRecord())
+
+
 def cache_record(module: nn.Module) -> CacheRecord:
-    """What became of the caches that `module` wrote to since `attach_cache`."""
+    """What became of the caches that `module` wrote to since `attach_cache` or `start_record`."""
     return getattr(module, _RECORD, None) or CacheRecord()
 
 
@@ -98,7 +103,7 @@ def _before(scales_of: ScalesOf, module: nn.Module, args: tuple[Any, ...], kwarg
     for part in parts_of(cache) if cache is not None else ():
         writer = _writer(part, module)
         writer.scales, writer.record = partial(scales_of, module), getattr(module, _RECORD)
-        writer.name = f"{type(module).__name__} (layer {_index(module)})"
+        writer.name = f"{type(module).__name__} (layer {layer_index(module)})"
         writer.ordinary = getattr(getattr(module, "config", None), "_attn_implementation", None) not in _ASK_TORCH
 
 
@@ -144,7 +149,7 @@ def _writer(cache: Any, module: nn.Module) -> Writer:
         setattr(cache, _WRITER, writer)
     if cache.layer_class_to_replicate is not None and not isinstance(cache.layer_class_to_replicate, _NewLayers):
         cache.layer_class_to_replicate = _NewLayers(cache.layer_class_to_replicate, writer)
-    layers, index = cache.layers, _index(module)
+    layers, index = cache.layers, layer_index(module)
     own = layers[index] if index is not None and index < len(layers) else None
     if writer.layers != len(layers) or not (own is None or isinstance(own, FP8Layer)):
         for position, layer in enumerate(layers):
@@ -159,7 +164,7 @@ def _writer(cache: Any, module: nn.Module) -> Writer:
     return writer
 
 
-def _index(module: nn.Module) -> int | None:
+def layer_index(module: nn.Module) -> int | None:
     """Which layer of a cache a module says is its own."""
     for name in _INDEX_NAMES:
         index = getattr(module, name, None)

@@ -24,6 +24,8 @@ from .attention import AttentionPlan, plan_of
 from .fp8_tensor import FP8Tensor
 from .recipe import AttentionRecipe
 
+_PRODUCT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
 
 def override(module: nn.Module) -> None:
     """Look at the products of `module` from now on; its plan says what becomes of them."""
@@ -74,10 +76,15 @@ class Overriding(TorchFunctionMode):
 
     def product(self, compute: Callable[[], torch.Tensor], a: Any, b: Any, **kwargs: Any) -> torch.Tensor:
         """a @ b: seen, or computed in FP8."""
+        if _is_weight(a) or _is_weight(b):  # a layer's product, as FalconLinear's
+            return compute()
         names = self._next_names()
         if self.plan.observe is not None:
             self._observe(names, a, b)
-        elif self.plan.recipe is not None and not kwargs:
+        elif self.plan.recipe is not None:
+            if kwargs:
+                ops.note_fallback(self.plan.owner, "matmul", f"{', '.join(names)}: called with {', '.join(kwargs)}")
+                return compute()
             found = self._rounded_product(names, a, b, self.plan.recipe)
             if found is not None:
                 return found
@@ -85,6 +92,13 @@ class Overriding(TorchFunctionMode):
 
     def reversed_product(self, compute: Callable[[], torch.Tensor], a: Any, b: Any) -> torch.Tensor:
         return self.product(compute, b, a)
+
+    def cast(self, compute: Callable[[], torch.Tensor], x: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Codes of a cache are the same in any dtype that a product is to be taken in."""
+        given = (*args, *kwargs.values())
+        if isinstance(x, FP8Tensor) and len(given) == 1 and any(given[0] is dtype for dtype in _PRODUCT_DTYPES):
+            return FP8Tensor(x.codes, x.scale, given[0])
+        return compute()
 
     def added_product(
         self,
@@ -239,6 +253,11 @@ def _values(x: torch.Tensor) -> torch.Tensor:
     return x.dequantize() if isinstance(x, FP8Tensor) else x
 
 
+def _is_weight(x: Any) -> bool:
+    """Whether a tensor is a parameter or a view of one."""
+    return isinstance(x, torch.Tensor) and isinstance(x if x._base is None else x._base, nn.Parameter)
+
+
 def _fits(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim >= 2 and x.numel() > 0
 
@@ -252,6 +271,7 @@ _HANDLERS: dict[Any, Callable[..., torch.Tensor]] = {
     torch.Tensor.bmm: Overriding.product,
     torch.baddbmm: Overriding.added_product,
     torch.Tensor.baddbmm: Overriding.added_product,
+    torch.Tensor.to: Overriding.cast,
     F.softmax: Overriding.softmax,
     torch.softmax: Overriding.softmax,
     torch.Tensor.softmax: Overriding.softmax,
