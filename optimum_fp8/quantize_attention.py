@@ -54,7 +54,7 @@ def start_observing_attention(model: nn.Module, state: FP8State) -> None:
     for name, module in modules.items():
         by_head = attention_kind(module) in (INTERFACE, FUSED, STORAGE)
         see = observers.see_heads if by_head else observers.see_whole
-        _follow(module, AttentionPlan(observe=partial(see, name)))
+        _follow(module, AttentionPlan(observe=partial(see, name), name=name))
         observers.add(_MeasuringPlan(module))
     use_implementation(model, state)
     if modules and state.config.kv_cache:
@@ -182,7 +182,7 @@ def convert_attention(
         device = _device_of(model, name)
         moved = {key: scale.to(device) for key, scale in scales[name].items()}
         set_scales(module, moved, as_buffers=module in first)
-    start_attention(list(modules.values()), recipe, config.kv_cache)
+    start_attention(modules, recipe, config.kv_cache)
     use_implementation(model, state)
 
     def undo() -> None:
@@ -205,12 +205,12 @@ def _device_of(model: nn.Module, name: str) -> torch.device:
     return next((p.device for module in around for p in module.parameters()), torch.device("cpu"))
 
 
-def start_attention(modules: list[nn.Module], recipe: AttentionRecipe, kv_cache: bool) -> None:
+def start_attention(modules: dict[str, nn.Module], recipe: AttentionRecipe, kv_cache: bool) -> None:
     """Let attention modules that have their scales compute by `recipe`, over FP8 caches if `kv_cache` says so."""
-    for module in modules:
-        _follow(module, AttentionPlan(recipe))
+    for name, module in modules.items():
+        _follow(module, AttentionPlan(recipe, name=name))
     if kv_cache:
-        attach_cache([module for module in modules if attention_kind(module) in (INTERFACE, FUNCTIONS)], cache_scales)
+        attach_cache(_writing(modules).values(), cache_scales)
 
 
 def cache_scales(module: nn.Module) -> CacheScales | None:

@@ -24,6 +24,7 @@ from .writer import CacheRecord, Writer, cache_among, parts_of
 ScalesOf = Callable[[nn.Module], "CacheScales | None"]
 See = Callable[[str, torch.Tensor, torch.Tensor], None]
 _RECORD, _WRITER = "_optimum_fp8_cache", "_optimum_fp8_writer"
+_CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
 _INDEX_NAMES = ("layer_idx", "layer_id", "layer_index")
 
 # Attention made of torch's operators, and our own. Others (flash, flex, kernels from the hub) may read memory directly.
@@ -100,11 +101,21 @@ def cache_record(module: nn.Module) -> CacheRecord:
 def _before(scales_of: ScalesOf, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """It is a module's turn to write: what it writes to becomes FP8 by its scales."""
     cache = cache_among(args, kwargs)
+    if cache is None:
+        _note_foreign(module, kwargs)
     for part in parts_of(cache) if cache is not None else ():
         writer = _writer(part, module)
         writer.scales, writer.record = partial(scales_of, module), getattr(module, _RECORD)
         writer.name = f"{type(module).__name__} (layer {layer_index(module)})"
         writer.ordinary = getattr(getattr(module, "config", None), "_attn_implementation", None) not in _ASK_TORCH
+
+
+def _note_foreign(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Record a cache that is none of transformers', and stays as it is."""
+    for name in _CACHE_NAMES:
+        if hasattr(kwargs.get(name), "update"):
+            reason = f"{type(kwargs[name]).__name__} is no cache of transformers: it stays in high precision"
+            getattr(module, _RECORD).refused.setdefault(reason, 1)
 
 
 def _before_watched(name: str, see: See, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

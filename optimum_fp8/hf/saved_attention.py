@@ -94,8 +94,7 @@ def finish_saved_attention(model: Any, state: FP8State) -> None:
     for module in model.modules():
         if scales_of(module):
             freeze_scales(module)
-    modules = list(selected_attention(model, state).values())
-    start_attention(modules, attention_recipe_for(state.config), state.config.kv_cache)
+    start_attention(selected_attention(model, state), attention_recipe_for(state.config), state.config.kv_cache)
     use_implementation(model, state)
 
 
