@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import FP8StateError
-from .holding import refusal
+from .holding import refusal, refuse_offloading
 from .layer import FP8Layer, fp8_layer, in_fp8
 from .scales import CacheScales
 from .writer import CacheRecord, Writer, cache_among, parts_of
@@ -156,6 +156,7 @@ def _writer(cache: Any, module: nn.Module) -> Writer:
     """The writer of a cache, whose layers all ask it."""
     writer: Writer | None = getattr(cache, _WRITER, None)
     if writer is None:
+        refuse_offloading(cache)
         writer = Writer()
         setattr(cache, _WRITER, writer)
     if cache.layer_class_to_replicate is not None and not isinstance(cache.layer_class_to_replicate, _NewLayers):

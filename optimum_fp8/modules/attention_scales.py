@@ -28,8 +28,8 @@ def set_scales(module: nn.Module, scales: Mapping[str, torch.Tensor], *, as_buff
         else:
             module.register_parameter(name, frozen(scale.float()))
     module.__dict__[_OWNED] = tuple(scales)
-    # A cast of the model would round them: moving is all that may happen, and nothing unsound may be loaded. This is the
-    # one way to say so on a module whose class is the model's.
+    # A cast of the model would round them: moving is all that may happen, and nothing unsound may be loaded. This is
+    # the one way to say so on a module whose class is the model's.
     module.__dict__["_apply"] = partial(_apply_but_to_scales, module)
     module.__dict__["_load_from_state_dict"] = partial(_load_sound_scales, module)
 
