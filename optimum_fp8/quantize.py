@@ -323,7 +323,7 @@ def _quantized_modules(
             if name in unreached:
                 replacements[name] = module.restored()
         elif name not in unreached:
-            fp8 = fp8_skeleton(module, recipe)
+            fp8 = fp8_skeleton(module, recipe, name)
             twin = by_weight.setdefault(id(module.weight), fp8)
             if twin is fp8:
                 fp8.set_weight(*_codes_and_scale(name, fp8.canonical(module.weight.detach()), config))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,22 +11,38 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .cache import CacheScales, attach_cache, detach_cache, observe_caches
+from .cache import CacheScales, attach_cache, detach_cache, observe_caches, store_as_before, store_in_fp8
 from .config import FP8Config
 from .errors import FP8MeasurementError, FP8SelectionError
-from .measure import Measurements, Observers
+from .measure import Observers
 from .modules.attention import NAME, AttentionPlan, plan_of, set_plan
 from .modules.attention_scales import drop_scales, names_taken, scales_of, set_scales
+from .modules.gaudi_operations import leave_sdpa, leave_softmax, override_sdpa, round_softmax
 from .modules.overriding import override, stop_overriding
 from .modules.recipe import AttentionRecipe, attention_recipe_for
-from .scales import activation_scale
-from .selection_attention import FUNCTIONS, attention_kind, telling_the_dtype
+from .quantize_attention_scales import scales_for, telling_kinds
+from .selection_attention import (
+    FUNCTIONS,
+    FUSED,
+    INTERFACE,
+    PRODUCT,
+    SOFTMAX,
+    STORAGE,
+    attention_kind,
+    storage_refusal,
+    telling_the_dtype,
+)
 from .state import FP8State, without
 
-P_MAXABS = 1.0  # a softmax's output is never larger: its range needs no data
 ATTENTION_RANGES = ("q", "k_cache")  # kinds that tell that attention was measured
-_INTERFACE_KINDS = ("q", "k", "v")
-_PRODUCT = re.compile(r"[qkpv]\d*$")
+# How a module of each kind is made to ask its plan, and left alone; those that call attention by name ask unprompted.
+_ASKING: dict[str | None, tuple[Callable[[nn.Module], None], Callable[[nn.Module], None]]] = {
+    FUNCTIONS: (override, stop_overriding),
+    PRODUCT: (override, stop_overriding),
+    SOFTMAX: (round_softmax, leave_softmax),
+    FUSED: (override_sdpa, leave_sdpa),
+    STORAGE: (store_in_fp8, store_as_before),
+}
 
 
 def start_observing_attention(model: nn.Module, state: FP8State) -> None:
@@ -37,15 +52,28 @@ def start_observing_attention(model: nn.Module, state: FP8State) -> None:
         return
     modules = selected_attention(model, state)
     for name, module in modules.items():
-        if attention_kind(module) == FUNCTIONS:
-            set_plan(module, AttentionPlan(observe=partial(observers.see_whole, name)))
-            override(module)
-        else:
-            set_plan(module, AttentionPlan(observe=partial(observers.see_heads, name)))
+        by_head = attention_kind(module) in (INTERFACE, FUSED, STORAGE)
+        see = observers.see_heads if by_head else observers.see_whole
+        _follow(module, AttentionPlan(observe=partial(see, name), name=name))
         observers.add(_MeasuringPlan(module))
     use_implementation(model, state)
     if modules and state.config.kv_cache:
-        observers.add(observe_caches(modules, partial(_see_cached, observers)))
+        observers.add(observe_caches(_writing(modules), partial(_see_cached, observers)))
+
+
+def _follow(module: nn.Module, plan: AttentionPlan | None) -> None:
+    """Have a module do what `plan` says; None: what it does by itself."""
+    ask, leave = _ASKING.get(attention_kind(module), (None, None))
+    if leave is not None:
+        leave(module)
+    set_plan(module, plan)
+    if plan is not None and ask is not None:
+        ask(module)
+
+
+def _writing(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Those of the modules that may write to a cache of transformers."""
+    return {name: module for name, module in modules.items() if attention_kind(module) in (INTERFACE, FUNCTIONS)}
 
 
 def _see_cached(observers: Observers, name: str, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -62,8 +90,7 @@ class _MeasuringPlan:
     def remove(self) -> None:
         plan = plan_of(self.module)
         if plan is not None and plan.observe is not None:
-            stop_overriding(self.module)
-            set_plan(self.module, None)
+            _follow(self.module, None)
 
 
 def selected_attention(model: nn.Module, state: FP8State) -> dict[str, nn.Module]:
@@ -73,7 +100,7 @@ def selected_attention(model: nn.Module, state: FP8State) -> dict[str, nn.Module
 
 def use_implementation(model: nn.Module, state: FP8State) -> None:
     """Let the models inside `model` that look up attention by name find ours, and remember what they had."""
-    if not any(decision.selected for decision in state.attention):
+    if not any(attention_kind(module) == INTERFACE for module in selected_attention(model, state).values()):
         return
     chosen = {decision.name for decision in state.attention if decision.reason.startswith("attn_implementation=")}
     configs = {id(module.config): module.config for name, module in model.named_modules() if name in chosen}
@@ -96,13 +123,15 @@ def missing_ranges(model: nn.Module, state: FP8State, config: FP8Config) -> dict
         FP8MeasurementError: calibration never reached some of them and the config does not ignore that, or
             `kv_cache` is on and nothing was written to a cache.
     """
-    if not _static(config):
-        return {}
     modules, seen = selected_attention(model, state), state.measurements.tensors
-    missing: dict[str, str] = {}
+    refusal, missing = storage_refusal(config), dict[str, str]()
+    if refusal is not None:
+        missing = {name: refusal for name, module in modules.items() if attention_kind(module) == STORAGE}
+    if not _static(config):
+        return missing
     for name, module in modules.items():
-        kinds = {kind for owner, kind in seen if owner == name}
-        if not kinds.intersection(ATTENTION_RANGES):
+        kinds, telling = {kind for owner, kind in seen if owner == name}, telling_kinds(module, config)
+        if telling and not kinds.intersection(telling):
             missing[name] = "never reached by calibration"
         elif not kinds & {"q"} and config.attention and attention_kind(module) == FUNCTIONS:
             missing[name] = "none of its products was seen"
@@ -115,7 +144,8 @@ def missing_ranges(model: nn.Module, state: FP8State, config: FP8Config) -> dict
             "blocklist, or set ignore_modules_wo_measures=True; measurements made without attention=True or "
             "kv_cache=True do not hold their ranges"
         )
-    if config.kv_cache and modules and not any((name, "k_cache") in seen for name in modules):
+    cached = [(name, "input" if attention_kind(module) == STORAGE else "k_cache") for name, module in modules.items()]
+    if config.kv_cache and modules and not any(written in seen for written in cached):
         raise FP8MeasurementError(
             "kv_cache=True, but calibration wrote nothing to a cache: calibrate with use_cache=True, or leave "
             "kv_cache out for a model that has no cache"
@@ -138,7 +168,7 @@ def convert_attention(
         what undoes all of it.
     """
     modules = {name: module for name, module in selected_attention(model, state).items() if name not in missing}
-    scales = {name: _scales(name, module, state.measurements, config) for name, module in modules.items()}
+    scales = {name: scales_for(name, module, state.measurements, config) for name, module in modules.items()}
     for name, module in modules.items():
         if taken := names_taken(module, scales[name]):
             raise FP8SelectionError(
@@ -149,10 +179,10 @@ def convert_attention(
     recipe, known = attention_recipe_for(config), len(state.implementations)
     first = telling_the_dtype(model, modules.values())
     for name, module in modules.items():
-        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        device = _device_of(model, name)
         moved = {key: scale.to(device) for key, scale in scales[name].items()}
         set_scales(module, moved, as_buffers=module in first)
-    start_attention(list(modules.values()), recipe, config.kv_cache)
+    start_attention(modules, recipe, config.kv_cache)
     use_implementation(model, state)
 
     def undo() -> None:
@@ -161,24 +191,26 @@ def convert_attention(
             changed, implementation = state.implementations.pop()
             changed._attn_implementation_internal = implementation
         for module, plan, old in before:
-            stop_overriding(module)
+            _follow(module, None)
             set_scales(module, old, as_buffers=module in first) if old else drop_scales(module)
-            set_plan(module, plan)
-            if plan is not None and attention_kind(module) == FUNCTIONS:
-                override(module)
+            _follow(module, plan)
 
     return undo
 
 
-def start_attention(modules: list[nn.Module], recipe: AttentionRecipe, kv_cache: bool) -> None:
+def _device_of(model: nn.Module, name: str) -> torch.device:
+    """Where a module is: the parameters of it, or of the nearest module around it, tell."""
+    parts = name.split(".")
+    around = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts), -1, -1))
+    return next((p.device for module in around for p in module.parameters()), torch.device("cpu"))
+
+
+def start_attention(modules: dict[str, nn.Module], recipe: AttentionRecipe, kv_cache: bool) -> None:
     """Let attention modules that have their scales compute by `recipe`, over FP8 caches if `kv_cache` says so."""
-    for module in modules:
-        stop_overriding(module)
-        set_plan(module, AttentionPlan(recipe))
-        if attention_kind(module) == FUNCTIONS and recipe.rounds:
-            override(module)
+    for name, module in modules.items():
+        _follow(module, AttentionPlan(recipe, name=name))
     if kv_cache:
-        attach_cache(modules, cache_scales)
+        attach_cache(_writing(modules).values(), cache_scales)
 
 
 def cache_scales(module: nn.Module) -> CacheScales | None:
@@ -198,9 +230,8 @@ def restore_attention(model: nn.Module, state: FP8State | None) -> None:
     modules = [module for module in model.modules() if plan_of(module) is not None or scales_of(module)]
     detach_cache(modules)
     for module in modules:
-        stop_overriding(module)
+        _follow(module, None)
         drop_scales(module)
-        set_plan(module, None)
     for config, before in state.implementations if state is not None else ():
         config._attn_implementation_internal = before
 
@@ -208,58 +239,3 @@ def restore_attention(model: nn.Module, state: FP8State | None) -> None:
 def without_missing(state: FP8State, missing: dict[str, str]) -> list[Any]:
     """The decisions about attention with what could not be converted left out."""
     return without(state.attention, missing)
-
-
-def _scales(name: str, module: nn.Module, measurements: Measurements, config: FP8Config) -> dict[str, torch.Tensor]:
-    """The scales a module gets, by parameter name."""
-    ranges, per_head = measurements.maxabs, measurements.maxabs_per_head
-
-    def scale(kind: str, heads: bool = False) -> torch.Tensor:
-        maxabs = ranges(name, kind) if config.method.activation.needs_range else torch.zeros(())
-        assert maxabs is not None  # modules without ranges have been sorted out
-        by_head = per_head(name, kind) if heads and config.attention_granularity == "head" else None
-        result = _activation_scale(maxabs if by_head is None else by_head, config)
-        return result if by_head is None else result.reshape(-1, 1, 1)
-
-    functions, static = attention_kind(module) == FUNCTIONS, config.scheme in ("static", "auto")
-    scales: dict[str, torch.Tensor] = {}
-    if config.attention and static and not functions:
-        scales = {f"{kind}_scale": scale(kind, heads=True) for kind in _INTERFACE_KINDS}
-        if config.attention_dataflow == "fused" and not config.use_qdq:
-            scales["output_scale"] = scale("output")
-    elif config.attention and static:
-        seen = [kind for owner, kind in measurements.tensors if owner == name and _PRODUCT.match(kind)]
-        seen = sorted(seen) if config.method.activation.needs_range else list(_INTERFACE_KINDS)
-        scales = {f"{kind}_scale": scale(kind) for kind in seen}
-    measured_p = ranges(name, "p")  # of modules whose first product after the softmax may take something else
-    if config.attention and (not functions or static) and (measured_p is None or measured_p <= P_MAXABS):
-        scales["p_scale"] = _activation_scale(torch.tensor(P_MAXABS), config)
-    if config.kv_cache and static:
-        scales |= _scales_of_cache(name, scales, measurements, scale)
-    return scales
-
-
-def _scales_of_cache(
-    name: str, scales: dict[str, torch.Tensor], measurements: Measurements, scale: Callable[..., torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """What the cache needs besides: nothing where attention gets just what is cached, so that both share one scale."""
-    if (name, "k_cache") not in measurements.tensors:  # a module that does not cache, or a fixed scale
-        return {f"{kind}_scale": scale(kind, heads=True) for kind in "kv" if not scales}
-    if not scales:
-        return {f"{kind}_scale": scale(f"{kind}_cache", heads=True) for kind in "kv"}
-    same = all(
-        f"{kind}_scale" in scales and measurements.maxabs(name, kind) == measurements.maxabs(name, f"{kind}_cache")
-        for kind in "kv"
-    )
-    return {} if same else {f"{kind}_cache_scale": scale(f"{kind}_cache") for kind in "kv"}
-
-
-def _activation_scale(maxabs: torch.Tensor, config: FP8Config) -> torch.Tensor:
-    return activation_scale(
-        maxabs,
-        method=config.scale_method,
-        target=config.resolved_target,
-        fp8_config=config.fp8_config,
-        hp_dtype=config.hp_dtype,
-        backoff=config.input_backoff,
-    )

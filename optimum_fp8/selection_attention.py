@@ -1,7 +1,8 @@
 """Which modules compute attention, how, and which of them are to be quantized.
 
 Most of transformers' models hand over query, key and value to an attention function that is looked up by name; the
-others multiply and take the softmax in their own forward. Which one a class does is found in its source.
+others multiply and take the softmax in their own forward. Which one a class does is found in its source. Model files
+for Gaudi are written around helper modules, each of which is one operation of attention; those go by their class names.
 """
 
 from __future__ import annotations
@@ -16,15 +17,18 @@ from typing import Any, cast
 from torch import nn
 from transformers import PreTrainedModel
 
+from .cache import layer_index
 from .config import FP8Config
 from .selection import Decision, exclusion, refuse_nothing
 
 logger = logging.getLogger(__name__)
 
+# What a module does: it calls an attention function by name, or computes attention by functions of torch itself; or it
+# is a helper module: one product, the softmax, attention as a whole, the storage of keys or of values.
 INTERFACE, FUNCTIONS = "interface", "functions"
-# Helper modules of Gaudi's model files, by class name: each is one operation of attention.
-_HELPERS = ("Matmul", "ModuleFusedSDPA")
-_STORAGE = ("KVCache", "VLLMKVCache")
+PRODUCT, SOFTMAX, FUSED, STORAGE = "product", "softmax", "fused", "storage"
+_HELPERS = {"Matmul": PRODUCT, "Softmax": SOFTMAX, "ModuleFusedSDPA": FUSED, "KVCache": STORAGE}
+_OTHER_STORAGE = ("KVCache", "VLLMKVCache")
 _PRODUCTS = {"matmul", "bmm", "baddbmm"}
 _FUSED = "scaled_dot_product_attention"
 # What a user never gets without asking for it; "eager" and "sdpa" are what transformers chooses.
@@ -32,19 +36,34 @@ _DEFAULTS = (None, "eager", "sdpa", "optimum_fp8")
 
 
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules that compute attention themselves, by qualified name."""
-    found = {name: module for name, module in model.named_modules() if attention_kind(module) is not None}
-    helpers = {name for name, module in found.items() if type(module).__name__ in _HELPERS}
-    others = found.keys() - helpers
-    inside = {name for name in helpers if any(name.startswith(f"{other}.") for other in others)}
-    return {name: module for name, module in found.items() if name not in inside}
+    """All modules that compute attention themselves, or store keys or values, by qualified name."""
+    modules = dict(model.named_modules())
+    kinds = {name: kind for name, module in modules.items() if (kind := attention_kind(module)) is not None}
+    helpers = {name for name, kind in kinds.items() if kind in _HELPERS.values()}
+    left_out = {name for name in helpers if kinds[name] == SOFTMAX and not _beside_a_product(name, kinds)}
+    # A class derived from one of transformers' leaves the work to its helpers; one that multiplies sees what they do.
+    for name, kind in kinds.items():
+        inside = {helper for helper in helpers if helper.startswith(f"{name}.")}
+        if kind == INTERFACE and inside:
+            left_out.add(name)
+        elif kind == FUNCTIONS:
+            left_out |= {helper for helper in inside if kinds[helper] != STORAGE}
+    return {name: modules[name] for name in kinds if name not in left_out}
+
+
+def _beside_a_product(name: str, kinds: dict[str, str]) -> bool:
+    parent = name.rpartition(".")[0]
+    return any(kind == PRODUCT and other.rpartition(".")[0] == parent for other, kind in kinds.items())
 
 
 def attention_kind(module: nn.Module) -> str | None:
-    """`INTERFACE` (calls an attention function by name), `FUNCTIONS` (computes it itself) or None (neither)."""
-    if type(module).__name__ in _HELPERS and not list(module.children()):
-        return FUNCTIONS
-    return _kind_of(cast(Hashable, type(module)))
+    """How a module takes part in attention (`INTERFACE`, `FUNCTIONS`, or its kind of helper); None: it does not."""
+    kind = _HELPERS.get(type(module).__name__)
+    if kind is None or isinstance(module, nn.Softmax) or list(module.children()):
+        return _kind_of(cast(Hashable, type(module)))
+    if kind == STORAGE and not (hasattr(module, "allocate") and hasattr(module, "update")):
+        return None
+    return kind
 
 
 def select_attention(model: nn.Module, config: FP8Config, layers: list[Decision]) -> list[Decision]:
@@ -59,22 +78,44 @@ def select_attention(model: nn.Module, config: FP8Config, layers: list[Decision]
     if not config.wants_attention:
         return []
     decisions = []
-    for name, module in attention_modules(model).items():
+    modules = attention_modules(model)
+    stores = config.kv_cache and any(attention_kind(module) == STORAGE for module in modules.values())
+    for name, module in modules.items():
+        kind = attention_kind(module)
+        if kind == STORAGE and not config.kv_cache:
+            continue
         reason = exclusion(name, module, config) or _other_implementation(module)
-        if reason is None and not config.attention and attention_kind(module) == FUNCTIONS and not _caches(module):
+        if reason is None and kind == STORAGE:
+            reason = storage_refusal(config)
+        if reason is None and not config.attention and not _reads_a_cache(module, stores):
             reason = "it writes to no cache"
         decisions.append(Decision(name, type(module).__name__, reason is None, reason or "selected"))
     names = {decision.name for decision in decisions}
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention) and name not in names:
             decisions.append(Decision(name, type(module).__name__, False, "torch's own attention is not covered"))
-        if config.kv_cache and type(module).__name__ in _STORAGE:
-            reason = "it stores keys and values itself: only transformers' caches become FP8"
+        if config.kv_cache and type(module).__name__ in _OTHER_STORAGE and name not in names:
+            reason = "it stores keys and values in its own way: only a KVCache with allocate() and update() becomes FP8"
             decisions.append(Decision(name, type(module).__name__, False, reason))
     refuse_nothing(model, [*layers, *decisions])
     if not decisions:
         logger.warning("%s has no attention that is known: attention and kv_cache do nothing", type(model).__name__)
     return decisions
+
+
+def storage_refusal(config: FP8Config) -> str | None:
+    """Why a `KVCache` module cannot be FP8 as `config` has it, or None."""
+    if config.scheme in ("dynamic", "weight_only"):  # its model moves what it stores, and would not move scales
+        return f"activation_scheme={config.scheme!r}, but a KVCache has one static scale: calibrate it"
+    return None
+
+
+def _reads_a_cache(module: nn.Module, stores: bool) -> bool:
+    """Whether an FP8 cache concerns a module at all; `stores`: the model has `KVCache` modules."""
+    kind = attention_kind(module)
+    if kind in (PRODUCT, FUSED):
+        return stores
+    return kind in (INTERFACE, STORAGE) or (kind == FUNCTIONS and layer_index(module) is not None)
 
 
 def chosen_implementation(module: nn.Module) -> str | None:
@@ -100,10 +141,6 @@ def telling_the_dtype(model: nn.Module, modules: Iterable[nn.Module]) -> set[nn.
             if module in attention or any(p.is_floating_point() for p in module.parameters(recurse=False)):
                 break
     return telling
-
-
-def _caches(module: nn.Module) -> bool:
-    return getattr(module, "layer_idx", None) is not None
 
 
 @cache

@@ -123,6 +123,21 @@ FAMILIES: dict[str, Family] = {
         2,
         2,
     ),
+    "gpt_neo": Family(  # multiplies queries and keys in float32
+        hf.GPTNeoForCausalLM,
+        hf.GPTNeoConfig(
+            hidden_size=32,
+            num_layers=2,
+            num_heads=4,
+            vocab_size=64,
+            max_position_embeddings=64,
+            attention_types=[[["global", "local"], 1]],
+            window_size=5,
+        ),
+        TOKENS,
+        2,
+        2,
+    ),
     "bert": Family(hf.BertForMaskedLM, hf.BertConfig(**TEXT), TOKENS, 2, 0),
     "modernbert": Family(
         hf.ModernBertForMaskedLM, hf.ModernBertConfig(**TEXT, pad_token_id=0, local_attention=6), TOKENS, 2, 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_models import FAMILIES
+from gaudi_models import KVCache, Matmul, Softmax, gaudi_model
 from tiny_models import tiny_bert, tiny_gpt2, tiny_llama
 from torch import nn
 from transformers import DetrConfig, DetrModel
@@ -12,7 +13,14 @@ from transformers import DetrConfig, DetrModel
 from optimum_fp8 import FP8Config, convert, prepare
 from optimum_fp8.errors import FP8SelectionError
 from optimum_fp8.selection import Decision
-from optimum_fp8.selection_attention import FUNCTIONS, INTERFACE, attention_kind, attention_modules, select_attention
+from optimum_fp8.selection_attention import (
+    FUNCTIONS,
+    INTERFACE,
+    STORAGE,
+    attention_kind,
+    attention_modules,
+    select_attention,
+)
 
 LAYER = Decision("some.layer", "Linear", True, "selected")
 
@@ -41,7 +49,7 @@ def test_the_module_that_calls_attention_is_found(make, name):
 def test_every_family_has_its_attention(family):
     found = attention_modules(FAMILIES[family].make())
     assert len(found) == FAMILIES[family].ours
-    own = family.startswith(("bloom", "falcon", "mpt", "deberta"))
+    own = family.startswith(("bloom", "falcon", "mpt", "deberta", "gpt_neo"))
     kinds = {attention_kind(module) for module in found.values()}
     # GPT-J calls attention by name since transformers 5.23 or so.
     assert kinds == {FUNCTIONS if own else INTERFACE} or family == "gptj"
@@ -132,14 +140,40 @@ def test_a_model_without_attention_is_no_error_but_no_secret(caplog):
     assert "Sequential has no attention that is known" in caplog.text
 
 
-def test_storage_of_gaudi_models_is_reported():
+def test_other_storage_is_reported():
     class KVCache(nn.Module):
         def forward(self, cur, dim, idx):
             return cur
 
-    net = nn.Sequential(KVCache())
-    assert reasons(net, kv_cache=True)["0"].startswith("it stores keys and values itself")
+    class VLLMKVCache(KVCache):
+        pass
+
+    net = nn.Sequential(KVCache(), VLLMKVCache())
+    assert {reason.partition(":")[0] for reason in reasons(net, kv_cache=True).values()} == {
+        "it stores keys and values in its own way"
+    }
     assert reasons(net, attention=True) == {}
+
+
+def test_helpers_do_the_work_of_a_class_that_derives_from_attention_and_not_of_one_that_multiplies():
+    helpers = {name.partition("self_attn.")[2] for name in attention_modules(gaudi_model())}
+    assert helpers == {
+        *("matmul_qk", "matmul_av", "softmax", "k_cache", "v_cache"),
+        "fused_scaled_dot_product_attention",
+    }
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.matmul, self.softmax, self.cache = Matmul(), Softmax(), KVCache()
+
+        def forward(self, q, k, v):
+            return self.matmul(self.softmax(q @ k.mT, dim=-1), self.cache(v, 2, None))
+
+    assert {name: attention_kind(module) for name, module in attention_modules(nn.Sequential(Attention())).items()} == {
+        "0": FUNCTIONS,
+        "0.cache": STORAGE,
+    }
 
 
 def test_caches_alone_leave_modules_without_a_cache_out():

@@ -1,7 +1,8 @@
 """The FP8 cache: keys and values stored in FP8 by transformers' own cache layers, read as if they were not."""
 
-from .attach import CacheHooks, attach_cache, cache_record, detach_cache, observe_caches
+from .attach import CacheHooks, attach_cache, cache_record, detach_cache, layer_index, observe_caches
 from .convert import FP8Cache, convert_cache
+from .gaudi_cache import store_as_before, store_in_fp8
 from .layer import FP8Layer, in_fp8
 from .scales import CacheScales
 from .writer import CacheRecord
@@ -17,5 +18,8 @@ __all__ = [
     "convert_cache",
     "detach_cache",
     "in_fp8",
+    "layer_index",
     "observe_caches",
+    "store_as_before",
+    "store_in_fp8",
 ]

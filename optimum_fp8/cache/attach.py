@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import FP8StateError
-from .holding import refusal
+from .holding import refusal, refuse_offloading
 from .layer import FP8Layer, fp8_layer, in_fp8
 from .scales import CacheScales
 from .writer import CacheRecord, Writer, cache_among, parts_of
@@ -24,6 +24,7 @@ from .writer import CacheRecord, Writer, cache_among, parts_of
 ScalesOf = Callable[[nn.Module], "CacheScales | None"]
 See = Callable[[str, torch.Tensor, torch.Tensor], None]
 _RECORD, _WRITER = "_optimum_fp8_cache", "_optimum_fp8_writer"
+_CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
 _INDEX_NAMES = ("layer_idx", "layer_id", "layer_index")
 
 # Attention made of torch's operators, and our own. Others (flash, flex, kernels from the hub) may read memory directly.
@@ -58,7 +59,7 @@ def attach_cache(modules: Iterable[nn.Module], scales_of: ScalesOf) -> CacheHook
     hooks = CacheHooks()
     for module in modules:
         detach_cache([module])
-        setattr(module, _RECORD, CacheRecord())
+        start_record(module)
         hooks.put_on(module, partial(_before, scales_of), _after)
     return hooks
 
@@ -87,19 +88,34 @@ def detach_cache(modules: Iterable[nn.Module]) -> None:
                 module._forward_hooks_with_kwargs.pop(key, None)
 
 
+def start_record(module: nn.Module) -> None:
+    """Record from now on what becomes of the caches that `module` writes to."""
+    setattr(module, _RECORD, CacheRecord())
+
+
 def cache_record(module: nn.Module) -> CacheRecord:
-    """What became of the caches that `module` wrote to since `attach_cache`."""
+    """What became of the caches that `module` wrote to since `attach_cache` or `start_record`."""
     return getattr(module, _RECORD, None) or CacheRecord()
 
 
 def _before(scales_of: ScalesOf, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """It is a module's turn to write: what it writes to becomes FP8 by its scales."""
     cache = cache_among(args, kwargs)
+    if cache is None:
+        _note_foreign(module, kwargs)
     for part in parts_of(cache) if cache is not None else ():
         writer = _writer(part, module)
         writer.scales, writer.record = partial(scales_of, module), getattr(module, _RECORD)
-        writer.name = f"{type(module).__name__} (layer {_index(module)})"
+        writer.name = f"{type(module).__name__} (layer {layer_index(module)})"
         writer.ordinary = getattr(getattr(module, "config", None), "_attn_implementation", None) not in _ASK_TORCH
+
+
+def _note_foreign(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Record a cache that is none of transformers', and stays as it is."""
+    for name in _CACHE_NAMES:
+        if hasattr(kwargs.get(name), "update"):
+            reason = f"{type(kwargs[name]).__name__} is no cache of transformers: it stays in high precision"
+            getattr(module, _RECORD).refused.setdefault(reason, 1)
 
 
 def _before_watched(name: str, see: See, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -140,11 +156,12 @@ def _writer(cache: Any, module: nn.Module) -> Writer:
     """The writer of a cache, whose layers all ask it."""
     writer: Writer | None = getattr(cache, _WRITER, None)
     if writer is None:
+        refuse_offloading(cache)
         writer = Writer()
         setattr(cache, _WRITER, writer)
     if cache.layer_class_to_replicate is not None and not isinstance(cache.layer_class_to_replicate, _NewLayers):
         cache.layer_class_to_replicate = _NewLayers(cache.layer_class_to_replicate, writer)
-    layers, index = cache.layers, _index(module)
+    layers, index = cache.layers, layer_index(module)
     own = layers[index] if index is not None and index < len(layers) else None
     if writer.layers != len(layers) or not (own is None or isinstance(own, FP8Layer)):
         for position, layer in enumerate(layers):
@@ -159,7 +176,7 @@ def _writer(cache: Any, module: nn.Module) -> Writer:
     return writer
 
 
-def _index(module: nn.Module) -> int | None:
+def layer_index(module: nn.Module) -> int | None:
     """Which layer of a cache a module says is its own."""
     for name in _INDEX_NAMES:
         index = getattr(module, name, None)

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from ..errors import FP8StateError
-from .holding import refusal
+from .holding import refusal, refuse_offloading
 from .layer import fp8_layer
 from .scales import CacheScales
 
@@ -29,12 +29,14 @@ def convert_cache(cache: Cache, scales: Sequence[CacheScales | None]) -> Cache:
         FP8ConfigError: a layer quantizes by itself.
         FP8StateError: more or fewer scales than layers, or a layer that cannot be FP8.
         FP8ScaleError: a scale that is not set, zero, NaN or infinite.
+        FP8NotAvailableError: the cache is to be offloaded, and there is no CUDA device.
     """
     if isinstance(cache, EncoderDecoderCache):
         half = len(scales) // 2
         convert_cache(cache.self_attention_cache, scales[:half])
         convert_cache(cache.cross_attention_cache, scales[half:])
         return cache
+    refuse_offloading(cache)
     layers = list(cache.layers)
     if cache.layer_class_to_replicate is not None:  # it would make its layers one by one
         layers += [cache.layer_class_to_replicate() for _ in range(len(scales) - len(layers))]

@@ -15,7 +15,7 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from ..errors import FP8ConfigError
+from ..errors import FP8ConfigError, FP8NotAvailableError
 from .scales import CacheScales
 
 # Layers that do nothing but hold what they are given; a class with an `update` of its own may compute with it.
@@ -38,6 +38,19 @@ def refusal(layer: Any) -> str | None:
     if type(layer).update in [kind.update for kind in _HOLDERS]:
         return None
     return f"{type(layer).__name__} does more than hold keys and values"
+
+
+def refuse_offloading(cache: Any) -> None:
+    """Refuse a cache that is to be offloaded where there is nothing to offload from.
+
+    Raises:
+        FP8NotAvailableError: there is no CUDA device, and transformers' offloading would ask for its streams.
+    """
+    if getattr(cache, "offloading", False) and not torch.cuda.is_available():
+        raise FP8NotAvailableError(
+            f"the {type(cache).__name__} is to offload its layers, which transformers does from CUDA devices to the "
+            "CPU, and there is no CUDA device: leave out offloading=True, or cache_implementation='offloaded'"
+        )
 
 
 def beside(layer: Any) -> Any:

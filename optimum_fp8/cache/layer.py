@@ -95,6 +95,7 @@ class FP8Layer(_Layer):
 
     def _acting(self, codes: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
         assert self.scales is not None and scale is not None
+        scale = scale.to(codes.device)  # they may have been offloaded
         tensor = FP8Tensor(codes.view(self.scales.fmt.dtype), scale, self.acts_as)
         return tensor.dequantize() if self.writer is not None and self.writer.ordinary else tensor
 

@@ -111,7 +111,7 @@ class FP8Quantizer(HfQuantizer):
         for decision in self._decisions:
             if not decision.selected or decision.name in tied:  # tied ones get their weight after loading
                 continue
-            skeleton = fp8_skeleton(found[decision.name], recipe)
+            skeleton = fp8_skeleton(found[decision.name], recipe, decision.name)
             skeleton.managed = True
             if not self.pre_quantized:
                 # Checkpoint tensors may be cast to the dtype of the parameter they are for: not to FP8 before scaling.

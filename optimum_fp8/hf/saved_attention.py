@@ -18,10 +18,20 @@ from ..modules.attention_scales import all_attention_scales, freeze_scales, scal
 from ..modules.recipe import attention_recipe_for
 from ..quantize_attention import selected_attention, start_attention, use_implementation
 from ..selection import Decision
-from ..selection_attention import FUNCTIONS, attention_kind, attention_modules, select_attention, telling_the_dtype
+from ..selection_attention import (
+    FUSED,
+    INTERFACE,
+    PRODUCT,
+    SOFTMAX,
+    STORAGE,
+    attention_kind,
+    attention_modules,
+    select_attention,
+    telling_the_dtype,
+)
 from ..state import FP8State
 
-_SCALE_KEY = re.compile(r"(.+)\.((?:[qkpv]\d*|output|[kv]_cache)_scale)$")
+_SCALE_KEY = re.compile(r"(.+)\.((?:[qkpv]\d*|input|output|[kv]_cache)_scale)$")
 
 
 def chosen_implementations(config: Any) -> dict[str, str]:
@@ -39,7 +49,7 @@ def _choice_for(module: nn.Module, model: Any, chosen: dict[str, str]) -> str | 
     config = getattr(module, "config", None)
     parts = {id(getattr(model.config, key, None)): name for key, name in chosen.items() if key}
     choice = parts.get(id(config), chosen.get(""))
-    return None if attention_kind(module) == FUNCTIONS else choice
+    return choice if attention_kind(module) == INTERFACE else None
 
 
 def select_loaded_attention(
@@ -84,8 +94,7 @@ def finish_saved_attention(model: Any, state: FP8State) -> None:
     for module in model.modules():
         if scales_of(module):
             freeze_scales(module)
-    modules = list(selected_attention(model, state).values())
-    start_attention(modules, attention_recipe_for(state.config), state.config.kv_cache)
+    start_attention(selected_attention(model, state), attention_recipe_for(state.config), state.config.kv_cache)
     use_implementation(model, state)
 
 
@@ -99,15 +108,19 @@ def fit_attention_to_target(model: nn.Module, config: FP8Config, made_for: str) 
 
 def _expected(module: nn.Module, config: FP8Config) -> dict[str, tuple[int, ...]]:
     """Scales that a module's operators cannot do without, with the shape they have per tensor."""
-    static, functions = config.scheme == "static", attention_kind(module) == FUNCTIONS
+    static, kind = config.scheme == "static", attention_kind(module)
     names: list[str] = []
-    if config.attention and not functions:
+    if config.attention and kind in (INTERFACE, FUSED, SOFTMAX):
         names = ["p_scale"]
-    if config.attention and static and not functions:
+    if config.attention and static and kind in (INTERFACE, FUSED):
         fused = config.attention_dataflow == "fused" and not config.use_qdq
         names += ["q_scale", "k_scale", "v_scale", *(["output_scale"] if fused else [])]
-    elif config.kv_cache and static and not functions:
+    elif config.attention and static and kind == PRODUCT:
+        names = ["q_scale", "k_scale"]
+    elif config.kv_cache and static and kind == INTERFACE:
         names = ["k_scale", "v_scale"]
+    elif config.kv_cache and kind == STORAGE:
+        names = ["input_scale"]
     return dict.fromkeys(names, (1,))
 
 

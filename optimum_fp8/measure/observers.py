@@ -48,8 +48,11 @@ class Observers:
             name: the attention module.
             kind: "q", "k", "v", "output", "k_cache" or "v_cache".
             x: `[batch, heads, length, size]`. Positions of padding are left out where `length` is that of the mask,
-                or keys and values go beyond it; other tensors are taken whole.
+                or keys and values go beyond it; other tensors are taken whole, and those of another shape as one head.
         """
+        if x.ndim != 4:
+            self.see_whole(name, kind, x)
+            return
         tokens, valid = x.transpose(1, 2), self._valid
         if valid is not None and kind in ("k", "v") and x.shape[0] == len(valid) and x.shape[2] > valid.shape[1]:
             generated = valid.new_ones(len(valid), x.shape[2] - valid.shape[1])

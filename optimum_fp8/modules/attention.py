@@ -17,7 +17,7 @@ from transformers.masking_utils import eager_mask
 from transformers.utils import output_capturing
 
 from .. import ops
-from ..errors import FP8NotAvailableError
+from ..errors import FP8NotAvailableError, FP8StateError
 from .fp8_tensor import FP8Tensor
 from .recipe import AttentionRecipe
 
@@ -34,12 +34,16 @@ class AttentionPlan:
         recipe: how to round; None while measuring.
         observe: called with a kind ("q", "k", "v", "output", …) and the tensor while measuring, else None.
         owner: the number the module's operator calls are counted under.
+        name: of the module in its model, for messages.
     """
 
     def __init__(
-        self, recipe: AttentionRecipe | None = None, observe: Callable[[str, torch.Tensor], None] | None = None
+        self,
+        recipe: AttentionRecipe | None = None,
+        observe: Callable[[str, torch.Tensor], None] | None = None,
+        name: str = "",
     ):
-        self.recipe, self.observe, self.owner = recipe, observe, ops.new_owner()
+        self.recipe, self.observe, self.owner, self.name = recipe, observe, ops.new_owner(), name
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -98,6 +102,7 @@ def attention_forward(
 
     Raises:
         FP8NotAvailableError: dropout in FP8, or arguments that select keys.
+        FP8StateError: shapes that do not go together in FP8.
     """
     _refuse_sparse(module, kwargs)
     sinks = next((found for found in (sinks, s_aux, getattr(module, "sinks", None)) if found is not None), None)
@@ -109,7 +114,7 @@ def attention_forward(
     if plan is not None and plan.recipe is not None and (plan.recipe.rounds or cached):
         if dropout and module.training:
             raise FP8NotAvailableError(
-                f"{type(module).__name__}: no dropout of {dropout} in FP8 attention: call model.eval(), or dequantize"
+                f"{_named(module)}: no dropout of {dropout} in FP8 attention: call model.eval(), or dequantize"
             )
         return _in_fp8(
             module, plan, query, key, value, attention_mask, scaling, softcap or 0.0, sinks, _weights_wanted(kwargs)
@@ -178,7 +183,11 @@ def _in_fp8(
         "owner": plan.owner,
     }
     output_scale = getattr(module, "output_scale", None)
-    output = ops.attention(query, key, value, q_scale, k_scale, v_scale, p_scale, output_scale, mask, **options)
+    try:
+        output = ops.attention(query, key, value, q_scale, k_scale, v_scale, p_scale, output_scale, mask, **options)
+    except RuntimeError as error:
+        _refuse_shapes(module, query, key, value, mask, error)
+        raise
     if not weights_wanted:
         return output, None
     ops.note_fallback(plan.owner, "attention", "output_attentions: the probabilities were computed a second time")
@@ -212,10 +221,37 @@ def _weights_wanted(kwargs: dict[str, Any]) -> bool:
     return collector is not None and any("attentions" in key for key in collector)
 
 
+def _named(module: nn.Module) -> str:
+    """How messages call a module: by its name in the model, if it is known, and its class."""
+    plan = plan_of(module)
+    return f"{plan.name} ({type(module).__name__})" if plan is not None and plan.name else type(module).__name__
+
+
+def _refuse_shapes(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    error: Exception,
+) -> None:
+    """After an error: say so if it is the shapes that do not go together."""
+    fits = query.ndim == key.ndim == value.ndim == 4 and key.shape[:3] == value.shape[:3]
+    fits = fits and query.shape[1] % key.shape[1] == 0 and query.shape[3] == key.shape[3]
+    fits = fits and (mask is None or mask.shape[-1] >= key.shape[2])
+    if not fits:
+        raise FP8StateError(
+            f"{_named(module)}: queries {tuple(query.shape)}, keys {tuple(key.shape)}, values {tuple(value.shape)} and "
+            f"mask {None if mask is None else tuple(mask.shape)} do not go together: expected [batch, heads, length, "
+            "size], as many or a divisor of the heads for keys and values, and a mask over all keys; look at the "
+            "inputs, the cache and the mask given to the model"
+        ) from error
+
+
 def _refuse_sparse(module: nn.Module, kwargs: dict[str, Any]) -> None:
     for name in _SPARSE:
         if kwargs.get(name) is not None:
             raise FP8NotAvailableError(
-                f"{type(module).__name__} passes {name!r}, which select the keys to attend to; optimum_fp8 attends to "
+                f"{_named(module)} passes {name!r}, which select the keys to attend to; optimum_fp8 attends to "
                 "all: put the module on the blocklist and choose attn_implementation='eager'"
             )

@@ -28,9 +28,10 @@ def set_scales(module: nn.Module, scales: Mapping[str, torch.Tensor], *, as_buff
         else:
             module.register_parameter(name, frozen(scale.float()))
     module.__dict__[_OWNED] = tuple(scales)
-    # A cast of the model would round them: moving is all that may happen. This is the one way to say so on a module
-    # whose class is the model's.
+    # A cast of the model would round them: moving is all that may happen, and nothing unsound may be loaded. This is
+    # the one way to say so on a module whose class is the model's.
     module.__dict__["_apply"] = partial(_apply_but_to_scales, module)
+    module.__dict__["_load_from_state_dict"] = partial(_load_sound_scales, module)
 
 
 def names_taken(module: nn.Module, scales: Mapping[str, torch.Tensor]) -> list[str]:
@@ -43,7 +44,8 @@ def drop_scales(module: nn.Module) -> None:
     """Take the scales off again."""
     for name in module.__dict__.pop(_OWNED, ()):
         _holder(module, name).pop(name, None)
-    module.__dict__.pop("_apply", None)
+    for method in ("_apply", "_load_from_state_dict"):
+        module.__dict__.pop(method, None)
 
 
 def scales_of(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -85,3 +87,13 @@ def _apply_but_to_scales(
         for name, scale in scales.items():
             holders[name][name] = scale
     return module
+
+
+def _load_sound_scales(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+    errors: list[str] = args[-1]
+    for name in module.__dict__[_OWNED]:
+        scale = state_dict.get(f"{prefix}{name}")
+        if scale is not None and not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            errors.append(f"{prefix}{name} is {scale.flatten()[:4].tolist()}, expected finite values above 0")
+    if not errors:
+        type(module)._load_from_state_dict(module, state_dict, prefix, *args)

@@ -27,6 +27,7 @@ class FP8Module(nn.Module):
         high_precision: the dtype its weight had, or would have been cast to since.
         recipe: how it computes.
         owner: the number its operator calls are counted under.
+        name: of the module in its model, for messages.
     """
 
     rows_are_tokens = True  # whether the last dimension of an input is its features
@@ -44,6 +45,7 @@ class FP8Module(nn.Module):
         self.high_precision: torch.dtype = origin.weight.dtype
         self.recipe = recipe
         self.owner = ops.new_owner()
+        self.name = ""
         scale_shape = (shape[0], *[1] * (len(shape) - 1)) if recipe.per_channel else (1,)
         scale = torch.full(scale_shape, torch.nan, dtype=torch.float32, device=device)
         # The bias comes first: transformers takes the dtype of a model's first parameter for the model's.
@@ -92,6 +94,18 @@ class FP8Module(nn.Module):
         if self.recipe.dynamic is not None:
             return self.recipe.dynamic.scale(x, self.recipe.fmt, self.rows_are_tokens)
         return self.input_scale
+
+    def check_bias(self) -> None:
+        """Refuse a bias that does not have one value for each output channel.
+
+        Raises:
+            FP8StateError: names the module, and what is expected.
+        """
+        if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
+            raise FP8StateError(
+                f"{self.name}: the bias of {type(self.origin).__name__} has shape {tuple(self.bias.shape)}, expected "
+                f"{tuple(self.weight.shape[:1])}, one value for each output: give the module a bias that fits, or None"
+            )
 
     @property
     def activations(self) -> str:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
+from ..errors import FP8StateError
 from .base import FP8Module
 from .recipe import Recipe
 
@@ -62,20 +63,34 @@ class FP8Conv2d(FP8Module):
         if self.border:
             mode = "constant" if geometry.padding_mode == "zeros" else geometry.padding_mode
             x = F.pad(x, self.border, mode=mode)
-        return ops.conv2d(
-            x,
-            self.weight,
-            self.weight_scale,
-            self.activation_scale(x),
-            self.bias,
-            stride=geometry.stride,
-            padding=padding,
-            dilation=geometry.dilation,
-            groups=geometry.groups,
-            full_scale=self.recipe.fmt.full_scale,
-            arithmetic=self.recipe.arithmetic,
-            owner=self.owner,
-        )
+        try:
+            return ops.conv2d(
+                x,
+                self.weight,
+                self.weight_scale,
+                self.activation_scale(x),
+                self.bias,
+                stride=geometry.stride,
+                padding=padding,
+                dilation=geometry.dilation,
+                groups=geometry.groups,
+                full_scale=self.recipe.fmt.full_scale,
+                arithmetic=self.recipe.arithmetic,
+                owner=self.owner,
+            )
+        except (RuntimeError, IndexError):
+            self._check_fit(x)
+            raise
+
+    def _check_fit(self, x: torch.Tensor) -> None:
+        """After an error: say so if it is the input or the bias that does not fit."""
+        self.check_bias()
+        channels = self.geometry.in_channels
+        if x.ndim not in (3, 4) or x.shape[-3] != channels:
+            raise FP8StateError(
+                f"{self.name}: an FP8Conv2d of {channels} input channels was given {tuple(x.shape)}, expected "
+                f"(N, {channels}, H, W) or ({channels}, H, W): look at what the model hands to this module"
+            )
 
     def extra_repr(self) -> str:
         geometry = self.geometry

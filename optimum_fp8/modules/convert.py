@@ -30,10 +30,17 @@ _HOOKS = (
 )
 
 
-def fp8_skeleton(module: nn.Module, recipe: Recipe) -> FP8Module:
-    """An FP8 module for `module`'s place whose weight and scales are not set yet."""
+def fp8_skeleton(module: nn.Module, recipe: Recipe, name: str) -> FP8Module:
+    """An FP8 module for the place of `module`, which is called `name`; its weight and scales are not set yet.
+
+    Raises:
+        FP8StateError: the module's bias does not fit its weight.
+    """
     fp8_class = next(fp8 for kind, fp8 in _FP8_CLASSES.items() if isinstance(module, kind))
-    return fp8_class(module, recipe)
+    made = fp8_class(module, recipe)
+    made.name = name
+    made.check_bias()
+    return made
 
 
 def fp8_modules(model: nn.Module) -> dict[str, FP8Module]:

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import ops
+from ..errors import FP8StateError
 from .base import FP8Module
 from .recipe import Recipe
 from .shared_input import SharedInput
@@ -56,16 +57,20 @@ class FP8Linear(FP8Module):
         return outputs[0]
 
     def _alone(self, x: torch.Tensor) -> torch.Tensor:
-        return ops.linear(
-            x,
-            self.weight,
-            self.weight_scale,
-            self.activation_scale(x),
-            self.bias,
-            full_scale=self.recipe.fmt.full_scale,
-            arithmetic=self.recipe.arithmetic,
-            owner=self.owner,
-        )
+        try:
+            return ops.linear(
+                x,
+                self.weight,
+                self.weight_scale,
+                self.activation_scale(x),
+                self.bias,
+                full_scale=self.recipe.fmt.full_scale,
+                arithmetic=self.recipe.arithmetic,
+                owner=self.owner,
+            )
+        except (RuntimeError, IndexError):
+            self._check_fit(x)
+            raise
 
     def _together(self, x: torch.Tensor, group: list[FP8Linear], shared: SharedInput) -> torch.Tensor:
         """Compute the outputs of all modules of `group`, return the first's, and keep the others for their calls."""
@@ -75,18 +80,32 @@ class FP8Linear(FP8Module):
         return outputs[0]
 
     def _outputs(self, x: torch.Tensor, group: list[FP8Linear]) -> list[torch.Tensor]:
-        scale = self.activation_scale(x)
         dynamic = self.recipe.dynamic is not None  # then the scale is the input's, and the same for all
-        return ops.linears(
-            x,
-            [module.weight for module in group],
-            [module.weight_scale for module in group],
-            [scale if module is self or dynamic else module.activation_scale(x) for module in group],
-            [module.bias for module in group],
-            full_scale=self.recipe.fmt.full_scale,
-            arithmetic=self.recipe.arithmetic,
-            owners=[module.owner for module in group],
-        )
+        try:
+            scale = self.activation_scale(x)
+            return ops.linears(
+                x,
+                [module.weight for module in group],
+                [module.weight_scale for module in group],
+                [scale if module is self or dynamic else module.activation_scale(x) for module in group],
+                [module.bias for module in group],
+                full_scale=self.recipe.fmt.full_scale,
+                arithmetic=self.recipe.arithmetic,
+                owners=[module.owner for module in group],
+            )
+        except (RuntimeError, IndexError):
+            for module in group:
+                module._check_fit(x)
+            raise
+
+    def _check_fit(self, x: torch.Tensor) -> None:
+        """After an error: say so if it is the input or the bias that does not fit."""
+        self.check_bias()
+        if x.ndim == 0 or x.shape[-1] != self.in_features:
+            raise FP8StateError(
+                f"{self.name}: an FP8Linear of {self.in_features} input features was given {tuple(x.shape)}, expected "
+                f"(…, {self.in_features}): look at what the model hands to this module"
+            )
 
     def goes_with(self, leader: FP8Linear) -> bool:
         """Whether this module can be computed in one go with `leader`."""

@@ -10,7 +10,7 @@ its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,8 @@ from .. import ops
 from .attention import AttentionPlan, plan_of
 from .fp8_tensor import FP8Tensor
 from .recipe import AttentionRecipe
+
+_PRODUCT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def override(module: nn.Module) -> None:
@@ -74,18 +76,29 @@ class Overriding(TorchFunctionMode):
 
     def product(self, compute: Callable[[], torch.Tensor], a: Any, b: Any, **kwargs: Any) -> torch.Tensor:
         """a @ b: seen, or computed in FP8."""
+        if _is_weight(a) or _is_weight(b):  # a layer's product, as FalconLinear's
+            return compute()
         names = self._next_names()
-        plan = self.plan
-        if plan.observe is not None:
+        if self.plan.observe is not None:
             self._observe(names, a, b)
-        elif plan.recipe is not None and _fits(a) and _fits(b) and not kwargs:
-            found = self._rounded_product(names, a, b, plan.recipe)
+        elif self.plan.recipe is not None:
+            if kwargs:
+                ops.note_fallback(self.plan.owner, "matmul", f"{', '.join(names)}: called with {', '.join(kwargs)}")
+                return compute()
+            found = self._rounded_product(names, a, b, self.plan.recipe)
             if found is not None:
                 return found
         return compute()
 
     def reversed_product(self, compute: Callable[[], torch.Tensor], a: Any, b: Any) -> torch.Tensor:
         return self.product(compute, b, a)
+
+    def cast(self, compute: Callable[[], torch.Tensor], x: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Codes of a cache are the same in any dtype that a product is to be taken in."""
+        given = (*args, *kwargs.values())
+        if isinstance(x, FP8Tensor) and len(given) == 1 and any(given[0] is dtype for dtype in _PRODUCT_DTYPES):
+            return FP8Tensor(x.codes, x.scale, given[0])
+        return compute()
 
     def added_product(
         self,
@@ -120,26 +133,26 @@ class Overriding(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> torch.Tensor:
         """torch's own attention."""
-        plan = self.plan
+        plan, operands = self.plan, (("q", query), ("k", key), ("v", value))
         if plan.observe is not None:
             output = compute()
-            for kind, x in (("q", query), ("k", key), ("v", value)):
+            for kind, x in operands:
                 plan.observe(kind, x)
             return output
-        if plan.recipe is None or query.ndim < 3 or dropout_p:
+        if plan.recipe is None or not (plan.recipe.rounds or isinstance(key, FP8Tensor)):
             return compute()
-        scales = [self._scale(kind, x, plan.recipe) for kind, x in (("q", query), ("k", key), ("v", value))]
-        if any(known is None for known in scales):
-            ops.note_fallback(plan.owner, "attention", "q, k, v: not seen by calibration")
+        if dropout_p:
+            ops.note_fallback(plan.owner, "attention", f"a dropout of {dropout_p}")
             return compute()
-        return self._rounded_attention(query, key, value, scales, attn_mask, is_causal, scale, plan.recipe)
+        if self._unseen("attention", [name for name, x in operands if not isinstance(x, FP8Tensor)], plan.recipe):
+            return compute()
+        return self._rounded_attention(query, key, value, attn_mask, is_causal, scale, plan.recipe)
 
     def _rounded_attention(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        scales: list[torch.Tensor | None],
         mask: torch.Tensor | None,
         is_causal: bool,
         scale: float | None,
@@ -153,20 +166,18 @@ class Overriding(TorchFunctionMode):
             heads = max(key.shape[-3] if key.ndim > 3 else 1, 1)
             query, key, value = (x.reshape(-1, heads, *x.shape[-2:]) for x in (query, key, value))
             mask = None if mask is None else mask.expand(*shape[:-1], positions).reshape(-1, heads, length, positions)
-            scales = [
-                known if known is None or known.numel() == 1 else known.reshape(-1, heads, known.shape[-2], 1)
-                for known in scales
-            ]
-        q_scale, k_scale, v_scale = scales
+        query, q_scale = self._operand("q", _values(query), recipe)
+        key, k_scale = self._operand("k", key, recipe)
+        value, v_scale = self._operand("v", value, recipe)
         output = ops.attention(
-            query.dequantize() if isinstance(query, FP8Tensor) else query,
-            _codes_of(key, k_scale),
-            _codes_of(value, v_scale),
+            query,
+            key,
+            value,
             q_scale,
             k_scale,
             v_scale,
             getattr(self.module, "p_scale", None),
-            None,
+            getattr(self.module, "output_scale", None),
             mask,
             scaling=shape[-1] ** -0.5 if scale is None else scale,
             dtype=recipe.fmt.dtype,
@@ -188,15 +199,22 @@ class Overriding(TorchFunctionMode):
                 self.plan.observe(name, x)
 
     def _rounded_product(self, names: tuple[str, str], a: Any, b: Any, recipe: AttentionRecipe) -> torch.Tensor | None:
-        """The product of rounded operands; None where calibration has not seen them."""
-        a_scale = self._scale(names[0], a, recipe)
-        b_scale = self._scale(names[1], b, recipe, columns=True)
-        if a_scale is None or b_scale is None:
-            ops.note_fallback(self.plan.owner, "matmul", f"{names[0]}, {names[1]}: not seen by calibration")
+        """The product of rounded operands, or with the codes of a cache; None where it is torch's own affair."""
+        if not (_fits(a) and _fits(b)):
             return None
+        if isinstance(a, FP8Tensor) and not isinstance(b, FP8Tensor):  # the operator takes codes on the right
+            turned = self._rounded_product(names[::-1], b.mT, a.mT, recipe)
+            return None if turned is None else turned.mT
+        cached = isinstance(b, FP8Tensor)
+        if not (recipe.rounds or cached):
+            return None
+        if self._unseen("matmul", names[:1] if cached else names, recipe) and not cached:
+            return None
+        a, a_scale = self._operand(names[0], _values(a), recipe)
+        b, b_scale = self._operand(names[1], b, recipe, columns=not names[1].startswith("v"))
         return ops.matmul(
-            a.dequantize() if isinstance(a, FP8Tensor) else a,
-            _codes_of(b, b_scale),
+            a,
+            b,
             a_scale,
             b_scale,
             dtype=recipe.fmt.dtype,
@@ -205,23 +223,39 @@ class Overriding(TorchFunctionMode):
             owner=self.plan.owner,
         )
 
-    def _scale(self, name: str, x: torch.Tensor, recipe: AttentionRecipe, columns: bool = False) -> torch.Tensor | None:
-        """The scale of an operand: its codes' own, the calibrated one, or that of each row (or column) of it."""
-        if isinstance(x, FP8Tensor) and (x.scale.numel() == 1 or x.scale.shape[-2 if columns else -1] == 1):
-            return x.scale
+    def _unseen(self, op: str, names: Sequence[str], recipe: AttentionRecipe) -> bool:
+        """Whether calibration has not seen some of the operands that are to be rounded; the report tells which."""
+        if not recipe.rounds or recipe.rule is not None:
+            return False
+        missing = [name for name in names if getattr(self.module, f"{name}_scale", None) is None]
+        if missing:
+            ops.note_fallback(self.plan.owner, op, f"{', '.join(missing)}: not seen by calibration")
+        return bool(missing)
+
+    def _operand(
+        self, name: str, x: torch.Tensor, recipe: AttentionRecipe, columns: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What an operator takes for `x`: the codes of a cache, or `x` and the scale to round it with (None: not).
+
+        Args:
+            columns: whether the tokens, which have dynamic scales of their own, are the columns of `x`, not its rows.
+        """
+        if isinstance(x, FP8Tensor):
+            return x.codes, x.scale
+        if not recipe.rounds:
+            return x, None
         if recipe.rule is None:
-            return getattr(self.module, f"{name}_scale", None)
-        values = x.dequantize() if isinstance(x, FP8Tensor) else x
-        if columns:
-            return recipe.rule.scale(values.transpose(-1, -2), recipe.fmt).transpose(-1, -2)
-        return recipe.rule.scale(values, recipe.fmt)
+            return x, getattr(self.module, f"{name}_scale", None)
+        return x, recipe.rule.scale(x.mT, recipe.fmt).mT if columns else recipe.rule.scale(x, recipe.fmt)
 
 
-def _codes_of(x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """The codes of a cached tensor where they go with `scale`, else its values; other tensors as they are."""
-    if not isinstance(x, FP8Tensor):
-        return x
-    return x.codes if x.scale is scale else x.dequantize()
+def _values(x: torch.Tensor) -> torch.Tensor:
+    return x.dequantize() if isinstance(x, FP8Tensor) else x
+
+
+def _is_weight(x: Any) -> bool:
+    """Whether a tensor is a parameter or a view of one."""
+    return isinstance(x, torch.Tensor) and isinstance(x if x._base is None else x._base, nn.Parameter)
 
 
 def _fits(x: Any) -> bool:
@@ -237,6 +271,7 @@ _HANDLERS: dict[Any, Callable[..., torch.Tensor]] = {
     torch.Tensor.bmm: Overriding.product,
     torch.baddbmm: Overriding.added_product,
     torch.Tensor.baddbmm: Overriding.added_product,
+    torch.Tensor.to: Overriding.cast,
     F.softmax: Overriding.softmax,
     torch.softmax: Overriding.softmax,
     torch.Tensor.softmax: Overriding.softmax,

@@ -114,7 +114,8 @@ def matmul(
         a: `[…, M, K]`, bfloat16, float16 or float32.
         b: `[…, K, N]`, high precision or FP8 codes.
         a_scale: float32 `(1,)` or `[…, M, 1]`; None leaves `a` in high precision.
-        b_scale: float32 `(1,)` or `[…, 1, N]`; None leaves `b` in high precision.
+        b_scale: float32 `(1,)`, `[…, 1, N]`, or `[…, K, 1]` (cached values: one a position); None leaves `b` in high
+            precision.
         dtype: the FP8 dtype that is rounded to.
         full_scale: the value casts saturate at.
         arithmetic: "qdq" multiplies dequantized operands in their own dtype; "fused" and "gaudi" are the same here.

@@ -10,10 +10,12 @@ accumulated there; scales are multiplied in afterwards. What lies between the pr
 * "qdq": as "unfused", and each operand is rounded to FP8 and back to the query's dtype before its product.
 
 Keys and values that are FP8 codes already are converted in blocks of positions: there never is a high-precision copy of
-a whole cache.
+a whole cache, except in "qdq", which is to make one.
 """
 
 from __future__ import annotations
+
+from functools import reduce
 
 import torch
 
@@ -91,10 +93,31 @@ def matmul(
     if arithmetic == "qdq":
         operands = ((a, a_scale), (b, b_scale))
         return torch.matmul(*(_dequantized(x, scale, a.dtype, dtype, full_scale) for x, scale in operands))
-    result = torch.matmul(_codes(a, a_scale, dtype, full_scale), _codes(b, b_scale, dtype, full_scale))
-    for scale in (a_scale, b_scale):
+    left, right = _rounded(a, a_scale, dtype, full_scale), _rounded(b, b_scale, dtype, full_scale)
+    by_rows = b_scale is not None and b_scale.ndim > 1 and b_scale.shape[-2] > 1
+    result = _product(_wide(left), right, b_scale if by_rows else None)
+    for scale in (a_scale, None if by_rows else b_scale):
         result = result if scale is None else result * scale
     return result.to(a.dtype)
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, row_scale: torch.Tensor | None) -> torch.Tensor:
+    """left @ right in the dtype of `left`; a scale for each row of `right` is applied to it before rows are summed.
+
+    Codes are converted in blocks of the longer dimension, which are the positions of a cache.
+    """
+
+    def values(block: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        return block.to(left.dtype) if scale is None else block.to(left.dtype) * scale
+
+    if not is_fp8(right.dtype):
+        return left @ values(right, row_scale)
+    if right.shape[-1] > right.shape[-2]:
+        return torch.cat([left @ values(block, row_scale) for block in right.split(_BLOCK, -1)], dim=-1)
+    blocks = right.split(_BLOCK, -2)
+    scales = [None] * len(blocks) if row_scale is None else row_scale.split(_BLOCK, -2)
+    parts = zip(left.split(_BLOCK, -1), blocks, scales, strict=True)
+    return reduce(torch.add, (part @ values(block, scale) for part, block, scale in parts))
 
 
 def _probabilities(
@@ -145,25 +168,31 @@ def _operand(
     dataflow: str,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What a product takes: FP8 codes and the scale to multiply its result with, or values and None."""
-    if is_fp8(x.dtype) and scale is None:
-        raise FP8ScaleError(f"attention was given FP8 codes {tuple(x.shape)} without their scale")
     if scale is None:
-        return x, None
+        return _unscaled(x), None
     if dataflow == "qdq":
         return _dequantized(x, scale, hp_dtype, dtype, full_scale), None
-    return (x if is_fp8(x.dtype) else cast_to_fp8(x, scale, dtype, full_scale)), scale
+    return _rounded(x, scale, dtype, full_scale), scale
 
 
 def _dequantized(
     x: torch.Tensor, scale: torch.Tensor | None, hp_dtype: torch.dtype, dtype: torch.dtype, full_scale: float
 ) -> torch.Tensor:
     if scale is None:
-        return x
-    return cast_from_fp8(x if is_fp8(x.dtype) else cast_to_fp8(x, scale, dtype, full_scale), scale, hp_dtype)
+        return _unscaled(x)
+    return cast_from_fp8(_rounded(x, scale, dtype, full_scale), scale, hp_dtype)
 
 
-def _codes(x: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype, full_scale: float) -> torch.Tensor:
-    return _wide(x if scale is None or is_fp8(x.dtype) else cast_to_fp8(x, scale, dtype, full_scale))
+def _rounded(x: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype, full_scale: float) -> torch.Tensor:
+    if scale is None:
+        return _unscaled(x)
+    return x if is_fp8(x.dtype) else cast_to_fp8(x, scale, dtype, full_scale)
+
+
+def _unscaled(x: torch.Tensor) -> torch.Tensor:
+    if is_fp8(x.dtype):
+        raise FP8ScaleError(f"attention was given FP8 codes {tuple(x.shape)} without their scale")
+    return x
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers as hf
 from torch import nn
+from transformers.cache_utils import CacheLayerMixin
 
 from optimum_fp8.cache import CacheScales, attach_cache, detach_cache, observe_caches
 from optimum_fp8.formats import number_format
@@ -124,3 +125,26 @@ def llama(**options: Any) -> nn.Module:
 @pytest.fixture
 def ids() -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, str], torch.Tensor]:
+    """Offloading really takes away: until they are fetched, tensors are where nothing can be computed with them.
+
+    What a layer would do with two devices is done with the CPU and memory that is not to be had at the time.
+    """
+    away: dict[tuple[int, str], torch.Tensor] = {}
+
+    def offload(self: Any) -> None:
+        for name in ("keys", "values") if self.is_initialized else ():
+            away[id(self), name] = getattr(self, name)
+            setattr(self, name, getattr(self, name).to("meta"))
+
+    def prefetch(self: Any) -> None:
+        for name in ("keys", "values"):
+            if (id(self), name) in away:
+                setattr(self, name, away.pop((id(self), name)))
+
+    monkeypatch.setattr(CacheLayerMixin, "offload", offload)
+    monkeypatch.setattr(CacheLayerMixin, "prefetch", prefetch)
+    return away

@@ -49,7 +49,7 @@ def test_a_model_without_hooks_takes_it(ids):
             expected = model(ids)
         cache = FP8Cache([CacheScales(FMT)] * 2, config=model.config)
         found = model.generate(ids, past_key_values=cache, max_new_tokens=1, output_logits=True, **_DICT)
-    assert torch.equal(found.logits[0], expected.logits[:, -1])
+    torch.testing.assert_close(found.logits[0], expected.logits[:, -1])  # the head of one position or of all
     assert cache_of(found) is cache and torch.equal(cache.layers[0].keys, cache_of(expected).layers[0].keys)
 
 

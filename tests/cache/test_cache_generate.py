@@ -22,7 +22,7 @@ from cache.conftest import (
 from torch import nn
 
 from optimum_fp8.cache import attach_cache, cache_record, detach_cache, in_fp8, observe_caches
-from optimum_fp8.errors import FP8ConfigError, FP8ScaleError
+from optimum_fp8.errors import FP8ConfigError, FP8NotAvailableError, FP8ScaleError
 from optimum_fp8.modules import FP8Tensor
 
 GREEDY = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False}
@@ -89,6 +89,33 @@ def test_mode(model, ids, scales_of, mode):
         found = generate(model, ids, **MODES[mode])
     assert all(in_fp8(layer) for layer in cache_of(found).layers)
     assert_same(found, expected)
+
+
+@pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
+def test_offloading_without_a_cuda_device_is_refused(model, ids, scales_of, implementation):
+    with fp8_caches(model, scales_of), pytest.raises(FP8NotAvailableError, match="is to offload.*no CUDA device"):
+        generate(model, ids, cache_implementation=implementation)
+
+
+class _Offloaded(hf.DynamicCache):
+    """Fetches a layer before it is updated, and offloads it behind, as transformers does with two devices."""
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        for layer in self.layers[layer_idx : layer_idx + 1]:
+            layer.prefetch()
+        found = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self.layers[layer_idx].offload()
+        return found
+
+
+@pytest.mark.core
+def test_layers_that_are_elsewhere_until_they_are_needed(model, ids, scales_of, elsewhere):
+    with fp8_caches(model, scales_of):
+        expected = generate(model, ids)
+        found = generate(model, ids, **{CACHE: _Offloaded(config=model.config)})
+    assert torch.equal(found.sequences, expected.sequences)
+    assert torch.equal(torch.stack(found.logits), torch.stack(expected.logits))
+    assert all(in_fp8(layer) and layer.inner.keys.is_meta for layer in cache_of(found).layers) and elsewhere
 
 
 @pytest.mark.core

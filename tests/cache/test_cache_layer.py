@@ -10,10 +10,10 @@ import transformers.cache_utils as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_fp8.cache import CacheScales, FP8Layer
+from optimum_fp8.cache import CacheScales, FP8Cache, FP8Layer, convert_cache
 from optimum_fp8.cache.holding import refusal
 from optimum_fp8.cache.layer import fp8_layer
-from optimum_fp8.errors import FP8ConfigError, FP8ScaleError
+from optimum_fp8.errors import FP8ConfigError, FP8NotAvailableError, FP8ScaleError
 from optimum_fp8.formats import number_format
 from optimum_fp8.modules import DynamicRule, FP8Tensor
 
@@ -227,6 +227,32 @@ def test_offloading_moves_codes_and_scales():
     layer.scale_layer.keys, layer.scale_layer.values = (torch.ones(1, H, 4, 1) for _ in range(2))
     layer.offload()
     assert {t.device.type for t in tensors()} == {"cpu"}
+
+
+@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("kind", ["dynamic", "sliding", "static", "static sliding", "indexed"])
+def test_what_was_offloaded_and_fetched_is_what_it_was(kind, scales, elsewhere):
+    pair = Pair(kind, SCALES[scales])
+    pair.fp8.offload()  # nothing is held yet
+    pair.fp8.prefetch()
+    for length in (4, 1, 3, 1):
+        pair.update(length)
+        lengths, masks = int(pair.fp8.get_seq_length()), pair.fp8.get_mask_sizes(1)
+        pair.fp8.offload()
+        assert pair.fp8.keys.device.type == pair.fp8.keys.scale.device.type == "meta"
+        assert len(elsewhere) == (4 if SCALES[scales].is_dynamic else 2)
+        assert (int(pair.fp8.get_seq_length()), pair.fp8.get_mask_sizes(1)) == (lengths, masks)
+        pair.fp8.prefetch()
+        assert not elsewhere
+        pair.compare()
+
+
+def test_offloading_without_a_cuda_device_is_refused():
+    message = "DynamicCache is to offload its layers.*no CUDA device: leave out"
+    with pytest.raises(FP8NotAvailableError, match=message):
+        convert_cache(hf.DynamicCache(offloading=True), [SCALES["dynamic"]] * 2)
+    with pytest.raises(FP8NotAvailableError, match="FP8Cache is to offload"):
+        FP8Cache([SCALES["dynamic"]], offloading=True)
 
 
 def test_early_initialization_allocates_fp8():

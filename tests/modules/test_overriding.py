@@ -226,6 +226,30 @@ def test_a_module_without_products_is_not_called_fp8():
     assert not row.quantized and row.reason == "never reached by calibration"
 
 
+def test_products_with_weights_are_layers_not_attention():
+    """As FalconLinear, which is not FP8 while measuring and is afterwards."""
+
+    class OwnLinear(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.T + self.bias
+
+    net, plain, x = Net("@"), Net("@"), torch.randn(2, 5, 16)
+    net.load_state_dict(plain.state_dict())
+    for name in ("qkv", "out"):
+        layer = OwnLinear(16, getattr(net.attn, name).out_features)
+        layer.load_state_dict(getattr(net.attn, name).state_dict())
+        setattr(net.attn, name, layer)
+    for each in (net, plain):
+        prepare(each, config())
+    with torch.inference_mode():
+        net(x)
+    plain(x)
+    measured = [state_of(each).measurements.tensors for each in (net, plain)]
+    assert measured[0].keys() == measured[1].keys()
+    assert all(torch.equal(measured[0][key].maxabs, measured[1][key].maxabs) for key in measured[0])
+    assert torch.equal(convert(net)(x), convert(plain)(x))
+
+
 @pytest.mark.parametrize("scheme", ["static", "dynamic"])
 @pytest.mark.parametrize("style", ["@", "fused"])
 def test_cached_codes_are_multiplied_as_they_are(monkeypatch, style, scheme):
