@@ -7,7 +7,7 @@ Importing this package registers the quantization method with transformers.
 """
 
 from . import hf, ops, scales
-from .calibrate import calibrate
+from .calibration import calibrate
 from .config import FP8Config
 from .measure import Measurements
 from .quantize import convert, dequantize, finalize_calibration, prepare
