@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel
 
 from .. import ops
 from ..config import FP8Config
@@ -20,6 +19,9 @@ from ..quantize_attention import selected_attention, start_attention, use_implem
 from ..selection import Decision
 from ..selection_attention import FUNCTIONS, attention_kind, attention_modules, select_attention, telling_the_dtype
 from ..state import FP8State
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _SCALE_KEY = re.compile(r"(.+)\.((?:[qkpv]\d*|output|[kv]_cache)_scale)$")
 
