@@ -3,19 +3,24 @@
     from optimum_fp8 import FP8Config
     model = AutoModelForCausalLM.from_pretrained(name, quantization_config=FP8Config(dataset="calibration.txt"))
 
-Importing this package registers the quantization method with transformers.
+Importing this package registers the quantization method with transformers. It is all that importing does: public names
+are imported when they are first used.
 """
 
-from . import hf, ops, scales
-from .calibrate import calibrate
-from .config import FP8Config
-from .measure import Measurements
-from .quantize import convert, dequantize, finalize_calibration, prepare
-from .report import quantization_report
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from . import hf
+
+if TYPE_CHECKING:
+    from . import ops, scales
+    from .calibration import calibrate
+    from .config import FP8Config
+    from .measure import Measurements
+    from .quantize import convert, dequantize, finalize_calibration, prepare
+    from .report import quantization_report
 
 __version__ = "0.1.0.dev0"
-
-hf.register()
 
 __all__ = [
     "FP8Config",
@@ -29,3 +34,32 @@ __all__ = [
     "quantization_report",
     "scales",
 ]
+
+_MODULES = ("cache", "errors", "formats", "modules", "ops", "scales")
+# No name here may be a module's as well: importing the module would put it in the name's place.
+_HOMES = {
+    "FP8Config": "config",
+    "Measurements": "measure",
+    "calibrate": "calibration",
+    "convert": "quantize",
+    "dequantize": "quantize",
+    "finalize_calibration": "quantize",
+    "prepare": "quantize",
+    "quantization_report": "report",
+}
+
+hf.register()
+
+if not TYPE_CHECKING:  # which would take any name for a known one
+
+    def __getattr__(name: str) -> Any:
+        if name in _MODULES:
+            return import_module(f".{name}", __name__)
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES, *_MODULES})

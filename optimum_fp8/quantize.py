@@ -11,8 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import PreTrainedModel
 
 from .config import FP8Config
 from .errors import FP8ConfigError, FP8MeasurementError, FP8NotAvailableError, FP8ScaleError, FP8StateError
@@ -133,7 +133,7 @@ def convert(model: nn.Module, config: FP8Config | None = None) -> nn.Module:
         state = _unmeasured_state(model, config)
     elif config is not None and config != state.config:
         raise FP8StateError("convert: this model was prepared with another config: leave the argument out")
-    convert_with(model, state, attach_quantizer if isinstance(model, PreTrainedModel) else None)
+    convert_with(model, state, attach_quantizer if isinstance(model, transformers.PreTrainedModel) else None)
     return model
 
 

@@ -8,8 +8,8 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import PreTrainedModel
 
 from .cache import CacheScales, attach_cache, detach_cache, observe_caches, store_as_before, store_in_fp8
 from .config import FP8Config
@@ -106,7 +106,7 @@ def use_implementation(model: nn.Module, state: FP8State) -> None:
     configs = {id(module.config): module.config for name, module in model.named_modules() if name in chosen}
     for part in model.modules():
         config = getattr(part, "config", None)
-        fits = isinstance(part, PreTrainedModel) and part._can_set_attn_implementation()
+        fits = isinstance(part, transformers.PreTrainedModel) and part._can_set_attn_implementation()
         if not fits and plan_of(part) is None or config is None or id(config) in configs:
             continue
         configs[id(config)] = config

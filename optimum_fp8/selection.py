@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
 
@@ -94,12 +94,12 @@ def default_skips(model: nn.Module) -> list[str]:
     return skips
 
 
-def _outermost_models(model: nn.Module) -> list[tuple[str, PreTrainedModel]]:
+def _outermost_models(model: nn.Module) -> list[tuple[str, transformers.PreTrainedModel]]:
     """transformers models that are not part of another, by name."""
-    found: list[tuple[str, PreTrainedModel]] = []
+    found: list[tuple[str, transformers.PreTrainedModel]] = []
     for name, part in model.named_modules():
         inside = any(prefix == "" or name.startswith(f"{prefix}.") for prefix, _ in found)
-        if isinstance(part, PreTrainedModel) and not inside:
+        if isinstance(part, transformers.PreTrainedModel) and not inside:
             found.append((name, part))
     return found
 

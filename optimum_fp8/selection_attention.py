@@ -14,8 +14,8 @@ from collections.abc import Hashable, Iterable
 from functools import cache
 from typing import Any, cast
 
+import transformers
 from torch import nn
-from transformers import PreTrainedModel
 
 from .cache import layer_index
 from .config import FP8Config
@@ -133,7 +133,7 @@ def telling_the_dtype(model: nn.Module, modules: Iterable[nn.Module]) -> set[nn.
     """Those of `modules` whose parameters would be a transformers model's first, which tells its dtype."""
     attention, telling = set(modules), set()
     for part in model.modules():
-        if not isinstance(part, PreTrainedModel):
+        if not isinstance(part, transformers.PreTrainedModel):
             continue
         for module in part.modules():
             if module in attention:
@@ -146,7 +146,7 @@ def telling_the_dtype(model: nn.Module, modules: Iterable[nn.Module]) -> set[nn.
 @cache
 def _kind_of(owner: Hashable) -> str | None:
     cls = cast(type, owner)
-    if issubclass(cls, (PreTrainedModel, nn.MultiheadAttention)):
+    if issubclass(cls, (transformers.PreTrainedModel, nn.MultiheadAttention)):
         return None
     used: set[str] = set()
     for base in inspect.getmro(cls):

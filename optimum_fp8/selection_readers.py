@@ -13,8 +13,8 @@ from collections.abc import Hashable, Iterator
 from functools import cache
 from typing import Any, NamedTuple, cast
 
+import transformers
 from torch import nn
-from transformers import PreTrainedModel
 
 # Methods that run when nothing is computed, and attributes of a weight that are the same in FP8.
 _SETUP_METHODS = (
@@ -51,7 +51,7 @@ def first_modules(model: nn.Module) -> set[nn.Module]:
     """Modules without bias whose weight is the first parameter of a transformers model, and so tells its dtype."""
     first: set[nn.Module] = set()
     for part in model.modules():
-        if isinstance(part, PreTrainedModel):
+        if isinstance(part, transformers.PreTrainedModel):
             owner = next((module for module in part.modules() if _has_own_floats(module)), None)
             if owner is not None and getattr(owner, "bias", None) is None:
                 first.add(owner)
@@ -69,7 +69,7 @@ def _has_own_floats(module: nn.Module) -> bool:
 @cache
 def _weights_read_by(owner: Hashable) -> frozenset[Read]:
     """Every X in `….X.weight` or `….X[i].weight` in the computing methods of a class and its bases."""
-    general = (*PreTrainedModel.__mro__, nn.Module)
+    general = (*transformers.PreTrainedModel.__mro__, nn.Module)
     bases = [base for base in inspect.getmro(cast(type, owner)) if base not in general]
     return frozenset(read for base in bases for read in _reads_in(base))
 

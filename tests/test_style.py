@@ -14,7 +14,7 @@ LAYERS = [
     ["errors", "formats", "rounding"],
     ["ops"],
     ["config", "scales", "selection", "measure", "modules", "cache", "state"],
-    ["calibrate", "checkpoint"],
+    ["calibration", "checkpoint"],
     ["hf", "commands", "report", "quantize"],
     ["test_utils", "__init__"],
 ]

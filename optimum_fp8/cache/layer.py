@@ -16,7 +16,7 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
-from ..modules.fp8_tensor import FP8Tensor
+from ..modules import FP8Tensor
 from .holding import beside, keep_address, quantize_held
 from .scales import CacheScales
 from .writer import Writer

@@ -7,11 +7,10 @@ dtypes and missing scales with a warning, and would compute garbage, but it neve
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from transformers import PreTrainedModel
 
 from .. import ops
 from ..config import FP8Config
@@ -21,6 +20,9 @@ from ..modules import fp8_modules, frozen
 from ..modules.attention_scales import all_attention_scales
 from ..selection import Decision, candidates, default_skips
 from ..state import state_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _LOADING_KEYS = ("target", "dequantize", "mode")
 

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import HfQuantizer
 
-from ..calibrate import calibrate, check_file
+from ..calibration import calibrate, check_file
 from ..config import FP8Config
 from ..errors import FP8CheckpointError, FP8ConfigError, FP8NotAvailableError, FP8ScaleError
 from ..formats import is_fp8

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel
 
 from .. import ops
 from ..config import FP8Config
@@ -30,6 +29,9 @@ from ..selection_attention import (
     telling_the_dtype,
 )
 from ..state import FP8State
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _SCALE_KEY = re.compile(r"(.+)\.((?:[qkpv]\d*|input|output|[kv]_cache)_scale)$")
 

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
 from transformers.utils import output_capturing
 
 from .. import ops
@@ -61,12 +59,6 @@ def set_plan(module: nn.Module, plan: AttentionPlan | None) -> None:
         module.__dict__.pop(_PLAN, None)
     else:
         module.__dict__[_PLAN] = plan
-
-
-def register() -> None:
-    """Make `attn_implementation="optimum_fp8"` known to transformers, with the masks of eager attention."""
-    AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, eager_mask)
 
 
 def attention_forward(

@@ -8,7 +8,7 @@ from attention_models import FAMILIES
 from tiny_models import tiny_bert, tiny_llama
 
 from optimum_fp8 import FP8Config, calibrate, prepare
-from optimum_fp8.calibrate.decode import decodes, decoding_inputs
+from optimum_fp8.calibration.decode import decodes, decoding_inputs
 from optimum_fp8.errors import FP8CalibrationError, FP8ConfigError
 from optimum_fp8.state import state_of
 

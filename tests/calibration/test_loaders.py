@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import BatchFeature, PreTrainedTokenizerFast
 
 from optimum_fp8 import FP8Config
-from optimum_fp8.calibrate.loaders import batch_size_of, batches
+from optimum_fp8.calibration.loaders import batch_size_of, batches
 from optimum_fp8.errors import FP8CalibrationError, FP8ConfigError
 
 TEXTS = ["a b c", "b", "c c c c", "a"]
