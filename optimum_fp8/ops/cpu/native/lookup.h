@@ -47,5 +47,12 @@ INLINE vi bfloat16_of_odd_bytes(vi codes, int e5m2) {
     return (vi)_mm512_ternarylogic_epi32(low, high, _mm512_set1_epi16((short)0xFF00), 0xF8);
 }
 
+/* In 16-bit lanes, in order within 16 bytes of codes: the first eight of each in pairs[0], the others in pairs[1]. */
+INLINE void bfloat16_of_halves(vi codes, int e5m2, vi *pairs) {
+    const __m512i high = signed_high_bytes(codes, e5m2), low = look_up(codes, LOW_BYTES[e5m2]);
+    pairs[0] = (vi)_mm512_unpacklo_epi8(low, high);
+    pairs[1] = (vi)_mm512_unpackhi_epi8(low, high);
+}
+
 #endif
 #endif
