@@ -96,12 +96,14 @@ static void soften(const attention_job *job, const span *piece, float *x, int64_
     for (int64_t row = 0; row < job->rows; row++) {
         const score_row *r = job->score_rows + piece->head * job->rows + row;
         const float found = make_scores(r, x + row * stride, piece->first.query, piece->count);
-        const float before = w.largest[row], largest = found > before ? found : before;
-        const float base = largest == -INFINITY ? 0 : largest; /* nothing but masked scores: powers are 0 */
-        float *total = w.totals + row * LANES;
-        w.factors[row] = found > before ? exp_of(splat(before - base))[0] : 1;
-        w.largest[row] = largest;
-        const vf sum = make_powers(x + row * stride, w.powers + row * PIECE, piece->count, base);
+        float *total = w.totals + row * LANES, largest = w.largest[row];
+        w.factors[row] = 1;
+        if (found > largest) { /* seldom, after a few pieces */
+            w.factors[row] = exp_of(splat(largest - found))[0];
+            w.largest[row] = largest = found;
+        }
+        if (largest == -INFINITY) largest = 0; /* nothing but masked scores: powers are 0 */
+        const vf sum = make_powers(x + row * stride, w.powers + row * PIECE, piece->count, largest);
         store_floats(total, load_floats(total) * w.factors[row] + sum);
         if (r->of_values) multiply(w.powers + row * PIECE, r->of_values + piece->first.query, piece->count);
     }
@@ -219,6 +221,8 @@ static attention_job job_for(const fp8cpu_attention_args *a) {
     job.two_passes = a->p_scale || a->rounds_scores;
     job.q_size = divide_up(a->key_dim, STEP) * (makes_pairs(a) ? STEP / 2 : STEP);
     job.v_size = divide_up(a->value_dim, STEP) * STEP;
+    job.k_ahead = ahead_of(a->k_stride[2]);
+    job.v_ahead = ahead_of(a->v_stride[2]);
     job.chunks = divide_up(a->keys, job.chunk);
     job.chunks_size = divide_up(job.chunks, LANES) * LANES;
     job.scratch_size = workspace_size(job.rows);

@@ -9,7 +9,7 @@ enum {
     PIECE = 64,          /* positions whose keys and values stay in cache while all rows of queries pass, */
     LEAST_CHUNK = 64,    /* a task takes at least, */
     MOST_CHUNK = 2048,   /* and at most */
-    FETCH_AHEAD = 8192,  /* bytes: rows are asked for before they are reached */
+    FETCH_AHEAD = 7168,  /* bytes: rows are asked for before they are reached */
 };
 
 /* A row of queries: all of them are numbered [batch, heads, queries]. Or a position of a head of keys. */
@@ -61,6 +61,7 @@ struct attention_job {
     int two_passes;         /* probabilities are rounded */
     int64_t rows;           /* of queries that share one head of keys: (heads / key_heads) * queries */
     int64_t q_size, v_size; /* floats that a row of queries, or of sums, takes */
+    int64_t k_ahead, v_ahead; /* bytes from a row of keys, or values, to the one to fetch */
     int64_t chunk, chunks;  /* positions a task takes, and how many such a head of keys has, */
     int64_t chunks_size;    /* up to whole vectors */
     score_row *score_rows;  /* [batch, key_heads, rows], which is [batch, heads, queries] too */

@@ -52,10 +52,9 @@ INLINE void lay_out_query(const attention_job *job, int64_t number) {
 /* A step of KEY_ROWS rows of keys, of which `left` codes are there, times `q_rows` rows of queries. */
 INLINE void dot_step(const attention_job *job, kind k, int q_rows, const uint8_t **row, int64_t at, int64_t left,
                      const float *q, vf *sums) {
-    const int64_t ahead = ahead_of(job->args->k_stride[2]);
     vf unit[4];
     UNROLL for (int r = 0; r < KEY_ROWS; r++) {
-        __builtin_prefetch(row[r] + ahead + at);
+        __builtin_prefetch(row[r] + job->k_ahead + at);
         decode_codes(load_codes(row[r] + at, left), k, unit);
         const float *from = again(q);
         UNROLL for (int i = 0; i < units_of(k); i++, from += job->rows * LANES) UNROLL for (int c = 0; c < q_rows; c++)

@@ -22,7 +22,7 @@ INLINE int code_of(int unit, int lane) {
 }
 
 /* A step of codes of which `left` are there, or more; zeros behind them. There is no call in it, which would cost all
- * vectors their registers. */
+ * vectors their registers, and no mask where none is needed: masked loads keep the processor from reading ahead. */
 INLINE vi load_codes(const uint8_t *p, int64_t left) {
     if (left >= STEP) return load_bits(p);
 #if defined(__AVX512BW__)

@@ -7,21 +7,34 @@
 
 enum { SUM_ROWS = LANES == 16 ? 6 : 2 }; /* rows of queries whose sums over one step of values are in registers */
 
-/* `steps` steps of `count` rows of values from v on, times `p_rows` rows of weights, added to sums. */
-INLINE void add_steps(const attention_job *job, kind k, int steps, int p_rows, const uint8_t *v, int64_t first_step,
-                      int64_t count, weights w, float *sums) {
-    const int64_t dim = job->args->value_dim, stride = job->args->v_stride[2], ahead = ahead_of(stride);
-    vf kept[4 * SUM_ROWS], units[4];
-    sums += first_step * STEP;
-    UNROLL for (int s = 0; s < steps; s++) UNROLL for (int c = 0; c < p_rows; c++) UNROLL for (int i = 0; i < 4; i++)
-        kept[(s * p_rows + c) * 4 + i] = load_floats(sums + c * job->v_size + s * STEP + i * LANES) * w.factors[c];
+/* `steps` steps of `count` rows of values from v on, of which `left` codes are there, times `p_rows` rows of weights,
+ * added to sums that are in registers. */
+INLINE void add_positions(const attention_job *job, kind k, int steps, int p_rows, const uint8_t *v, int64_t left,
+                          int64_t count, weights w, vf *sums) {
+    const int64_t stride = job->args->v_stride[2], ahead = job->v_ahead;
+    vf units[4];
     for (int64_t t = 0; t < count; t++, v += stride)
         UNROLL for (int s = 0; s < steps; s++) {
-            __builtin_prefetch(v + ahead + (first_step + s) * STEP);
-            decode_codes(load_codes(v + (first_step + s) * STEP, dim - (first_step + s) * STEP), k, units);
+            __builtin_prefetch(v + ahead + s * STEP);
+            decode_codes(load_codes(v + s * STEP, left - s * STEP), k, units);
             UNROLL for (int c = 0; c < p_rows; c++) UNROLL for (int i = 0; i < 4; i++)
-                kept[(s * p_rows + c) * 4 + i] += splat(w.p[c * w.stride + t]) * units[i];
+                sums[(s * p_rows + c) * 4 + i] += splat(w.p[c * w.stride + t]) * units[i];
         }
+}
+
+/* The same, from step `first` on, added to sums in memory times their factors. */
+INLINE void add_steps(const attention_job *job, kind k, int steps, int p_rows, const uint8_t *v, int64_t first,
+                      int64_t count, weights w, float *sums) {
+    const int64_t left = job->args->value_dim - first * STEP;
+    vf kept[4 * SUM_ROWS];
+    v += first * STEP;
+    sums += first * STEP;
+    UNROLL for (int s = 0; s < steps; s++) UNROLL for (int c = 0; c < p_rows; c++) UNROLL for (int i = 0; i < 4; i++)
+        kept[(s * p_rows + c) * 4 + i] = load_floats(sums + c * job->v_size + s * STEP + i * LANES) * w.factors[c];
+    if (left >= steps * STEP)
+        add_positions(job, k, steps, p_rows, v, steps * STEP, count, w, kept);
+    else
+        add_positions(job, k, steps, p_rows, v, left, count, w, kept);
     UNROLL for (int s = 0; s < steps; s++) UNROLL for (int c = 0; c < p_rows; c++) UNROLL for (int i = 0; i < 4; i++)
         store_floats(sums + c * job->v_size + s * STEP + i * LANES, kept[(s * p_rows + c) * 4 + i]);
 }

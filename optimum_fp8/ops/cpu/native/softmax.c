@@ -31,49 +31,60 @@ score_row score_row_of(const fp8cpu_attention_args *a, int64_t number) {
 
 /* --- scores --------------------------------------------------------------------------------------------------------- */
 
+/* Each step is a loop of its own, and is skipped only where it changes nothing. */
+
+INLINE void scale_scores(const score_row *row, int64_t type, float *x, int64_t first, int64_t count) {
+    const fp8cpu_attention_args *a = row->args;
+    const vf of_query = splat(row->of_query), scaling = splat((float)a->scaling);
+    const int each = row->of_keys && a->k_scale_stride[2];
+    const vf of_all = splat(row->of_keys && !each ? *row->of_keys : 1);
+    for (int64_t at = 0; at < count; at += LANES) {
+        const vf of_keys = each ? load_up_to(row->of_keys + first + at, FP8CPU_FLOAT32, count - at) : of_all;
+        const vf product = load_floats(x + at) * of_query * of_keys;
+        store_floats(x + at, round_to(round_to(product, type) * scaling, type));
+    }
+}
+
+INLINE void cap_scores(float softcap, int64_t type, float *x, int64_t count) {
+    for (int64_t at = 0; at < count; at += LANES) {
+        const vf part = round_to(tanh_of(round_to(load_floats(x + at) / softcap, type)), type);
+        store_floats(x + at, round_to(part * softcap, type));
+    }
+}
+
 INLINE vf some_bytes(const char *p, int64_t count) { /* as -1 where they are not 0 */
     vquarter bytes = {0};
     memcpy(&bytes, p, (size_t)smaller(count, LANES));
     return (vf)(widen_bytes(bytes) != 0);
 }
 
-INLINE vf scale_of_keys(const score_row *row, int64_t at, int64_t left) {
-    return row->args->k_scale_stride[2] ? load_up_to(row->of_keys + at, FP8CPU_FLOAT32, left) : splat(*row->of_keys);
+INLINE void mask_scores(const score_row *row, int64_t type, float *x, int64_t first, int64_t count) {
+    const int64_t mask_type = row->args->mask_type;
+    const char *mask = row->mask + first * row->args->mask_size;
+    for (int64_t at = 0; at < count; at += LANES) {
+        vf score = load_floats(x + at);
+        if (mask_type == FP8CPU_BOOLEAN) {
+            score = (vf)pick((vi)some_bytes(mask + at, count - at), (vi)score, (vi)splat(LEAST[type]));
+        } else {
+            const vf added = load_up_to(mask + at * value_size(mask_type), mask_type, count - at);
+            score = round_to(score + round_to(added, type), type);
+        }
+        store_floats(x + at, score);
+    }
 }
 
-/* Products of codes, to scores: scaled, capped and masked. A step is skipped only where it changes nothing. */
-INLINE vf score_of(const score_row *row, int64_t type, vf x, int64_t at, int64_t left) {
-    const fp8cpu_attention_args *a = row->args;
-    x = x * row->of_query;
-    if (row->of_keys) x = x * scale_of_keys(row, at, left);
-    x = round_to(round_to(x, type) * (float)a->scaling, type);
-    if (a->softcap != 0) {
-        x = round_to(x / (float)a->softcap, type);
-        x = round_to(round_to(tanh_of(x), type) * (float)a->softcap, type);
-    }
-    if (!row->mask) return x;
-    if (a->mask_type == FP8CPU_BOOLEAN)
-        return (vf)pick((vi)some_bytes(row->mask + at, left), (vi)x, (vi)splat(LEAST[type]));
-    const vf added = load_up_to(row->mask + at * value_size(a->mask_type), a->mask_type, left);
-    return round_to(x + round_to(added, type), type);
+INLINE float largest_of(float *x, int64_t count) {
+    vf found = splat(-INFINITY);
+    for (int64_t at = count; at % LANES; at++) x[at] = -INFINITY;
+    for (int64_t at = 0; at < count; at += LANES) found = larger_float(load_floats(x + at), found);
+    return largest_lane(found);
 }
 
 INLINE float scores_in(const score_row *row, int64_t type, float *x, int64_t first, int64_t count) {
-    const vf nothing = splat(-INFINITY);
-    vf found = nothing;
-    int64_t at = 0;
-    for (; at + LANES <= count; at += LANES) {
-        const vf score = score_of(row, type, load_floats(x + at), first + at, LANES);
-        store_floats(x + at, score);
-        found = larger_float(score, found);
-    }
-    if (at < count) {
-        vf score = score_of(row, type, load_floats(x + at), first + at, count - at);
-        for (int64_t lane = count - at; lane < LANES; lane++) score[lane] = nothing[0];
-        store_floats(x + at, score);
-        found = larger_float(score, found);
-    }
-    return largest_lane(found);
+    scale_scores(row, type, x, first, count);
+    if (row->args->softcap != 0) cap_scores((float)row->args->softcap, type, x, count);
+    if (row->mask) mask_scores(row, type, x, first, count);
+    return largest_of(x, count);
 }
 
 float make_scores(const score_row *row, float *x, int64_t first, int64_t count) {
