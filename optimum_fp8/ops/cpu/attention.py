@@ -140,7 +140,10 @@ class Attention:
 
     def _few_queries(self, call: Call) -> torch.Tensor:
         batch, heads, queries, _ = call.query.shape
-        scores = call.query.new_empty((batch * heads * queries, row_size(call.key.shape[2])), dtype=torch.float32)
+        scores = None
+        if call.rounds_probabilities():
+            shape = (batch * heads * queries, row_size(call.key.shape[2]))
+            scores = call.query.new_empty(shape, dtype=torch.float32)
         output = call.query.new_empty((batch, queries, heads, call.value.shape[3]))
         arguments = call.pack(self.kernels.variant, scores, output)
         check(self.kernels.library.attention(arguments), "attention")

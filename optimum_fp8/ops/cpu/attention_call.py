@@ -81,8 +81,12 @@ class Call:
             options=self.options,
         )
 
-    def pack(self, variant: int, scores: torch.Tensor, output: torch.Tensor | None) -> bytes:
-        """The arguments; `scores` is scratch, float32 `[B · H · S, row_size(T)]`."""
+    def rounds_probabilities(self) -> bool:
+        """Whether their sum must be known before they are multiplied with values: then all scores are kept."""
+        return self.p_scale is not None or self.options.dataflow != "fused"
+
+    def pack(self, variant: int, scores: torch.Tensor | None, output: torch.Tensor | None) -> bytes:
+        """The arguments; `scores` is scratch, float32 `[B · H · S, row_size(T)]`, where all scores are kept."""
         (batch, heads, queries, dim), (_, key_heads, keys, value_dim) = self.query.shape, self.value.shape
         options, mask, sinks = self.options, self.mask, self.sinks
         return _ARGUMENTS.pack(
@@ -101,7 +105,7 @@ class Call:
             0 if sinks is None else sinks.data_ptr(),
             0 if sinks is None else TYPES[sinks.dtype],
             *_located(sinks)[1:],
-            *(scores.data_ptr(), scores.stride(0)),
+            *((0, 0) if scores is None else (scores.data_ptr(), scores.stride(0))),
             0 if output is None else output.data_ptr(),
             options.dataflow != "fused",
             *(options.full_scale, options.scaling, options.softcap),

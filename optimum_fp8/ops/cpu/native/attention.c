@@ -1,239 +1,200 @@
 /* Attention of a few rows of queries over keys and values that are FP8 codes, as they lie in a cache. It is bound by
- * reading the cache, so each code is read once, for all heads of queries that share it, and becomes a float in
- * registers only:
+ * reading the cache, so each code is read once, for all heads of queries that share it, and becomes a number in
+ * registers only. Positions are taken in chunks, by all threads, and a chunk in pieces:
  *
- * 1. scores: dot products of rows of queries with rows of keys, chunk by chunk of positions;
- * 2. softmax.c: probabilities, row by row of queries;
- * 3. sums: rows of values times probabilities, chunk by chunk, in partial sums;
- * 4. output: partial sums added up, scaled and rounded.
+ * 1. scores of a piece: dot products of rows of queries with rows of keys, and what the softmax does to them;
+ * 2. powers of scores, relative to the largest one so far, and sums of rows of values times powers;
+ * 3. when all chunks are done, their sums are put into relation, added up, scaled and rounded.
  *
- * Scores of all positions are kept between the stages: rounding probabilities needs their final sum, and they are a
- * small part of what the cache is. */
+ * Where probabilities are rounded, to FP8 or to the queries' type, their final sum must be known before. All scores are
+ * kept then, and values are multiplied with probabilities in a second pass. */
 #include "attention.h"
+
+#include <math.h>
+
+#include "attention_scores.h"
+#include "attention_values.h"
+#include "functions.h"
 #include "parallel.h"
-#include "transpose.h"
-#include "variant.h"
 
-enum {
-    KEY_ROWS = LANES == 16 ? 4 : 2, /* rows of keys, and */
-    QUERY_ROWS = 4,                 /* rows of queries whose dot products are in registers at a time */
-    SUM_ROWS = LANES == 16 ? 6 : 2, /* rows of queries whose sums over one step of values are */
-    PIECE = 64,                     /* positions whose values stay in cache while all rows of queries pass */
-    LEAST_CHUNK = 64,               /* positions a task takes at least, */
-    MOST_CHUNK = 1024,              /* and at most */
-    FETCH_AHEAD = 8192,             /* bytes: rows are asked for before they are reached */
-};
+/* --- kinds of codes ------------------------------------------------------------------------------------------------- */
 
-/* Bytes from a row to the one to fetch: whole rows, as rows may lie far apart. */
-INLINE int64_t ahead_of(int64_t stride) {
-    const int64_t rows = FETCH_AHEAD / (stride > 0 ? stride : 1);
-    return (rows < 4 ? 4 : rows > PIECE ? PIECE : rows) * stride;
+/* The two products with `kind` a constant in each, so that the compiler leaves out what a kind does not need. */
+#define DOT(suffix, ...)                                                                                    \
+    static void dot_##suffix(const attention_job *job, const span *keys, float *out, int64_t out_stride) { \
+        dot_rows(job, (kind)__VA_ARGS__, keys, out, out_stride);                                           \
+    }
+#define ADD(suffix, ...)                                                                                 \
+    static void add_##suffix(const attention_job *job, const span *values, weights w, float *sums) {    \
+        add_rows(job, (kind)__VA_ARGS__, values, w, sums);                                              \
+    }
+
+DOT(e4m3, {0, 0})
+DOT(e5m2, {0, 1})
+#if defined(__AVX512BF16__)
+DOT(e4m3_pairs, {1, 0})
+DOT(e5m2_pairs, {1, 1})
+#endif
+ADD(e4m3, {0, 0})
+ADD(e5m2, {0, 1})
+
+static void choose_kinds(attention_job *job) {
+    const int k_e5m2 = job->args->k_format == FP8CPU_E5M2, v_e5m2 = job->args->v_format == FP8CPU_E5M2;
+    job->dot = k_e5m2 ? dot_e5m2 : dot_e4m3;
+#if defined(__AVX512BF16__)
+    if (makes_pairs(job->args)) job->dot = k_e5m2 ? dot_e5m2_pairs : dot_e4m3_pairs;
+#endif
+    job->add = v_e5m2 ? add_e5m2 : add_e4m3;
 }
 
-/* --- queries -------------------------------------------------------------------------------------------------------- */
+/* --- stages --------------------------------------------------------------------------------------------------------- */
 
-/* A row of queries as floats, on the FP8 grid where it has a scale, in the order in which codes are decoded. */
-static void lay_out_query(void *context, int64_t task, int64_t thread) {
+static void prepare_row(void *context, int64_t number, int64_t thread) {
     const attention_job *job = context;
-    const fp8cpu_attention_args *a = job->args;
-    const place at = place_of(a, task);
-    const int64_t size = value_size(a->type);
-    const char *q = (const char *)a->q + offset_of(a->q_stride, at) * size;
-    const vf reciprocal = splat(1.0f / scale_at(a->q_scale, a->q_scale_stride, at));
-    float *out = job->q + task * job->q_size, values[STEP];
     (void)thread;
-    for (int64_t step = 0; step < job->q_size; step += STEP) {
-        for (int64_t i = 0; i < STEP; i += LANES) {
-            const int64_t left = a->key_dim - step - i;
-            vf x = left > 0 ? load_up_to(q + (step + i) * size, a->type, left) : splat(0);
-            if (a->q_scale) x = to_grid(x * reciprocal, (float)a->full_scale, format_of(a->format));
-            store_floats(values + i, x);
-        }
-        for (int i = 0; i < 4; i++)
-            for (int lane = 0; lane < LANES; lane++) out[step + i * LANES + lane] = values[4 * lane + i];
+    lay_out_query(job, number);
+    job->score_rows[number] = score_row_of(job->args, number);
+    for (int64_t c = 0; c < job->chunks_size; c++) { /* those behind the last chunk count for nothing */
+        job->largest[number * job->chunks_size + c] = -INFINITY;
+        job->total[number * job->chunks_size + c] = 0;
     }
 }
 
-/* --- scores --------------------------------------------------------------------------------------------------------- */
-
-/* The chunk of a task: which head of keys, and which positions. */
-typedef struct {
-    int64_t head, first, count; /* heads are numbered [batch, key_heads] */
-    place keys;
-} chunk;
-
-INLINE chunk chunk_of(const attention_job *job, int64_t task) {
+INLINE span span_of(const attention_job *job, int64_t task) {
+    const fp8cpu_attention_args *a = job->args;
     const int64_t head = task / job->chunks, first = task % job->chunks * job->chunk;
-    const place keys = {head / job->args->key_heads, head % job->args->key_heads, first};
-    return (chunk){head, first, smaller(job->chunk, job->args->keys - first), keys};
+    return (span){head, smaller(job->chunk, a->keys - first), {head / a->key_heads, head % a->key_heads, first}};
 }
 
-/* The same pointer, though the compiler does not know: what it points to is read again, as an operand, where it would
- * otherwise be kept, and registers run out. */
-INLINE const float *again(const float *p) {
-    __asm__("" : "+r"(p));
-    return p;
+INLINE span piece_of(span all, int64_t at) {
+    all.count = smaller(PIECE, all.count - at);
+    all.first.query += at;
+    return all;
 }
 
-INLINE void dot_rows(const attention_job *job, int e5m2, int k_rows, int q_rows, const uint8_t *k, const float *q,
-                     float *out) {
-    const fp8cpu_attention_args *a = job->args;
-    const int64_t stride = a->k_stride[2], ahead = ahead_of(stride), q_size = job->q_size, dim = a->key_dim;
-    vf sums[KEY_ROWS * QUERY_ROWS], units[4];
-    UNROLL for (int i = 0; i < k_rows * q_rows; i++) sums[i] = splat(0);
-    for (int64_t at = 0; at < q_size; at += STEP)
-        UNROLL for (int r = 0; r < k_rows; r++) {
-            __builtin_prefetch(k + r * stride + ahead + at);
-            decode_units(load_step(k + r * stride, at / STEP, dim), e5m2, units);
-            const float *from = again(q + at);
-            UNROLL for (int i = 0; i < 4; i++) UNROLL for (int c = 0; c < q_rows; c++)
-                sums[r * q_rows + c] += load_floats(from + c * q_size + i * LANES) * units[i];
+/* What a thread needs for a chunk. */
+typedef struct {
+    float *powers;            /* [rows, PIECE] */
+    float *totals;            /* [rows, LANES]: sums of powers */
+    float *largest, *factors; /* [rows] */
+} workspace;
+
+static int64_t workspace_size(int64_t rows) { return divide_up(rows * (PIECE + LANES + 2), LANES) * LANES; }
+
+INLINE workspace workspace_of(const attention_job *job, int64_t thread) {
+    float *room = job->scratch + thread * job->scratch_size, *totals = room + job->rows * PIECE;
+    return (workspace){room, totals, totals + job->rows * LANES, totals + job->rows * (LANES + 1)};
+}
+
+static void multiply(float *x, const float *scales, int64_t count) {
+    for (int64_t i = 0; i < count; i++) x[i] *= scales[i];
+}
+
+/* Products of a piece to powers, relative to the largest score that a row has had; what was relative to a smaller one is
+ * to be multiplied with a factor. */
+static void soften(const attention_job *job, const span *piece, float *x, int64_t stride, workspace w) {
+    for (int64_t row = 0; row < job->rows; row++) {
+        const score_row *r = job->score_rows + piece->head * job->rows + row;
+        const float found = make_scores(r, x + row * stride, piece->first.query, piece->count);
+        float *total = w.totals + row * LANES, largest = w.largest[row];
+        w.factors[row] = 1;
+        if (found > largest) { /* seldom, after a few pieces */
+            w.factors[row] = exp_of(splat(largest - found))[0];
+            w.largest[row] = largest = found;
         }
-    UNROLL for (int c = 0; c < q_rows; c++) {
-        const vf each = sum_each(sums + c, q_rows, k_rows);
-        memcpy(out + c * a->scores_stride, &each, (size_t)k_rows * sizeof(float));
+        if (largest == -INFINITY) largest = 0; /* nothing but masked scores: powers are 0 */
+        const vf sum = make_powers(x + row * stride, w.powers + row * PIECE, piece->count, largest);
+        store_floats(total, load_floats(total) * w.factors[row] + sum);
+        if (r->of_values) multiply(w.powers + row * PIECE, r->of_values + piece->first.query, piece->count);
     }
 }
 
-INLINE void dot_rows_of(const attention_job *job, int e5m2, int k_rows, int64_t q_rows, const uint8_t *k,
-                        const float *q, float *out) {
-    switch (q_rows) {
-        case 1: dot_rows(job, e5m2, k_rows, 1, k, q, out); break;
-        case 2: dot_rows(job, e5m2, k_rows, 2, k, q, out); break;
-        case 3: dot_rows(job, e5m2, k_rows, 3, k, q, out); break;
-        default: dot_rows(job, e5m2, k_rows, 4, k, q, out); break;
-    }
+INLINE float *scores_of(const attention_job *job, const span *piece) {
+    return (float *)job->args->scores + piece->head * job->rows * job->args->scores_stride + piece->first.query;
 }
 
-INLINE void score_chunk(const attention_job *job, int e5m2, int64_t task) {
-    const fp8cpu_attention_args *a = job->args;
-    const chunk c = chunk_of(job, task);
-    const uint8_t *k = (const uint8_t *)a->k + offset_of(a->k_stride, c.keys);
-    const float *q = job->q + c.head * job->rows * job->q_size;
-    float *out = (float *)a->scores + c.head * job->rows * a->scores_stride + c.first;
-    for (int64_t t = 0; t < c.count;) {
-        const int64_t taken = c.count - t >= KEY_ROWS ? KEY_ROWS : 1;
-        for (int64_t row = 0, next; row < job->rows; row = next) { /* parts as even as can be */
-            const int64_t parts = divide_up(job->rows - row, QUERY_ROWS);
-            next = row + divide_up(job->rows - row, parts);
-            const float *from = q + row * job->q_size;
-            float *to = out + row * a->scores_stride + t;
-            if (taken == KEY_ROWS)
-                dot_rows_of(job, e5m2, KEY_ROWS, next - row, k + t * a->k_stride[2], from, to);
-            else
-                dot_rows_of(job, e5m2, 1, next - row, k + t * a->k_stride[2], from, to);
-        }
-        t += taken;
-    }
-}
-
-static void score_task(void *job, int64_t task, int64_t thread) {
-    (void)thread;
-    if (((const attention_job *)job)->args->k_format == FP8CPU_E5M2)
-        score_chunk(job, 1, task);
-    else
-        score_chunk(job, 0, task);
-}
-
-/* --- sums of values --------------------------------------------------------------------------------------------------- */
-
-/* `steps` steps of `count` rows of values from v on, times `p_rows` rows of probabilities, added to sums. */
-INLINE void add_values(const attention_job *job, int e5m2, int steps, int p_rows, const uint8_t *v, int64_t first_step,
-                       int64_t count, const float *p, float *sums) {
-    const fp8cpu_attention_args *a = job->args;
-    const int64_t stride = a->v_stride[2], ahead = ahead_of(stride);
-    vf kept[4 * SUM_ROWS], units[4];
-    UNROLL for (int s = 0; s < steps; s++) UNROLL for (int c = 0; c < p_rows; c++) UNROLL for (int i = 0; i < 4; i++)
-        kept[(s * p_rows + c) * 4 + i] = load_floats(sums + c * job->v_size + (first_step + s) * STEP + i * LANES);
-    for (int64_t t = 0; t < count; t++, v += stride)
-        UNROLL for (int s = 0; s < steps; s++) {
-            __builtin_prefetch(v + ahead + (first_step + s) * STEP);
-            decode_units(load_step(v, first_step + s, a->value_dim), e5m2, units);
-            UNROLL for (int c = 0; c < p_rows; c++) UNROLL for (int i = 0; i < 4; i++)
-                kept[(s * p_rows + c) * 4 + i] += splat(p[c * a->scores_stride + t]) * units[i];
-        }
-    UNROLL for (int s = 0; s < steps; s++) UNROLL for (int c = 0; c < p_rows; c++) UNROLL for (int i = 0; i < 4; i++)
-        store_floats(sums + c * job->v_size + (first_step + s) * STEP + i * LANES, kept[(s * p_rows + c) * 4 + i]);
-}
-
-/* One or two steps of values, times rows of probabilities: as many of each as fit in registers. */
-INLINE int64_t add_some(const attention_job *job, int e5m2, int64_t p_rows, const uint8_t *v, int64_t step,
-                        int64_t count, const float *p, float *sums) {
-#define ADD(steps, rows)                                                          \
-    {                                                                             \
-        add_values(job, e5m2, steps, rows, v, step, count, p, sums);              \
-        return steps;                                                             \
-    }
-#if LANES == 16
-    if ((step + 2) * STEP <= job->v_size) switch (p_rows) {
-        case 1: ADD(2, 1)
-        case 2: ADD(2, 2)
-        case 3: ADD(2, 3)
-    }
-#endif
-    switch (p_rows) {
-        case 1: ADD(1, 1)
-#if LANES == 16
-        case 2: ADD(1, 2)
-        case 3: ADD(1, 3)
-        case 4: ADD(1, 4)
-        case 5: ADD(1, 5)
-#endif
-        default: ADD(1, SUM_ROWS)
-    }
-#undef ADD
-}
-
-INLINE void sum_chunk(const attention_job *job, int e5m2, int64_t task) {
-    const fp8cpu_attention_args *a = job->args;
-    const chunk c = chunk_of(job, task);
-    const uint8_t *v = (const uint8_t *)a->v + offset_of(a->v_stride, c.keys);
-    const float *p = (const float *)a->scores + c.head * job->rows * a->scores_stride + c.first;
+/* The first pass over a chunk, and the only one where probabilities are not rounded. */
+static void attend(void *context, int64_t task, int64_t thread) {
+    const attention_job *job = context;
+    const span all = span_of(job, task);
+    const workspace w = workspace_of(job, thread);
     float *sums = job->sums + task * job->rows * job->v_size;
     memset(sums, 0, (size_t)(job->rows * job->v_size) * sizeof(float));
-    for (int64_t t = 0; t < c.count; t += PIECE) {
-        const int64_t count = smaller(PIECE, c.count - t);
-        for (int64_t row = 0, next; row < job->rows; row = next) {
-            const int64_t parts = divide_up(job->rows - row, SUM_ROWS);
-            next = row + divide_up(job->rows - row, parts);
-            for (int64_t step = 0; step * STEP < job->v_size;)
-                step += add_some(job, e5m2, next - row, v + t * a->v_stride[2], step, count,
-                                 p + row * a->scores_stride + t, sums + row * job->v_size);
-        }
+    memset(w.totals, 0, (size_t)(job->rows * LANES) * sizeof(float));
+    for (int64_t row = 0; row < job->rows; row++) w.largest[row] = -INFINITY;
+    for (int64_t at = 0; at < all.count; at += PIECE) {
+        const span piece = piece_of(all, at);
+        float *x = job->two_passes ? scores_of(job, &piece) : w.powers;
+        const int64_t stride = job->two_passes ? job->args->scores_stride : PIECE;
+        job->dot(job, &piece, x, stride);
+        soften(job, &piece, x, stride, w);
+        if (!job->two_passes) job->add(job, &piece, (weights){w.powers, PIECE, w.factors}, sums);
+    }
+    for (int64_t row = 0; row < job->rows; row++) {
+        const int64_t at = (all.head * job->rows + row) * job->chunks_size + task % job->chunks;
+        job->largest[at] = w.largest[row];
+        job->total[at] = sum_of_lanes(load_floats(w.totals + row * LANES));
     }
 }
 
-static void sum_task(void *job, int64_t task, int64_t thread) {
+/* The largest score of a row and the sum of its powers; `largest` becomes the weight of each chunk's sums. */
+static void settle_row(void *context, int64_t number, int64_t thread) {
+    const attention_job *job = context;
+    score_row *row = job->score_rows + number;
+    float *largest = job->largest + number * job->chunks_size, *total = job->total + number * job->chunks_size;
+    vf most = splat(row->sink), sum = splat(0);
     (void)thread;
-    if (((const attention_job *)job)->args->v_format == FP8CPU_E5M2)
-        sum_chunk(job, 1, task);
-    else
-        sum_chunk(job, 0, task);
+    for (int64_t c = 0; c < job->chunks_size; c += LANES) most = larger_float(load_floats(largest + c), most);
+    row->largest = largest_lane(most);
+    for (int64_t c = 0; c < job->chunks_size; c += LANES) {
+        const vf weight = exp_of(load_floats(largest + c) - row->largest);
+        store_floats(largest + c, weight);
+        sum += weight * load_floats(total + c);
+    }
+    row->total = sum_of_lanes(sum) + exp_of(splat(row->sink - row->largest))[0];
+    for (int64_t c = 0; c < job->chunks; c++) largest[c] = job->two_passes ? 1 : largest[c] / row->total;
 }
 
-/* --- output --------------------------------------------------------------------------------------------------------- */
+/* The second pass over a chunk. */
+static void weigh(void *context, int64_t task, int64_t thread) {
+    const attention_job *job = context;
+    const span all = span_of(job, task);
+    const workspace w = workspace_of(job, thread);
+    for (int64_t row = 0; row < job->rows; row++) w.factors[row] = 1;
+    for (int64_t at = 0; at < all.count; at += PIECE) {
+        const span piece = piece_of(all, at);
+        for (int64_t row = 0; row < job->rows; row++) {
+            const score_row *r = job->score_rows + piece.head * job->rows + row;
+            float *p = w.powers + row * PIECE;
+            make_powers(scores_of(job, &piece) + row * job->args->scores_stride, p, piece.count, r->largest);
+            make_probabilities(r, p, piece.first.query, piece.count, r->total);
+        }
+        job->add(job, &piece, (weights){w.powers, PIECE, w.factors}, job->sums + task * job->rows * job->v_size);
+    }
+}
 
-/* A row of the output: the partial sums of all chunks, out of units, times scales, rounded. */
+/* A row of the output: the sums of all chunks added up, out of units, times scales, rounded. */
 static void finish_row(void *context, int64_t number, int64_t thread) {
     const attention_job *job = context;
     const fp8cpu_attention_args *a = job->args;
     const place at = place_of(a, number), keys = keys_of(a, at);
     const int64_t head = number / job->rows, row = number % job->rows, size = value_size(a->type);
     const float *sums = job->sums + (head * job->chunks * job->rows + row) * job->v_size;
+    const float *of_chunks = job->largest + number * job->chunks_size;
     const float of_values = a->v_scale_stride[2] ? 1.0f : scale_at(a->v_scale, a->v_scale_stride, keys);
     const float of_output = single(a->output_scale), of_probabilities = single(a->p_scale);
     char *y = (char *)a->y + ((at.batch * a->queries + at.query) * a->heads + at.head) * a->value_dim * size;
-    (void)thread;
+    if (!job->two_passes) settle_row(context, number, thread);
     for (int64_t step = 0; step < job->v_size; step += STEP) {
         float values[STEP];
         for (int i = 0; i < 4; i++) {
             vf sum = splat(0);
             for (int64_t c = 0; c < job->chunks; c++)
-                sum += load_floats(sums + c * job->rows * job->v_size + step + i * LANES);
+                sum += load_floats(sums + c * job->rows * job->v_size + step + i * LANES) * of_chunks[c];
             sum = sum * of_probabilities * of_values;
             if (a->output_scale)
                 sum = to_grid(sum * (1.0f / of_output), (float)a->full_scale, format_of(a->format)) * of_output;
-            for (int lane = 0; lane < LANES; lane++) values[4 * lane + i] = sum[lane];
+            for (int lane = 0; lane < LANES; lane++) values[code_of(i, lane)] = sum[lane];
         }
         for (int64_t i = 0; i < STEP && step + i < a->value_dim; i += LANES) {
             const int64_t left = a->value_dim - step - i;
@@ -254,28 +215,52 @@ static int64_t chunk_for(const fp8cpu_attention_args *a) {
     return divide_up(bounded, PIECE) * PIECE;
 }
 
-int FP8CPU_NAME(attention)(const fp8cpu_attention_args *a) {
-    const int64_t heads = a->batch * a->key_heads, all_rows = a->batch * a->heads * a->queries;
-    if (all_rows == 0 || a->value_dim == 0) return FP8CPU_OK;
+static attention_job job_for(const fp8cpu_attention_args *a) {
     attention_job job = {.args = a, .rows = a->heads / a->key_heads * a->queries, .chunk = chunk_for(a)};
-    job.q_size = divide_up(a->key_dim, STEP) * STEP;
+    choose_kinds(&job);
+    job.two_passes = a->p_scale || a->rounds_scores;
+    job.q_size = divide_up(a->key_dim, STEP) * (makes_pairs(a) ? STEP / 2 : STEP);
     job.v_size = divide_up(a->value_dim, STEP) * STEP;
+    job.k_ahead = ahead_of(a->k_stride[2]);
+    job.v_ahead = ahead_of(a->v_stride[2]);
     job.chunks = divide_up(a->keys, job.chunk);
-    job.q = aligned(all_rows * job.q_size);
-    job.sums = aligned(all_rows * job.chunks * job.v_size);
-    if (!job.q || !job.sums) {
-        free(job.q);
-        free(job.sums);
-        return FP8CPU_NO_MEMORY;
+    job.chunks_size = divide_up(job.chunks, LANES) * LANES;
+    job.scratch_size = workspace_size(job.rows);
+    return job;
+}
+
+/* Everything in one piece of memory: returned, or NULL. */
+static float *allocate(attention_job *job, int64_t all_rows) {
+    const int64_t of_rows = divide_up(all_rows * (int64_t)sizeof(score_row), STEP) * LANES, of_q = all_rows * job->q_size;
+    const int64_t of_chunks = all_rows * job->chunks_size, of_sums = all_rows * job->chunks * job->v_size;
+    float *room = aligned(of_rows + of_q + 2 * of_chunks + of_sums + job->args->threads * job->scratch_size);
+    if (!room) return NULL;
+    job->score_rows = (score_row *)room;
+    job->q = room + of_rows;
+    job->largest = job->q + of_q;
+    job->total = job->largest + of_chunks;
+    job->sums = job->total + of_chunks;
+    job->scratch = job->sums + of_sums;
+    return room;
+}
+
+int FP8CPU_NAME(attention)(const fp8cpu_attention_args *a) {
+    const int64_t tasks_of_all = a->batch * a->key_heads, all_rows = a->batch * a->heads * a->queries;
+    if (all_rows == 0 || a->value_dim == 0) return FP8CPU_OK;
+    attention_job job = job_for(a);
+    float *room = allocate(&job, all_rows);
+    if (!room) return FP8CPU_NO_MEMORY;
+    /* Waking threads takes longer than a few thousand operations. */
+    const int64_t tasks = tasks_of_all * job.chunks, codes = tasks_of_all * a->keys * (a->key_dim + a->value_dim);
+    const int64_t threads = codes < 1 << 16 ? 1 : a->threads;
+    const int64_t few = all_rows * job.q_size < 1 << 15 ? 1 : a->threads;
+    fp8cpu_parallel(prepare_row, &job, all_rows, few);
+    fp8cpu_parallel(attend, &job, tasks, threads);
+    if (job.two_passes) {
+        fp8cpu_parallel(settle_row, &job, all_rows, few);
+        fp8cpu_parallel(weigh, &job, tasks, threads);
     }
-    /* Waking threads takes longer than multiplying a few thousand codes. */
-    const int64_t threads = heads * a->keys * (a->key_dim + a->value_dim) < 1 << 16 ? 1 : a->threads;
-    fp8cpu_parallel(lay_out_query, &job, all_rows, all_rows * job.q_size < 1 << 15 ? 1 : a->threads);
-    fp8cpu_parallel(score_task, &job, heads * job.chunks, threads);
-    FP8CPU_NAME(softmax)(a);
-    fp8cpu_parallel(sum_task, &job, heads * job.chunks, threads);
-    fp8cpu_parallel(finish_row, &job, all_rows, all_rows * job.chunks * job.v_size < 1 << 15 ? 1 : a->threads);
-    free(job.q);
-    free(job.sums);
+    fp8cpu_parallel(finish_row, &job, all_rows, all_rows * job.chunks * job.v_size < 1 << 16 ? 1 : a->threads);
+    free(room);
     return FP8CPU_OK;
 }

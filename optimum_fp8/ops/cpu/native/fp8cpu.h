@@ -62,7 +62,8 @@ typedef struct {
     int64_t p_scale, output_scale;             /* const float *: what is rounded to the FP8 grid with it; 0: it is not */
     int64_t mask, mask_type, mask_size, mask_stride[3]; /* [batch, heads, queries, keys], mask_size bytes an element; or 0 */
     int64_t sinks, sinks_type, sinks_stride[3];         /* [batch, heads, queries], or 0 */
-    int64_t scores, scores_stride; /* float * [batch * heads * queries, stride]: scratch; whole vectors a row */
+    int64_t scores, scores_stride; /* float * [batch * heads * queries, stride]: scratch, whole vectors a row; attention
+                                      needs it where it rounds probabilities: p_scale or rounds_scores */
     int64_t y;                     /* [batch, queries, heads, value_dim], contiguous */
     int64_t rounds_scores;         /* each step from products to probabilities is rounded to q's type */
     double full_scale, scaling, softcap;

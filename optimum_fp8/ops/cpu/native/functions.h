@@ -4,11 +4,18 @@
 
 #include "vector.h"
 
+#define LEAST_POWER -87.3f
+
 /* e^x for x <= 0; 0 where that is no normal float. */
 INLINE vf exp_of(vf x) {
     const vf shift = splat(0x1.8p23f); /* added to a float, it leaves no room for fractions: rounds to an integer */
-    const vi is_nan = x != x, underflows = x < -87.3f;
+#if defined(__AVX512F__)
+    const __mmask16 is_normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(LEAST_POWER), _CMP_NLT_UQ);
+    const vf bounded = (vf)_mm512_max_ps(_mm512_set1_ps(LEAST_POWER), (__m512)x); /* of a NaN and a number: the second */
+#else
+    const vi is_nan = x != x, underflows = x < LEAST_POWER;
     const vf bounded = (vf)pick(underflows, splat_bits(0), (vi)x);
+#endif
     const vf moved = bounded * 0x1.715476p+0f + shift, whole = moved - shift;
     const vf rest = (bounded - whole * 0x1.62e4p-1f) - whole * 0x1.7f7d1cp-20f; /* ln 2, in two parts */
     vf sum = splat(1.0f / 5040);
@@ -19,9 +26,13 @@ INLINE vf exp_of(vf x) {
     sum = sum * rest + 0.5f;
     sum = sum * rest + 1.0f;
     sum = sum * rest + 1.0f;
+#if defined(__AVX512F__)
+    return (vf)_mm512_maskz_scalef_ps(is_normal, (__m512)sum, (__m512)whole);
+#else
     const vi exponent = ((vi)moved - (vi)shift) << 23;
     const vi result = pick(underflows, splat_bits(0), (vi)sum + exponent);
     return (vf)pick(is_nan, (vi)x, result);
+#endif
 }
 
 INLINE vf tanh_of(vf x) {

@@ -20,7 +20,7 @@ typedef struct {
 
 #if defined(__AVX512BF16__)
 typedef lookup decoder;
-INLINE decoder decoder_for(kind k) { return lookup_for(k.e5m2); }
+INLINE decoder decoder_for(kind k) { return in_registers(lookup_of(k.e5m2)); }
 #else
 typedef int decoder;
 INLINE decoder decoder_for(kind k) { return k.e5m2; }
@@ -30,7 +30,9 @@ INLINE decoder decoder_for(kind k) { return k.e5m2; }
 INLINE void decode_step(vi codes, kind k, decoder d, vf *units) {
 #if defined(__AVX512BF16__)
     if (k.bf16) {
-        bfloat16_of_halves(codes, d, (vi *)&units[0], (vi *)&units[1]);
+        vi pairs[2];
+        bfloat16_of_halves(codes, d, pairs);
+        units[0] = (vf)pairs[0], units[1] = (vf)pairs[1];
         return;
     }
 #endif

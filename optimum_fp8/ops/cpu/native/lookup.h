@@ -47,27 +47,30 @@ INLINE vi bfloat16_of_odd_bytes(vi codes, int e5m2) {
     return (vi)_mm512_ternarylogic_epi32(low, high, _mm512_set1_epi16((short)0xFF00), 0xF8);
 }
 
-/* The tables in registers, where the compiler would read them from memory again and again, not knowing that loads are
- * what a loop has least to spare of. */
 typedef struct {
     __m512i high[2], low[2], signs;
 } lookup;
 
-INLINE lookup lookup_for(int e5m2) {
-    lookup l = {{(__m512i)HIGH_BYTES[e5m2][0], (__m512i)HIGH_BYTES[e5m2][1]},
-                {(__m512i)LOW_BYTES[e5m2][0], (__m512i)LOW_BYTES[e5m2][1]},
-                _mm512_set1_epi8((char)0x80)};
+INLINE lookup lookup_of(int e5m2) {
+    return (lookup){{(__m512i)HIGH_BYTES[e5m2][0], (__m512i)HIGH_BYTES[e5m2][1]},
+                    {(__m512i)LOW_BYTES[e5m2][0], (__m512i)LOW_BYTES[e5m2][1]},
+                    _mm512_set1_epi8((char)0x80)};
+}
+
+/* The tables in registers, where the compiler would read them from memory again and again, not knowing that loads are
+ * what a loop has least to spare of. */
+INLINE lookup in_registers(lookup l) {
     __asm__("" : "+v"(l.high[0]), "+v"(l.high[1]), "+v"(l.low[0]), "+v"(l.low[1]), "+v"(l.signs));
     return l;
 }
 
-/* All values, in pairs of neighbours: of each 16 codes the first eight, and the last eight. */
-INLINE void bfloat16_of_halves(vi codes, lookup l, vi *first, vi *last) {
+/* In 16-bit lanes, in order within 16 bytes of codes: the first eight of each in pairs[0], the others in pairs[1]. */
+INLINE void bfloat16_of_halves(vi codes, lookup l, vi *pairs) {
     const __m512i magnitudes = _mm512_permutex2var_epi8(l.high[0], (__m512i)codes, l.high[1]);
     const __m512i high = _mm512_ternarylogic_epi32(magnitudes, (__m512i)codes, l.signs, 0xF8);
     const __m512i low = _mm512_permutex2var_epi8(l.low[0], (__m512i)codes, l.low[1]);
-    *first = (vi)_mm512_unpacklo_epi8(low, high);
-    *last = (vi)_mm512_unpackhi_epi8(low, high);
+    pairs[0] = (vi)_mm512_unpacklo_epi8(low, high);
+    pairs[1] = (vi)_mm512_unpackhi_epi8(low, high);
 }
 
 #endif

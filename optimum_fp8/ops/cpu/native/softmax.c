@@ -1,20 +1,56 @@
-/* The softmax of attention: from products of codes to probabilities, a row of queries at a time, in place. A row is
- * read three times and stays in cache: the rounding of probabilities to FP8 needs their final sum. */
+/* The softmax of attention, in the order of the reference and rounded where it rounds. */
+#include "softmax.h"
+
 #include <math.h>
 
 #include "attention.h"
-#include "functions.h"
+#include "lanes.h"
 #include "parallel.h"
-#include "variant.h"
 
-typedef struct {
-    const fp8cpu_attention_args *args;
-    float of_query;
-    const float *of_keys;    /* scales of keys, one a position or one for all */
-    int64_t of_keys_stride;  /* 1 or 0 */
-    const char *mask;        /* of this row, or NULL */
-    int64_t rounds_to;       /* the type that each step is rounded to */
-} score_row;
+static const float LEAST[] = {-0x1.fffffep127f, -0x1.fep127f, -65504.0f}; /* of each type, in its order */
+
+score_row score_row_of(const fp8cpu_attention_args *a, int64_t number) {
+    const place at = place_of(a, number), keys = keys_of(a, at);
+    const float *of_keys = (const float *)a->k_scale, *of_values = (const float *)a->v_scale;
+    const int64_t rounds_to = a->rounds_scores ? a->type : FP8CPU_FLOAT32;
+    float sink = -INFINITY;
+    if (a->sinks) {
+        const char *p = (const char *)a->sinks + offset_of(a->sinks_stride, at) * value_size(a->sinks_type);
+        sink = round_to(load_some(p, a->sinks_type, 1), rounds_to)[0];
+    }
+    return (score_row){
+        .args = a,
+        .of_query = scale_at(a->q_scale, a->q_scale_stride, at),
+        .of_keys = of_keys ? of_keys + offset_of(a->k_scale_stride, keys) : NULL,
+        .of_values = of_values && a->v_scale_stride[2] ? of_values + offset_of(a->v_scale_stride, keys) : NULL,
+        .mask = a->mask ? (const char *)a->mask + offset_of(a->mask_stride, at) * a->mask_size : NULL,
+        .sink = sink,
+        .rounds_to = rounds_to,
+    };
+}
+
+/* --- scores --------------------------------------------------------------------------------------------------------- */
+
+/* Each step is a loop of its own, and is skipped only where it changes nothing. */
+
+INLINE void scale_scores(const score_row *row, int64_t type, float *x, int64_t first, int64_t count) {
+    const fp8cpu_attention_args *a = row->args;
+    const vf of_query = splat(row->of_query), scaling = splat((float)a->scaling);
+    const int each = row->of_keys && a->k_scale_stride[2];
+    const vf of_all = splat(row->of_keys && !each ? *row->of_keys : 1);
+    for (int64_t at = 0; at < count; at += LANES) {
+        const vf of_keys = each ? load_up_to(row->of_keys + first + at, FP8CPU_FLOAT32, count - at) : of_all;
+        const vf product = load_floats(x + at) * of_query * of_keys;
+        store_floats(x + at, round_to(round_to(product, type) * scaling, type));
+    }
+}
+
+INLINE void cap_scores(float softcap, int64_t type, float *x, int64_t count) {
+    for (int64_t at = 0; at < count; at += LANES) {
+        const vf part = round_to(tanh_of(round_to(load_floats(x + at) / softcap, type)), type);
+        store_floats(x + at, round_to(part * softcap, type));
+    }
+}
 
 INLINE vf some_bytes(const char *p, int64_t count) { /* as -1 where they are not 0 */
     vquarter bytes = {0};
@@ -22,120 +58,86 @@ INLINE vf some_bytes(const char *p, int64_t count) { /* as -1 where they are not
     return (vf)(widen_bytes(bytes) != 0);
 }
 
-INLINE vf scale_of_keys(const score_row *row, int64_t at, int64_t left) {
-    return row->of_keys_stride ? load_up_to(row->of_keys + at, FP8CPU_FLOAT32, left) : splat(*row->of_keys);
-}
-
-static const float LEAST[] = {-0x1.fffffep127f, -0x1.fep127f, -65504.0f}; /* of each type, in its order */
-
-/* Products of codes, to scores: scaled, capped and masked, in the order of the reference and rounded where it rounds.
- * A step is skipped only where it changes nothing. */
-INLINE vf score_of(const score_row *row, vf x, int64_t at, int64_t left) {
-    const fp8cpu_attention_args *a = row->args;
-    const int64_t type = row->rounds_to;
-    x = x * row->of_query;
-    if (row->of_keys) x = x * scale_of_keys(row, at, left);
-    x = round_to(round_to(x, type) * (float)a->scaling, type);
-    if (a->softcap != 0) {
-        x = round_to(x / (float)a->softcap, type);
-        x = round_to(round_to(tanh_of(x), type) * (float)a->softcap, type);
-    }
-    if (!row->mask) return x;
-    if (a->mask_type == FP8CPU_BOOLEAN)
-        return (vf)pick((vi)some_bytes(row->mask + at, left), (vi)x, (vi)splat(LEAST[type]));
-    const vf added = load_up_to(row->mask + at * value_size(a->mask_type), a->mask_type, left);
-    return round_to(x + round_to(added, type), type);
-}
-
-static float largest_of(vf values) {
-    float largest = values[0];
-    for (int lane = 1; lane < LANES; lane++)
-        if (values[lane] > largest) largest = values[lane];
-    return largest;
-}
-
-static float sum_of(vf values) {
-    float sum = 0;
-    for (int lane = 0; lane < LANES; lane++) sum += values[lane];
-    return sum;
-}
-
-/* Scores in place; the largest is returned. Lanes behind the last position become -Inf. */
-INLINE float make_scores(const score_row *row, float *x, int64_t count, float largest) {
-    const vf nothing = splat(-INFINITY);
-    vf found = splat(largest);
+INLINE void mask_scores(const score_row *row, int64_t type, float *x, int64_t first, int64_t count) {
+    const int64_t mask_type = row->args->mask_type;
+    const char *mask = row->mask + first * row->args->mask_size;
     for (int64_t at = 0; at < count; at += LANES) {
-        vf score = score_of(row, load_floats(x + at), at, count - at);
-        if (count - at < LANES)
-            for (int64_t lane = count - at; lane < LANES; lane++) score[lane] = nothing[0];
-        found = (vf)pick(score > found, (vi)score, (vi)found);
+        vf score = load_floats(x + at);
+        if (mask_type == FP8CPU_BOOLEAN) {
+            score = (vf)pick((vi)some_bytes(mask + at, count - at), (vi)score, (vi)splat(LEAST[type]));
+        } else {
+            const vf added = load_up_to(mask + at * value_size(mask_type), mask_type, count - at);
+            score = round_to(score + round_to(added, type), type);
+        }
         store_floats(x + at, score);
     }
-    return largest_of(found);
 }
 
-INLINE float make_powers(float *x, int64_t count, float largest) {
-    vf sums[2] = {splat(0), splat(0)};
-    for (int64_t at = 0; at < count; at += LANES) {
-        const vf power = exp_of(load_floats(x + at) - largest);
-        sums[at / LANES % 2] += power;
-        store_floats(x + at, power);
+INLINE float largest_of(float *x, int64_t count) {
+    vf found = splat(-INFINITY);
+    for (int64_t at = count; at % LANES; at++) x[at] = -INFINITY;
+    for (int64_t at = 0; at < count; at += LANES) found = larger_float(load_floats(x + at), found);
+    return largest_lane(found);
+}
+
+INLINE float scores_in(const score_row *row, int64_t type, float *x, int64_t first, int64_t count) {
+    scale_scores(row, type, x, first, count);
+    if (row->args->softcap != 0) cap_scores((float)row->args->softcap, type, x, count);
+    if (row->mask) mask_scores(row, type, x, first, count);
+    return largest_of(x, count);
+}
+
+float make_scores(const score_row *row, float *x, int64_t first, int64_t count) {
+    switch (row->rounds_to) {
+        case FP8CPU_FLOAT32: return scores_in(row, FP8CPU_FLOAT32, x, first, count);
+        case FP8CPU_BFLOAT16: return scores_in(row, FP8CPU_BFLOAT16, x, first, count);
+        default: return scores_in(row, FP8CPU_FLOAT16, x, first, count);
     }
-    return sum_of(sums[0] + sums[1]);
 }
 
-/* Probabilities as they are multiplied with the codes of values: on the FP8 grid, without its scale. */
-INLINE void make_probabilities(const fp8cpu_attention_args *a, float *x, float sum, int64_t rounds_to,
-                               const float *of_values, int64_t of_values_stride, fp8_format format) {
+/* --- probabilities ---------------------------------------------------------------------------------------------------- */
+
+INLINE void probabilities_in(const score_row *row, int64_t type, fp8_format format, float *x, int64_t first,
+                             int64_t count, float sum) {
+    const fp8cpu_attention_args *a = row->args;
     const vf reciprocal = splat(1.0f / single(a->p_scale));
-    for (int64_t at = 0; at < a->keys; at += LANES) {
-        vf p = round_to(load_floats(x + at) / sum, rounds_to);
+    for (int64_t at = 0; at < count; at += LANES) {
+        vf p = round_to(load_floats(x + at) / sum, type);
         if (a->p_scale) p = to_grid(p * reciprocal, (float)a->full_scale, format);
-        if (of_values_stride) p *= load_up_to(of_values + at, FP8CPU_FLOAT32, a->keys - at);
+        if (row->of_values) p *= load_up_to(row->of_values + first + at, FP8CPU_FLOAT32, count - at);
         store_floats(x + at, p);
     }
 }
 
-INLINE void softmax_row(const fp8cpu_attention_args *a, int64_t number, int64_t rounds_to) {
-    const place at = place_of(a, number), keys = keys_of(a, at);
-    const float *of_keys = (const float *)a->k_scale, *of_values = (const float *)a->v_scale;
-    float *x = (float *)a->scores + number * a->scores_stride;
-    const score_row row = {
-        .args = a,
-        .of_query = scale_at(a->q_scale, a->q_scale_stride, at),
-        .of_keys = of_keys ? of_keys + offset_of(a->k_scale_stride, keys) : NULL,
-        .of_keys_stride = a->k_scale_stride[2],
-        .mask = a->mask ? (const char *)a->mask + offset_of(a->mask_stride, at) * a->mask_size : NULL,
-        .rounds_to = rounds_to,
-    };
-    vf sink = splat(-INFINITY);
-    if (a->sinks) {
-        const char *p = (const char *)a->sinks + offset_of(a->sinks_stride, at) * value_size(a->sinks_type);
-        sink = splat(round_to(load_some(p, a->sinks_type, 1), rounds_to)[0]);
+void make_probabilities(const score_row *row, float *x, int64_t first, int64_t count, float sum) {
+#define PROBABILITIES(type)                                              \
+    if (row->args->format == FP8CPU_E4M3)                                \
+        probabilities_in(row, type, E4M3, x, first, count, sum);         \
+    else                                                                 \
+        probabilities_in(row, type, E5M2, x, first, count, sum);         \
+    break
+    switch (row->rounds_to) {
+        case FP8CPU_FLOAT32: PROBABILITIES(FP8CPU_FLOAT32);
+        case FP8CPU_BFLOAT16: PROBABILITIES(FP8CPU_BFLOAT16);
+        default: PROBABILITIES(FP8CPU_FLOAT16);
     }
-    const float largest = make_scores(&row, x, a->keys, sink[0]);
-    float sum = make_powers(x, a->keys, largest);
-    if (a->sinks) sum += exp_of(sink - largest)[0];
-    of_values = of_values ? of_values + offset_of(a->v_scale_stride, keys) : NULL;
-    if (a->format == FP8CPU_E4M3)
-        make_probabilities(a, x, sum, rounds_to, of_values, a->v_scale_stride[2], E4M3);
-    else
-        make_probabilities(a, x, sum, rounds_to, of_values, a->v_scale_stride[2], E5M2);
+#undef PROBABILITIES
 }
 
-static void softmax_task(void *context, int64_t task, int64_t thread) {
+/* --- whole rows ------------------------------------------------------------------------------------------------------- */
+
+static void softmax_row(void *context, int64_t number, int64_t thread) {
     const fp8cpu_attention_args *a = context;
+    const score_row row = score_row_of(a, number);
+    float *x = (float *)a->scores + number * a->scores_stride;
+    const float found = make_scores(&row, x, 0, a->keys), largest = found > row.sink ? found : row.sink;
+    const float sum = sum_of_lanes(make_powers(x, x, a->keys, largest));
     (void)thread;
-    if (!a->rounds_scores || a->type == FP8CPU_FLOAT32)
-        softmax_row(a, task, FP8CPU_FLOAT32);
-    else if (a->type == FP8CPU_BFLOAT16)
-        softmax_row(a, task, FP8CPU_BFLOAT16);
-    else
-        softmax_row(a, task, FP8CPU_FLOAT16);
+    make_probabilities(&row, x, 0, a->keys, sum + exp_of(splat(row.sink - largest))[0]);
 }
 
 int FP8CPU_NAME(softmax)(const fp8cpu_attention_args *a) {
     const int64_t rows = a->batch * a->heads * a->queries;
-    fp8cpu_parallel(softmax_task, (void *)(uintptr_t)a, rows, rows * a->keys < 1 << 12 ? 1 : a->threads);
+    fp8cpu_parallel(softmax_row, (void *)(uintptr_t)a, rows, rows * a->keys < 1 << 12 ? 1 : a->threads);
     return FP8CPU_OK;
 }
