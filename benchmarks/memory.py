@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from . import machine, models
-from .rivals import ROOT
+from .rivals import ROOT, Transformers
 from .table import Row, report
 
 PART_OF_WEIGHTS, ON_TOP = 0.56, 150 * machine.MIB
@@ -28,8 +28,9 @@ KINDS = ("bf16", "FP8", "int8")
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes of anonymous memory: after the imports, and at most."""
+    """Bytes of anonymous memory: after importing torch and transformers' model, after all imports, and at most."""
 
+    base: int
     imports: int
     peak: int
 
@@ -54,16 +55,24 @@ def peak(kind: str, folder: Path, scale_method: str) -> Peak:
     """
     command = [sys.executable, "-m", "benchmarks.memory", "--child", kind, str(folder), scale_method]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
-        assert child.stdin is not None and child.stdout is not None
+        assert child.stdout is not None
         status = Path(f"/proc/{child.pid}/status")
+        _expect(child, b"torch and transformers\n")
+        base = anonymous(status.read_text())
+        _go_on(child)
         _expect(child, b"imported\n")
         imports = highest = anonymous(status.read_text())
-        child.stdin.write(b"go\n")
-        child.stdin.flush()
+        _go_on(child)
         while not select.select([child.stdout], [], [], INTERVAL)[0]:
             highest = max(highest, anonymous(status.read_text()))
         _expect(child, b"done\n")
-        return Peak(imports, max(highest, anonymous(status.read_text())))
+        return Peak(base, imports, max(highest, anonymous(status.read_text())))
+
+
+def _go_on(child: subprocess.Popen[bytes]) -> None:
+    assert child.stdin is not None
+    child.stdin.write(b"go\n")
+    child.stdin.flush()
 
 
 def _expect(child: subprocess.Popen[bytes], word: bytes) -> None:
@@ -77,17 +86,20 @@ def live(kind: str, folder: Path, scale_method: str) -> None:
     machine.prepare()
     from transformers import LlamaForCausalLM  # noqa: F401
 
-    import optimum_fp8  # noqa: F401
-
-    from .rivals import Transformers
-
-    print("imported", flush=True)
-    sys.stdin.readline()
+    _tell("torch and transformers")
+    if kind == "FP8":
+        import optimum_fp8  # noqa: F401
+    _tell("imported")
     model: Any = (
         models.load_int8(folder) if kind == "int8" else models.load(folder, scale_method if kind == "FP8" else None)
     )
     Transformers(model).decode(models.prompt(1, 512, model.config.vocab_size), 8)
-    print("done", flush=True)
+    _tell("done")
+
+
+def _tell(word: str) -> None:
+    """Say where this process is, and wait to be told to go on (or that nobody watches any more)."""
+    print(word, flush=True)
     sys.stdin.readline()
 
 
@@ -111,7 +123,7 @@ def run(scale_method: str = models.SCALES_PER_CHANNEL, folder: Path | None = Non
         Row("the same above what the imports took", _mib(ours.rise), rise, ours.rise / allowed, at_most=True),
     ], [
         f"memory is RssAnon; allowed are {PART_OF_WEIGHTS} x bf16's weights ({_mib(models.weight_bytes(folder))}) "
-        f"+ {_mib(ON_TOP)}; the imports take {_mib(ours.imports)}"
+        f"+ {_mib(ON_TOP)}; the imports take {_mib(ours.imports)}, of which torch and transformers {_mib(ours.base)}"
     ]
 
 

@@ -154,4 +154,4 @@ def test_anonymous_memory_is_read_from_a_status():
 @pytest.mark.slow
 def test_peak_of_a_fresh_process(folder):
     found = memory.peak("FP8", folder, models.SCALES_PER_TENSOR)
-    assert 50 * machine.MIB < found.imports < found.peak < found.imports + 500 * machine.MIB
+    assert 50 * machine.MIB < found.base < found.imports < found.peak < found.imports + 500 * machine.MIB
