@@ -62,6 +62,7 @@ class FP8Config(FineGrainedFP8Config):
         attention_granularity: "tensor" (one scale for q, k and v each) or "head" (one for each head).
         attention_dataflow: "fused" (one kernel, scores stay in float32) or "unfused" (product, softmax, product, each
             rounded to the model's dtype).
+        softmax_backoff: part of the full scale that a probability of 1 is mapped to; None: as for any activation.
         decode_steps: tokens that calibration generates after each sample where attention or a cache is quantized.
         dequantize: load an FP8 checkpoint as a plain high-precision model.
         format_version: version of the configuration's and checkpoint's format.
@@ -102,6 +103,7 @@ class FP8Config(FineGrainedFP8Config):
         "kv_cache": False,
         "attention_granularity": "tensor",
         "attention_dataflow": "fused",
+        "softmax_backoff": None,
         "decode_steps": 8,
         "dequantize": False,
         "format_version": FORMAT_VERSION,
@@ -138,6 +140,7 @@ class FP8Config(FineGrainedFP8Config):
     kv_cache: bool
     attention_granularity: str
     attention_dataflow: str
+    softmax_backoff: float | None
     decode_steps: int
     format_version: int
 

@@ -243,6 +243,7 @@ NORMALIZERS: dict[str, Callable[[str, Any], Any]] = {
     "kv_cache": _boolean,
     "attention_granularity": _choice("tensor", "head"),
     "attention_dataflow": _choice("fused", "unfused"),
+    "softmax_backoff": _backoff,
     "decode_steps": _whole,
     "dequantize": _boolean,
     "format_version": _count,

@@ -56,10 +56,12 @@ def scales_for(name: str, module: nn.Module, measurements: Measurements, config:
         fixed = _INTERFACE_KINDS if kind == FUNCTIONS else _INTERFACE_KINDS[:2]
         seen = sorted(seen) if config.method.activation.needs_range else list(fixed)
         scales = {f"{of}_scale": scale(of) for of in seen}
-    measured_p = measurements.maxabs(name, "p")  # the first product after a softmax may take something else
-    rounds_p = kind in (INTERFACE, FUSED, SOFTMAX) or (kind == FUNCTIONS and static)
-    if config.attention and rounds_p and (measured_p is None or measured_p <= P_MAXABS):
-        scales["p_scale"] = _activation_scale(torch.tensor(P_MAXABS), config)
+    rounds_p = kind in (INTERFACE, FUSED, SOFTMAX)
+    if kind == FUNCTIONS and static:  # the first product after a softmax may take something else
+        measured_p = measurements.maxabs(name, "p")
+        rounds_p = measured_p is None or bool(measured_p <= P_MAXABS)
+    if config.attention and rounds_p:
+        scales["p_scale"] = _activation_scale(torch.tensor(P_MAXABS), config, config.softmax_backoff)
     if config.kv_cache and static and kind in (INTERFACE, FUNCTIONS):
         scales |= _scales_of_cache(name, scales, measurements, scale)
     return scales
@@ -80,12 +82,12 @@ def _scales_of_cache(
     return {} if same else {f"{kind}_cache_scale": scale(f"{kind}_cache") for kind in "kv"}
 
 
-def _activation_scale(maxabs: torch.Tensor, config: FP8Config) -> torch.Tensor:
+def _activation_scale(maxabs: torch.Tensor, config: FP8Config, backoff: float | None = None) -> torch.Tensor:
     return activation_scale(
         maxabs,
         method=config.scale_method,
         target=config.resolved_target,
         fp8_config=config.fp8_config,
         hp_dtype=config.hp_dtype,
-        backoff=config.input_backoff,
+        backoff=config.input_backoff if backoff is None else backoff,
     )

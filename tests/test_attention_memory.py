@@ -1,4 +1,4 @@
-"""What a decode step makes of a cache: models that multiply themselves take its codes as they are, too."""
+"""What a decode step makes of a cache: attention takes its codes, in models that multiply themselves too."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def largest(monkeypatch):
 def decoded(family: Family, mode: Largest, static_cache: bool, **options) -> tuple[int, int]:
     """Elements of the largest tensor in a decode step, and of a layer's keys."""
     model = family.make().bfloat16()
-    config = FP8Config(blocklist={"types": ["Linear", "FalconLinear"]}, kv_cache=True, **options)
+    config = FP8Config(blocklist={"types": ["Linear", "FalconLinear", "Conv1D"]}, kv_cache=True, **options)
     prepare(model, config)
     model(PROMPT)
     convert(model)
@@ -77,6 +77,13 @@ def decoded(family: Family, mode: Largest, static_cache: bool, **options) -> tup
 )
 def test_no_high_precision_copy_of_keys_or_values(largest, name, kind, scheme, attention):
     elements, keys = decoded(FAMILIES[name], largest, kind == "static", activation_scheme=scheme, attention=attention)
+    assert 0 < elements < keys
+
+
+@pytest.mark.parametrize("scheme", ["static", "dynamic"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "opt", "gptj"])
+def test_nor_by_models_that_call_attention_by_name(largest, name, scheme):
+    elements, keys = decoded(FAMILIES[name], largest, False, activation_scheme=scheme, attention=True)
     assert 0 < elements < keys
 
 

@@ -220,6 +220,7 @@ VALID = {
     "text_column": st.text(min_size=1, max_size=5),
     "modules_to_not_convert": st.none() | name_lists,
     "quantize_lm_head": st.booleans(),
+    "softmax_backoff": backoffs,
 }
 
 

@@ -170,3 +170,15 @@ def test_backoffs_vs_scale_method():
         scales[backoff] = (model[0].input_scale.item(), model[0].weight_scale.item())
     assert scales[None] == (7.0 / (448 * 0.25), 7.0 / (448 * 0.5))
     assert scales[1.0] == (7.0 / 448, 7.0 / 448)
+
+
+@pytest.mark.parametrize(
+    "options, divisor",
+    [({}, 112), ({"input_backoff": 0.5}, 224), ({"input_backoff": 0.5, "softmax_backoff": 1.0}, 448)],
+    ids=str,
+)
+def test_softmax_backoff_vs_input_backoff(options, divisor):
+    model = tiny_llama()
+    prepare(model, FP8Config(attention=True, scale_method="maxabs_arbitrary", hp_dtype="fp32", target="cpu", **options))
+    model(torch.arange(5)[None])
+    assert convert(model).model.layers[0].self_attn.p_scale.item() == pytest.approx(1 / divisor)

@@ -238,6 +238,21 @@ def test_beams_are_reordered_as_codes():
             assert torch.equal(mine.cache.view(torch.uint8), its.cache.view(torch.uint8))
 
 
+def test_update_may_be_a_method_like_any_other():
+    def update(self, prev, cur, dim, idx, inp_seq_len):
+        return static(prev, cur, dim, idx, inp_seq_len)
+
+    static, expected = KVCache.update, generate(converted(), IDS, STEPS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KVCache, "update", update)
+        model = converted()
+        twin = copy.deepcopy(model)
+        assert torch.equal(generate(model, IDS, STEPS), expected)
+        generate(model, IDS.flip(0), STEPS)
+        assert torch.equal(generate(twin, IDS, STEPS), expected)
+        assert twin.layers[0].self_attn.k_cache.cache is not model.layers[0].self_attn.k_cache.cache
+
+
 def test_copies_are_independent_and_dequantize_puts_all_back():
     model, plain = converted(), gaudi_model()
     expected = generate(model, IDS, STEPS)
@@ -325,9 +340,13 @@ def test_measurements_serve_another_process(tmp_path):
 
 def test_lengths_instead_of_a_mask_are_refused():
     module = converted(flash=True).layers[0].self_attn.fused_scaled_dot_product_attention
-    q = torch.randn(1, 4, 3, 8)
-    with pytest.raises(FP8NotAvailableError, match="ModuleFusedSDPA was given valid_sequence_lengths.*attn_mask"):
-        module(q, q, q, None, 0.0, True, None, "fast", False, torch.tensor([3]))
+    q, more = torch.randn(1, 4, 3, 8), (None, 0.0, True, None, "fast", False)
+    assert module(q, q, q, *more, None).shape == q.shape
+    for given in ({"lengths": torch.tensor([3])}, {"valid_sequence_lengths": torch.tensor([3])}):
+        with pytest.raises(FP8NotAvailableError, match=r"layers\.0\.self_attn\.fused_\w+ \(Mod.*engths, .*attn_mask"):
+            module(q, q, q, *more, **given)
+    with pytest.raises(FP8NotAvailableError, match="was given further arguments"):
+        module(q, q, q, *more, None, "left", "a window")
 
 
 def test_a_softmax_without_a_product_beside_it_is_not_attention():

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from .. import ops
 from ..formats import is_fp8
@@ -24,7 +23,7 @@ _ACTS_AS = "_optimum_fp8_acts_as"
 _HIGH_PRECISION = "a cache in high precision was handed to update(): what is written is rounded, and stored as before"
 
 
-def store_in_fp8(module: nn.Module) -> None:
+def store_in_fp8(module: Any) -> None:
     """Look at what is written to a `KVCache` from now on; its plan says what becomes of it."""
     store_as_before(module)
     start_record(module)
@@ -32,7 +31,7 @@ def store_in_fp8(module: nn.Module) -> None:
     module.__dict__["update"] = partial(_update, module, module.update)
 
 
-def store_as_before(module: nn.Module) -> None:
+def store_as_before(module: Any) -> None:
     """Let a `KVCache` store on its own again; what it holds in FP8 is dequantized."""
     for name, ours in (("allocate", _allocate), ("update", _update)):
         if getattr(module.__dict__.get(name), "func", None) is ours:
@@ -41,12 +40,12 @@ def store_as_before(module: nn.Module) -> None:
         module.cache = ops.cast_from_fp8(module.cache, module.input_scale, module.__dict__.pop(_ACTS_AS))
 
 
-def _holds_fp8(module: nn.Module) -> bool:
+def _holds_fp8(module: Any) -> bool:
     held = getattr(module, "cache", None)
     return isinstance(held, torch.Tensor) and is_fp8(held.dtype)
 
 
-def _allocate(module: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _allocate(module: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Allocate codes where high precision was asked for."""
     plan, given = plan_of(module), inspect.signature(original).bind(*args, **kwargs)
     in_fp8 = plan is not None and plan.recipe is not None
@@ -59,7 +58,7 @@ def _allocate(module: nn.Module, original: Callable[..., Any], *args: Any, **kwa
 
 
 def _update(
-    module: nn.Module, original: Callable[..., torch.Tensor], prev: Any, cur: torch.Tensor, *args: Any, **kwargs: Any
+    module: Any, original: Callable[..., torch.Tensor], prev: Any, cur: torch.Tensor, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
     """Store `cur` in `prev`, and hand out what attention is to use.
 

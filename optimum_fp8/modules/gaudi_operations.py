@@ -10,30 +10,33 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from .. import ops
 from ..errors import FP8NotAvailableError
 from .attention import plan_of
 from .overriding import Overriding
 
-_SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "softmax_mode", "recompute_mode")
-_SDPA_ARGUMENTS = (*_SDPA, "valid_sequence_lengths", "padding_side")
+_SDPA_ARGUMENTS = (
+    *("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "softmax_mode", "recompute_mode"),
+    *("valid_sequence_lengths", "padding_side"),
+)
+# How the kernel is to compute, not what.
+_SDPA_MODES = ("softmax_mode", "recompute_mode", "padding_side")
 
 
-def round_softmax(module: nn.Module) -> None:
+def round_softmax(module: Any) -> None:
     """Look at what a `Softmax` returns from now on."""
     leave_softmax(module)
     module.register_forward_hook(_softmax)
 
 
-def leave_softmax(module: nn.Module) -> None:
+def leave_softmax(module: Any) -> None:
     """Let a `Softmax` compute on its own again."""
     for key in [key for key, hook in module._forward_hooks.items() if hook is _softmax]:
         del module._forward_hooks[key]
 
 
-def _softmax(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+def _softmax(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor | None:
     plan = plan_of(module)
     if plan is not None and plan.observe is not None:
         plan.observe("p", output)
@@ -44,35 +47,33 @@ def _softmax(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor
     return ops.cast_from_fp8(codes, scale, output.dtype)
 
 
-def override_sdpa(module: nn.Module) -> None:
+def override_sdpa(module: Any) -> None:
     """Compute what a `ModuleFusedSDPA` computes in its place from now on, whatever kernel it holds."""
     leave_sdpa(module)
     module.__dict__["forward"] = partial(_sdpa, module, module.forward)
 
 
-def leave_sdpa(module: nn.Module) -> None:
+def leave_sdpa(module: Any) -> None:
     """Let a `ModuleFusedSDPA` compute on its own again."""
     if getattr(module.__dict__.get("forward"), "func", None) is _sdpa:
         del module.__dict__["forward"]
 
 
-def _sdpa(module: nn.Module, original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+def _sdpa(module: Any, original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
     plan = plan_of(module)
     if plan is None:
         return original(*args, **kwargs)
-    given = dict(zip(_SDPA_ARGUMENTS, args, strict=False)) | kwargs
-    if plan.recipe is not None and given.get("valid_sequence_lengths") is not None:
+    given = dict(zip((*_SDPA_ARGUMENTS, "further arguments"), args, strict=False)) | kwargs
+    query, key, value = given.pop("query"), given.pop("key"), given.pop("value")
+    mask, dropout, is_causal, scale = (given.pop(name, None) for name in _SDPA_ARGUMENTS[3:7])
+    unknown = [name for name, argument in given.items() if name not in _SDPA_MODES and argument is not None]
+    if plan.recipe is not None and unknown:
         raise FP8NotAvailableError(
-            f"{type(module).__name__} was given valid_sequence_lengths, but attention in FP8 takes a mask: pass "
-            "attn_mask, with flash_attention_causal_mask=False, or put the module on the blocklist"
+            f"{plan.name} (ModuleFusedSDPA) was given {', '.join(unknown)}, which attention in FP8 does not take: pass "
+            "an attn_mask (flash_attention_causal_mask=False), or put the module on the blocklist"
         )
     output = Overriding(module, plan).fused(
-        partial(original, *args, **kwargs),
-        *(given[name] for name in _SDPA[:3]),
-        given.get("attn_mask"),
-        given.get("dropout_p") or 0.0,
-        bool(given.get("is_causal")),
-        given.get("scale"),
+        partial(original, *args, **kwargs), query, key, value, mask, dropout or 0.0, bool(is_causal), scale
     )
     if plan.observe is not None:
         plan.observe("output", output)

@@ -17,10 +17,12 @@ from optimum_fp8.modules import FP8Tensor
 from optimum_fp8.modules.attention import AttentionPlan, attention_forward, plan_of, set_plan
 from optimum_fp8.modules.attention_scales import drop_scales, names_taken, scales_of, set_scales
 from optimum_fp8.modules.recipe import AttentionRecipe, DynamicRule
+from optimum_fp8.scales import activation_scale
 
 FMT = number_format()
 ONE = {key: torch.tensor([0.03]) for key in ("q_scale", "k_scale", "v_scale", "output_scale")}
 ONE["p_scale"] = torch.tensor([1 / 64])
+FINE = {key: torch.tensor([2.0**-6]) for key in ("q_scale", "k_scale", "v_scale")}
 
 
 def inputs(dtype=torch.float32):
@@ -139,6 +141,17 @@ def test_static_masks_may_be_longer_than_the_keys():
     for each in (nn.Identity(), module(recipe())):
         found = [attention_forward(each, q, k, v, part)[0] for part in (mask, mask[..., :7])]
         assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("backoff, errors", [(0.25, (0.01, 0.2)), (1.0, (0.0, 0.01))])
+def test_attention_that_is_spread_wide_needs_small_probabilities(backoff, errors):
+    """Over so many positions most probabilities are below what the default scale tells from 0."""
+    q, k, v = torch.randn(1, 2, 1, 64), torch.randn(1, 2, 32768, 64), torch.randn(1, 2, 32768, 64) + 0.5
+    p_scale = activation_scale(1.0, method="maxabs_hw", backoff=backoff)
+    found, _ = attention_forward(module(recipe(), {"p_scale": p_scale} | FINE), q, k, v, None)
+    expected, _ = attention_forward(nn.Identity(), q, k, v, None)
+    plain, _ = attention_forward(module(recipe(), FINE), q, k, v, None)
+    assert errors[0] <= (found - plain).norm() / expected.norm() < errors[1]
 
 
 @pytest.mark.core
