@@ -21,6 +21,7 @@ from . import machine, timing
 from .table import Row, report
 
 FULL_SCALE, SCALE = 448.0, 2.0**-5
+K_SCALE = V_SCALE = torch.tensor([SCALE])  # parameters of a model: there before a token is
 TOKENS = (8192, 32768)
 PROMPTS = (512, 2048)
 WANTED_DECODING, WANTED_PREFILL = 1.7, 0.9
@@ -57,10 +58,10 @@ def plain(both: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.
 
 def fp8_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, owner: int = 0) -> torch.Tensor:
     """`[B, S, H, D]`, causal where there is more than one query."""
-    scale, length = torch.tensor([SCALE]), query.shape[2]
+    length = query.shape[2]
     mask = None if length == 1 else causal_mask(length)
     return ops.attention(
-        *(query, key, value, None, scale, scale, None, None, mask),
+        *(query, key, value, None, K_SCALE, V_SCALE, None, None, mask),
         scaling=query.shape[-1] ** -0.5,
         dtype=torch.float8_e4m3fn,
         full_scale=FULL_SCALE,

@@ -57,6 +57,10 @@ class CallRecord:
 _kernels: dict[str, list[Kernel]] = {}
 _records: dict[int, CallRecord] = {}
 _NO_TENSORS = frozenset({type(None), float, str, int, bool, torch.dtype})
+_PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
+_is_compiling, _is_profiling = torch.compiler.is_compiling, torch.autograd._profiler_enabled
+_records_gradients, _modes = torch.is_grad_enabled, torch._C._len_torch_dispatch_stack
+_transforms = torch._C._functorch.peek_interpreter_stack
 _missing: dict[str, str] = {}
 _warned: set[str] = set()
 _next_owner = itertools.count(1)  # 0 is "nobody"
@@ -115,23 +119,23 @@ def missing(device: str) -> str | None:
 def is_plain(*arguments: Any) -> bool:
     """Whether a call on these arguments means the same with and without torch's dispatcher: no tensor subclass, no
     gradient, no tracing, no mode and no profiler that would want to see the operator."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if _is_compiling() or _modes() or _transforms() is not None or _is_profiling():
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd._profiler_enabled():
-        return False
-    return _are_plain(arguments, torch.is_grad_enabled())
+    return _are_plain(arguments, _records_gradients())
 
 
 def _are_plain(arguments: Sequence[Any], gradients: bool) -> bool:
     for argument in arguments:
         kind = type(argument)
-        if kind is torch.nn.Parameter or kind is torch.Tensor:
+        if kind in _NO_TENSORS:
+            continue
+        if kind in _PLAIN_TENSORS:
             if gradients and argument.requires_grad:
                 return False
         elif kind is list or kind is tuple:
             if not _are_plain(argument, gradients):
                 return False
-        elif kind not in _NO_TENSORS and isinstance(argument, torch.Tensor):
+        elif isinstance(argument, torch.Tensor):
             return False
     return True
 

@@ -40,8 +40,14 @@ def refuses_attention(
             return f"{name} in {x.dtype} without a scale"
         if x.dtype not in FORMATS and x.dtype not in TYPES:
             return f"{name} in {x.dtype}"
-    if reason := _refuses_shapes(query, key, value, mask, sinks):
+    if _misfit(query, key, value):
+        return f"queries {tuple(query.shape)}, keys {tuple(key.shape)}, values {tuple(value.shape)}"
+    if mask is not None and (reason := _refuses_mask(mask, (*query.shape[:3], key.shape[2]))):
         return reason
+    if sinks is not None and (
+        sinks.dtype not in TYPES or tuple(sinks.shape) not in ((query.shape[1],), (*query.shape[:3], 1))
+    ):
+        return f"sinks in {sinks.dtype} of shape {tuple(sinks.shape)}"
     for name, scale, x in (("queries", q_scale, query), ("keys", k_scale, key), ("values", v_scale, value)):
         if scale is not None and not _fits(scale, x):
             return f"scales of {name} in {scale.dtype} of shape {tuple(scale.shape)} for {tuple(x.shape)}"
@@ -51,38 +57,28 @@ def refuses_attention(
     return None
 
 
-def _refuses_shapes(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-) -> str | None:
-    shapes = f"queries {tuple(query.shape)}, keys {tuple(key.shape)}, values {tuple(value.shape)}"
-    if not query.ndim == key.ndim == value.ndim == 4 or key.shape[:3] != value.shape[:3] or 0 in key.shape:
-        return shapes
-    if query.shape[0] != key.shape[0] or query.shape[1] % key.shape[1] or query.shape[3] != key.shape[3]:
-        return shapes
-    if mask is not None:
-        wanted = (*query.shape[:3], key.shape[2])
-        shape = (1,) * (4 - mask.ndim) + tuple(mask.shape)
-        if mask.dtype not in TYPES and mask.dtype != torch.bool:
-            return f"a mask in {mask.dtype}"
-        if len(shape) > 4 or any(n not in (1, w) for n, w in zip(shape[:3], wanted[:3], strict=True)):
-            return f"a mask of {tuple(mask.shape)} for scores of {wanted}"
-        if shape[3] < wanted[3]:
-            return f"a mask of {tuple(mask.shape)} for scores of {wanted}"
-    if sinks is not None and (
-        sinks.dtype not in TYPES or tuple(sinks.shape) not in ((query.shape[1],), (*query.shape[:3], 1))
-    ):
-        return f"sinks in {sinks.dtype} of shape {tuple(sinks.shape)}"
+def _misfit(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    q, k, v = query.shape, key.shape, value.shape
+    if not len(q) == len(k) == len(v) == 4 or 0 in k:
+        return True
+    return k[:3] != v[:3] or q[0] != k[0] or q[1] % k[1] != 0 or q[3] != k[3]
+
+
+def _refuses_mask(mask: torch.Tensor, wanted: tuple[int, ...]) -> str | None:
+    if mask.dtype not in TYPES and mask.dtype != torch.bool:
+        return f"a mask in {mask.dtype}"
+    shape = (1,) * (4 - mask.ndim) + tuple(mask.shape)
+    if len(shape) > 4 or shape[3] < wanted[3] or any(n not in (1, w) for n, w in zip(shape, wanted[:3], strict=False)):
+        return f"a mask of {tuple(mask.shape)} for scores of {wanted}"
     return None
 
 
 def _fits(scale: torch.Tensor, x: torch.Tensor) -> bool:
     """Whether `scale` is `(1,)`, one a head, or one a row of `x`."""
-    shapes = ((1,), (x.shape[1], 1, 1), (*x.shape[:3], 1))
-    return scale.dtype == torch.float32 and tuple(scale.shape) in shapes
+    shape = scale.shape
+    if scale.dtype != torch.float32:
+        return False
+    return shape == (1,) or shape == (x.shape[1], 1, 1) or shape == (*x.shape[:3], 1)
 
 
 class Attention:
@@ -115,9 +111,9 @@ class Attention:
             query=query if query.stride(3) == 1 else query.contiguous(),
             key=self._codes(key, k_scale, dtype, full_scale),
             value=self._codes(value, v_scale, dtype, full_scale),
-            q_scale=None if q_scale is None else q_scale.expand(*query.shape[:3], 1),
-            k_scale=_packed(k_scale).expand(*key.shape[:3], 1),
-            v_scale=_packed(v_scale).expand(*value.shape[:3], 1),
+            q_scale=q_scale,
+            k_scale=_packed(k_scale),
+            v_scale=_packed(v_scale),
             p_scale=p_scale,
             output_scale=output_scale if dataflow == "fused" else None,
             mask=None if mask is None else _expanded_mask(mask, (*query.shape[:3], key.shape[2])),
@@ -130,7 +126,7 @@ class Attention:
         )
         if query.shape[2] <= FEW_QUERIES:
             return self._few_queries(call)
-        return many_queries(self.kernels, call)
+        return many_queries(self.kernels, call.expanded())
 
     def _codes(self, x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, full_scale: float) -> torch.Tensor:
         if x.dtype not in FORMATS:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from struct import Struct
+from typing import NamedTuple
 
 import torch
 
@@ -13,6 +13,7 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FORMATS = {torch.float8_e4m3fn: 0, torch.float8_e5m2: 1}
 _BOOLEAN = 3
 _ARGUMENTS = Struct("=54q3d")
+_NO_MASK, _NO_SINKS = (0,) * 6, (0,) * 5
 _WIDEST = 16  # floats in a vector, on any processor
 
 
@@ -21,8 +22,7 @@ def row_size(keys: int) -> int:
     return -(-keys // _WIDEST) * _WIDEST
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """What is the same for all positions, as the operator takes it."""
 
     scaling: float
@@ -32,16 +32,17 @@ class Options:
     dataflow: str
 
 
-@dataclass(frozen=True)
-class Call:
-    """The operands, as views of their full shapes, with a contiguous last dimension.
+class Call(NamedTuple):
+    """The operands, with a contiguous last dimension.
+
+    A generated token makes one such call a layer, with caches gone cold in between: what happens here is kept short.
 
     Attributes:
         query: `[B, H, S, D]`, high precision.
         key: FP8 codes `[B, Hkv, T, D]`.
         value: FP8 codes `[B, Hkv, T, Dv]`.
-        q_scale: `[B, H, S, 1]` or None.
-        k_scale: `[B, Hkv, T, 1]`; along T it is contiguous or has stride 0.
+        q_scale: `(1,)`, `(H, 1, 1)`, `[B, H, S, 1]` or None.
+        k_scale: `(1,)`, `(Hkv, 1, 1)` or `[B, Hkv, T, 1]`; along T it is contiguous.
         v_scale: the same.
         p_scale: `(1,)` or None.
         output_scale: `(1,)` or None.
@@ -62,8 +63,18 @@ class Call:
     sinks: torch.Tensor | None
     options: Options
 
+    def expanded(self) -> Call:
+        """The same with scales as views of their full shapes."""
+        rows, positions = (*self.query.shape[:3], 1), (*self.key.shape[:3], 1)
+        return self._replace(
+            q_scale=None if self.q_scale is None else self.q_scale.expand(rows),
+            k_scale=self.k_scale.expand(positions),
+            v_scale=self.v_scale.expand(positions),
+        )
+
     def part(self, batch: int, key_head: int, queries: slice, keys: int) -> Call:
-        """The queries `queries` of one sequence that share a head of keys, and its first `keys` positions."""
+        """Of an expanded call: the queries `queries` of one sequence that share a head of keys, and its first `keys`
+        positions."""
         group = self.query.shape[1] // self.key.shape[1]
         one, heads, first = slice(batch, batch + 1), slice(key_head * group, (key_head + 1) * group), slice(keys)
         rows, positions = (one, heads, queries), (one, slice(key_head, key_head + 1), first)
@@ -87,24 +98,22 @@ class Call:
 
     def pack(self, variant: int, scores: torch.Tensor | None, output: torch.Tensor | None) -> bytes:
         """The arguments; `scores` is scratch, float32 `[B · H · S, row_size(T)]`, where all scores are kept."""
-        (batch, heads, queries, dim), (_, key_heads, keys, value_dim) = self.query.shape, self.value.shape
-        options, mask, sinks = self.options, self.mask, self.sinks
+        query, key, value, options, mask, sinks = *self[:3], self.options, self.mask, self.sinks
+        batch, heads, queries, dim = query.shape
+        _, key_heads, keys, value_dim = value.shape
         return _ARGUMENTS.pack(
             *(variant, threads(), batch, heads, key_heads, queries, keys, dim, value_dim),
-            *(TYPES[self.query.dtype], FORMATS[options.dtype]),
-            *_located(self.query),
-            *(self.key.data_ptr(), FORMATS[self.key.dtype], *self.key.stride()[:3]),
-            *(self.value.data_ptr(), FORMATS[self.value.dtype], *self.value.stride()[:3]),
-            *(number for scale in (self.q_scale, self.k_scale, self.v_scale) for number in _located(scale)),
+            *(TYPES[query.dtype], FORMATS[options.dtype]),
+            *(query.data_ptr(), *query.stride()[:3]),
+            *(key.data_ptr(), FORMATS[key.dtype], *key.stride()[:3]),
+            *(value.data_ptr(), FORMATS[value.dtype], *value.stride()[:3]),
+            *_scale(self.q_scale),
+            *_scale(self.k_scale),
+            *_scale(self.v_scale),
             0 if self.p_scale is None else self.p_scale.data_ptr(),
             0 if self.output_scale is None else self.output_scale.data_ptr(),
-            0 if mask is None else mask.data_ptr(),
-            0 if mask is None else TYPES.get(mask.dtype, _BOOLEAN),
-            0 if mask is None else mask.element_size(),
-            *_located(mask)[1:],
-            0 if sinks is None else sinks.data_ptr(),
-            0 if sinks is None else TYPES[sinks.dtype],
-            *_located(sinks)[1:],
+            *(_NO_MASK if mask is None else _mask(mask)),
+            *(_NO_SINKS if sinks is None else (sinks.data_ptr(), TYPES[sinks.dtype], *sinks.stride()[:3])),
             *((0, 0) if scores is None else (scores.data_ptr(), scores.stride(0))),
             0 if output is None else output.data_ptr(),
             options.dataflow != "fused",
@@ -112,6 +121,14 @@ class Call:
         )
 
 
-def _located(x: torch.Tensor | None) -> tuple[int, ...]:
-    """Where a tensor is, and its strides."""
-    return (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])
+def _scale(scale: torch.Tensor | None) -> tuple[int, ...]:
+    """Where a scale is, and its strides along `[batch, heads, positions]`."""
+    if scale is None:
+        return (0, 0, 0, 0)
+    if scale.ndim == 4:
+        return (scale.data_ptr(), *scale.stride()[:3])
+    return (scale.data_ptr(), 0, scale.stride(0) if scale.ndim == 3 else 0, 0)
+
+
+def _mask(mask: torch.Tensor) -> tuple[int, ...]:
+    return (mask.data_ptr(), TYPES.get(mask.dtype, _BOOLEAN), mask.element_size(), *mask.stride()[:3])
