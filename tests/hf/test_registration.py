@@ -56,10 +56,8 @@ def run(script: str, *arguments: str) -> str:
         "import optimum_fp8",
         "import transformers, optimum_fp8",
         "import transformers.quantizers.auto, optimum_fp8",
-        "import transformers.modeling_utils, optimum_fp8",
         "from transformers import LlamaForCausalLM; import optimum_fp8",
         "from optimum_fp8 import FP8Config",
-        "from optimum_fp8 import prepare",
         "import optimum_fp8.modules",
         "import pickle; pickle.loads(b'coptimum_fp8.config\\nFP8Config\\n.')",
     ],
@@ -91,7 +89,6 @@ THREADS = """
 import sys, threading
 import torch, transformers
 
-sys.setswitchinterval(1e-5)
 statements = sys.argv[1:]
 gate = threading.Barrier(len(statements))
 failed = []
@@ -118,7 +115,6 @@ assert not failed, failed
         [
             "from optimum_fp8 import prepare, quantization_report",
             "import transformers.modeling_utils",
-            "import transformers.quantizers.auto",
             "from optimum_fp8 import calibrate, scales",
         ],
     ],
