@@ -139,12 +139,14 @@ class Overriding(TorchFunctionMode):
             for kind, x in operands:
                 plan.observe(kind, x)
             return output
-        if plan.recipe is None or not (plan.recipe.rounds or isinstance(key, FP8Tensor)):
+        cached = isinstance(key, FP8Tensor)
+        if plan.recipe is None or not (plan.recipe.rounds or cached):
             return compute()
         if dropout_p:
             ops.note_fallback(plan.owner, "attention", f"a dropout of {dropout_p}")
             return compute()
-        if self._unseen("attention", [name for name, x in operands if not isinstance(x, FP8Tensor)], plan.recipe):
+        values = [name for name, x in operands if not isinstance(x, FP8Tensor)]
+        if self._unseen("attention", values, plan.recipe) and not cached:
             return compute()
         return self._rounded_attention(query, key, value, attn_mask, is_causal, scale, plan.recipe)
 

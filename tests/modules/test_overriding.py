@@ -250,16 +250,33 @@ def test_products_with_weights_are_layers_not_attention():
     assert torch.equal(convert(net)(x), convert(plain)(x))
 
 
+def test_dropout_is_left_to_torch_and_shows():
+    class DroppingAttention(Attention):
+        def forward(self, x):
+            q, k, v = self.qkv(x).chunk(3, dim=-1)
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
+
+    net, x = nn.Sequential(nn.Linear(16, 16), DroppingAttention()), torch.randn(2, 5, 16)
+    prepare(net, FP8Config(attention=True, allowlist={"names": ["^0$"]}))
+    net(x)
+    convert(net)(x)
+    row = quantization_report(net).attention[0]
+    assert row.fallbacks == {"high precision: a dropout of 0.5": 1} and not row.kernels
+
+
 @pytest.mark.parametrize("scheme", ["static", "dynamic"])
-@pytest.mark.parametrize("style", ["@", "fused"])
+@pytest.mark.parametrize("style", ["@", "turned", "fused"])
 def test_cached_codes_are_multiplied_as_they_are(monkeypatch, style, scheme):
-    """Keys out of an FP8 cache, transposed or not, bring their own scale; they are not dequantized."""
+    """Keys and values out of an FP8 cache, transposed or not, bring their own scale; they are not dequantized."""
 
     class CachedAttention(Attention):
         def forward(self, x):
             q = self.qkv(x)[..., :16].unflatten(-1, (2, 8)).transpose(1, 2)
             if self.style == "fused":
                 return F.scaled_dot_product_attention(q, self.key, self.value)
+            if self.style == "turned":  # codes on the left
+                scores = (self.key @ q.transpose(-1, -2)).transpose(-1, -2)
+                return (self.value.transpose(-1, -2) @ (scores * 8**-0.5).softmax(-1).mT).mT
             return (q @ self.key.transpose(-1, -2) * 8**-0.5).softmax(-1) @ self.value
 
     net, x, keys = nn.Sequential(nn.Linear(16, 16), CachedAttention(style)), torch.randn(2, 5, 16), []
@@ -272,12 +289,12 @@ def test_cached_codes_are_multiplied_as_they_are(monkeypatch, style, scheme):
     prepare(net, config)
     net(x)
     convert(net)
-    net[1].value = cached.dequantize()
-    net[1].key = cached
+    net[1].key = net[1].value = cached
     q = net[1].qkv(net[0](x))[..., :16].unflatten(-1, (2, 8)).transpose(1, 2)
     s = scales_of(net[1])
-    p = (rounded(q, s["q_scale"]) @ cached.dequantize().mT * 8**-0.5).softmax(-1)
-    expected = rounded(p, s["p_scale"]) @ rounded(cached.dequantize(), s["v_scale"])
+    q_scale, p_scale = (s["k_scale"], s["v_scale"]) if style == "turned" else (s["q_scale"], s["p_scale"])
+    p = (rounded(q, q_scale) @ cached.dequantize().mT * 8**-0.5).softmax(-1)
+    expected = rounded(p, p_scale) @ cached.dequantize()
     monkeypatch.setattr(FP8Tensor, "dequantize", lambda self: 1 / 0)
     torch.testing.assert_close(net(x), expected, atol=2e-3, rtol=1e-3)
 

@@ -374,6 +374,8 @@ static void fuzz_linear(int64_t variant) {
     free(x.base), free(y.base), free(w.base), free(w_scale.base), free(x_scale.base), free(bias.base);
 }
 
+#include "native_fuzz_attention.h"
+
 /* --- threads, and the whole ------------------------------------------------------------------------------------------------ */
 
 typedef struct {
@@ -399,8 +401,8 @@ static void in_parallel(void (*run)(void *), void *data, unsigned threads, unsig
 }
 
 static void fuzz(uint64_t seed) {
-    static void (*const operations[])(int64_t) = {fuzz_encode, fuzz_decode, fuzz_linear, fuzz_linear};
-    static const char *const names[] = {"encode", "decode", "linear", "linear"};
+    static void (*const operations[])(int64_t) = {fuzz_encode, fuzz_decode, fuzz_linear, fuzz_linear, fuzz_attention};
+    static const char *const names[] = {"encode", "decode", "linear", "linear", "attention"};
     static char name[64];
     case_seed = state = seed;
     int64_t variants = 0, operation;
@@ -408,7 +410,7 @@ static void fuzz(uint64_t seed) {
     int64_t variant = below(variants);
     while (!fp8cpu_runs((int)variant)) variant = (variant + 1) % variants;
     fp8cpu_set_openmp(chance(8) ? (void *)in_parallel : NULL);
-    operation = below(4);
+    operation = below(5);
     snprintf(name, sizeof name, "%s on %s", names[operation], fp8cpu_variant((int)variant));
     what = name;
     operations[operation](variant);
