@@ -77,3 +77,12 @@ def test_gemm_peak_counts_two_operations_an_element(monkeypatch):
     assert (peak.bf16, peak.fp32) == (2 * 10**3 / 0.25, 2 * 10**3 / 0.8)
     assert peak.best == peak.bf16
     assert machine.GemmPeak(1.0, 2.0).best == 2.0
+
+
+def test_gemm_peak_takes_smaller_matrices_where_a_product_is_slow(monkeypatch):
+    def interleave(sides, **options):
+        sides["bf16"]()
+        return {"bf16": [0.01], "fp32": [0.01]}  # of 256 x 256: 41 s of 4096 x 4096
+
+    monkeypatch.setattr(machine.timing, "interleave", interleave)
+    assert machine.gemm_peak(budget=1.5, size=4096).bf16 == 2 * 1024**3 / 0.01
