@@ -6,9 +6,11 @@ import platform
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from . import timing
 
@@ -104,18 +106,24 @@ def gemm_peak(budget: float = 1.5, size: int = 4096) -> GemmPeak:
     """The best of several products of square matrices in each dtype, in turns.
 
     Args:
-        budget: seconds for all of them; where torch has no fast product (bfloat16 without AVX-512), smaller matrices
-            are taken, so that it is kept.
+        budget: seconds after which no new round begins, and that one product may take: matrices are smaller where torch
+            is slow (bfloat16 without AVX-512), in that dtype alone.
         size: of the matrices, at most.
     """
-    small = torch.ones(256, 256, dtype=torch.bfloat16)
-    times = timing.interleave({"bf16": lambda: small @ small}, most=5)
-    while size > len(small) and min(times["bf16"]) * (size / len(small)) ** 3 > budget / 2:
-        size //= 2
-    a, b = (torch.randn(size, size) for _ in range(2))
-    a16, b16 = a.bfloat16(), b.bfloat16()
-    times = timing.interleave({"bf16": lambda: a16 @ b16, "fp32": lambda: a @ b}, budget=budget, least=3, most=10)
-    return GemmPeak(**{dtype: 2 * size**3 / min(seconds) for dtype, seconds in times.items()})
+    products = {"bf16": _product(torch.bfloat16, size, budget), "fp32": _product(torch.float32, size, budget)}
+    times = timing.interleave(products, budget=budget, least=3, most=10)
+    return GemmPeak(**{name: 2 * len(product.args[0]) ** 3 / min(times[name]) for name, product in products.items()})
+
+
+def _product(dtype: torch.dtype, size: int, limit: float) -> partial[torch.Tensor]:
+    """A product of square matrices, doubled up to `size` while that is expected to take `limit` seconds at most."""
+    width = min(size, 256)
+    while True:
+        product = partial(F.linear, *(torch.randn(width, width).to(dtype) for _ in range(2)))
+        product()
+        if 2 * width > size or 8 * timing.seconds(product) > limit:
+            return product
+        width *= 2
 
 
 def cold_copies(nbytes: int, limit: int = 1200 * MIB) -> int:

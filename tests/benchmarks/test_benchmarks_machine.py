@@ -79,10 +79,12 @@ def test_gemm_peak_counts_two_operations_an_element(monkeypatch):
     assert machine.GemmPeak(1.0, 2.0).best == 2.0
 
 
-def test_gemm_peak_takes_smaller_matrices_where_a_product_is_slow(monkeypatch):
-    def interleave(sides, **options):
-        sides["bf16"]()
-        return {"bf16": [0.01], "fp32": [0.01]}  # of 256 x 256: 41 s of 4096 x 4096
+def test_gemm_peak_takes_smaller_matrices_in_a_dtype_whose_product_is_slow(monkeypatch):
+    def interleave(products, **options):
+        assert [len(product()) for product in products.values()] == [512, 1024]
+        return {"bf16": [0.5], "fp32": [0.25]}
 
+    slow = {(torch.bfloat16, 256): 0.1, (torch.bfloat16, 512): 0.8}
+    monkeypatch.setattr(machine.timing, "seconds", lambda run: slow.get((run.args[0].dtype, len(run.args[0])), 0.0))
     monkeypatch.setattr(machine.timing, "interleave", interleave)
-    assert machine.gemm_peak(budget=1.5, size=4096).bf16 == 2 * 1024**3 / 0.01
+    assert machine.gemm_peak(budget=1.5, size=1024) == machine.GemmPeak(2 * 512**3 / 0.5, 2 * 1024**3 / 0.25)
