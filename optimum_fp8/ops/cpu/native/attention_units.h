@@ -12,15 +12,6 @@ typedef struct {
 
 INLINE int units_of(kind k) { return k.pairs ? 2 : 4; }
 
-/* The code that lane `lane` of float unit `unit` holds. Pair u is made of floats u and u + 2. */
-INLINE int code_of(int unit, int lane) {
-#if defined(__AVX512VBMI__)
-    return lane / 4 * 16 + unit % 2 * 8 + lane % 4 * 2 + unit / 2;
-#else
-    return 4 * lane + unit;
-#endif
-}
-
 /* A step of codes of which `left` are there, or more; zeros behind them. There is no call in it, which would cost all
  * vectors their registers, and no mask where none is needed: masked loads keep the processor from reading ahead. */
 INLINE vi load_codes(const uint8_t *p, int64_t left) {
@@ -38,18 +29,13 @@ INLINE vi load_codes(const uint8_t *p, int64_t left) {
 }
 
 INLINE void decode_codes(vi codes, kind k, vf *units) {
-#if defined(__AVX512VBMI__)
-    vi pairs[2];
-    bfloat16_of_halves(codes, lookup_of(k.e5m2), pairs);
+#if defined(__AVX512BF16__)
     if (k.pairs) {
-        UNROLL for (int i = 0; i < 2; i++) units[i] = (vf)pairs[i];
-    } else {
-        UNROLL for (int i = 0; i < 2; i++) units[i] = (vf)(pairs[i] << 16);
-        UNROLL for (int i = 0; i < 2; i++) units[i + 2] = (vf)(pairs[i] & (int32_t)0xFFFF0000);
+        decode_pairs(codes, decoder_of(k.e5m2), units);
+        return;
     }
-#else
-    decode_units(codes, k.e5m2, units);
 #endif
+    decode_units(codes, decoder_of(k.e5m2), units);
 }
 
 INLINE vf multiply_add(vf sum, vf a, vf b, kind k) {

@@ -18,31 +18,31 @@ typedef struct {
     int64_t ahead, row, step; /* bytes from the first codes of the tile; from row to row, from step to step */
 } fetching;
 
+INLINE decoder decoder_for(kind k) {
 #if defined(__AVX512BF16__)
-typedef lookup decoder;
-INLINE decoder decoder_for(kind k) { return in_registers(lookup_of(k.e5m2)); }
-#else
-typedef int decoder;
-INLINE decoder decoder_for(kind k) { return k.e5m2; }
+    if (k.bf16) return in_registers(decoder_of(k.e5m2));
 #endif
+    return decoder_of(k.e5m2);
+}
 
-/* The units of one step of a row: units[i] holds byte i of every lane, or pairs of neighbours. */
 INLINE void decode_step(vi codes, kind k, decoder d, vf *units) {
 #if defined(__AVX512BF16__)
     if (k.bf16) {
-        vi pairs[2];
-        bfloat16_of_halves(codes, d, pairs);
-        units[0] = (vf)pairs[0], units[1] = (vf)pairs[1];
+        decode_pairs(codes, d, units);
         return;
     }
 #endif
-    (void)d;
-    decode_units(codes, k.e5m2, units);
+    (void)k;
+    decode_units(codes, d, units);
 }
+
+/* An addition waits for the one before it to the same sum. Where sums are few, those of every other unit go apart,
+ * `apart` sums further on; 0: they need not. */
+INLINE int apart_for(kind k, int w_rows, int x_rows) { return k.bf16 || w_rows * x_rows > 2 ? 0 : w_rows * x_rows; }
 
 /* One step of `w_rows` rows of w, one or two, times `x_rows` rows of x: each value of x is loaded once for both. */
 INLINE void dot_step(const vi *codes, kind k, decoder d, const float *scales, int w_rows, int x_rows, const float *x,
-                     vf *sums) {
+                     int apart, vf *sums) {
     const int units = units_of(k);
     vf w[2][4];
     UNROLL for (int r = 0; r < w_rows; r++) {
@@ -51,8 +51,10 @@ INLINE void dot_step(const vi *codes, kind k, decoder d, const float *scales, in
     }
     UNROLL for (int i = 0; i < units; i++) UNROLL for (int c = 0; c < x_rows; c++) {
         const vf values = load_floats(x + (c * units + i) * LANES);
-        UNROLL for (int r = 0; r < w_rows; r++)
-            sums[r * x_rows + c] = multiply_add(sums[r * x_rows + c], values, w[r][i], k);
+        UNROLL for (int r = 0; r < w_rows; r++) {
+            vf *sum = sums + r * x_rows + c + i % 2 * apart;
+            *sum = multiply_add(*sum, values, w[r][i], k);
+        }
     }
 }
 
@@ -60,6 +62,7 @@ INLINE void dot_step(const vi *codes, kind k, decoder d, const float *scales, in
 INLINE void dot_steps(const linear_job *job, kind k, int w_rows, int x_rows, int64_t n, span s, fetching f, vf *sums) {
     const fp8cpu_linear_args *a = job->args;
     const int64_t size = a->k, whole = smaller(s.to, size / STEP), x_size = x_rows * units_of(k) * LANES;
+    const int apart = apart_for(k, w_rows, x_rows);
     const int pair = k.bf16 && w_rows > 1 ? 2 : 1; /* floats of two rows would crowd out sums */
     const uint8_t *w = (const uint8_t *)a->w + n * size + s.from * STEP, *fetch = w + f.ahead;
     const float *x = s.x + s.from * x_size;
@@ -74,13 +77,13 @@ INLINE void dot_steps(const linear_job *job, kind k, int w_rows, int x_rows, int
                 codes[i - r] = load_bits(w + i * size);
                 scales[i - r] = k.blocked ? block_scale(a, n + i, step * STEP) : 1;
             }
-            dot_step(codes, k, d, scales, pair, x_rows, x, sums + r * x_rows);
+            dot_step(codes, k, d, scales, pair, x_rows, x, apart, sums + r * x_rows);
         }
     if (step < s.to)
         UNROLL for (int r = 0; r < w_rows; r++) {
             codes[0] = load_step((const uint8_t *)a->w + (n + r) * size, step, size);
             scales[0] = k.blocked ? block_scale(a, n + r, step * STEP) : 1;
-            dot_step(codes, k, d, scales, 1, x_rows, x, sums + r * x_rows);
+            dot_step(codes, k, d, scales, 1, x_rows, x, apart, sums + r * x_rows);
         }
 }
 
@@ -94,10 +97,12 @@ INLINE void store_sums(int w_rows, int x_rows, const vf *sums, float *out, int64
 /* As dot_steps; sums are kept from span to span, and stored after the last. */
 INLINE void dot_rows(const linear_job *job, kind k, int w_rows, int x_rows, int64_t n, span s, fetching f, vf *kept,
                      float *out) {
-    const int count = w_rows * x_rows;
+    const int count = w_rows * x_rows, apart = apart_for(k, w_rows, x_rows);
     vf sums[MOST_SUMS];
     UNROLL for (int i = 0; i < count; i++) sums[i] = s.from ? kept[i] : splat(0);
+    UNROLL for (int i = 0; i < apart; i++) sums[apart + i] = splat(0);
     dot_steps(job, k, w_rows, x_rows, n, s, f, sums);
+    UNROLL for (int i = 0; i < apart; i++) sums[i] += sums[apart + i];
     if (s.to < job->steps)
         UNROLL for (int i = 0; i < count; i++) kept[i] = sums[i];
     else
@@ -105,8 +110,8 @@ INLINE void dot_rows(const linear_job *job, kind k, int w_rows, int x_rows, int6
 }
 
 /* What a tile of weights fetches. Groups pass over the same weights: each fetches a part of the next span's. A single
- * group fetches rows to come along with its own; and where it reads rows from end to end, pairs are done so soon that
- * memory has to be read in order to keep up. */
+ * group fetches rows to come along with its own; and where it reads rows from end to end, it is done so soon that memory
+ * has to be read in order to keep up. */
 INLINE fetching fetching_for(const linear_job *job, kind k, span s, int64_t cols, int w_rows, int64_t tile,
                              int64_t group) {
     const int64_t size = job->args->k, groups = parts_of(job, GROUP_ROWS);
@@ -114,7 +119,7 @@ INLINE fetching fetching_for(const linear_job *job, kind k, span s, int64_t cols
         const int64_t next = s.to < job->steps ? (s.to - s.from) * STEP : cols * size - s.from * STEP;
         return (fetching){tile % groups == group ? next : 0, size, STEP};
     }
-    if (k.bf16 && job->rows <= 4 && s.to - s.from == job->steps) return (fetching){4 * size, STEP, w_rows * STEP};
+    if (job->rows <= 4 && s.to - s.from == job->steps) return (fetching){4 * size, STEP, w_rows * STEP};
     return (fetching){(k.bf16 ? 8 : 4) * size, size, STEP};
 }
 

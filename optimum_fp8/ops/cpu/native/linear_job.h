@@ -1,9 +1,8 @@
 /* What all stages of a product share: the job, how weights are decoded, how x is laid out, how sums become outputs.
  *
- * Weights are read as vectors of 4 LANES codes, one "step" along k. The four bytes of lane l are k = 4 l ... 4 l + 3 of
- * the step; taking byte i of all lanes gives a vector without moving anything between lanes. x is laid out once a call
- * to match. A "unit" is what one lane multiplies at a time: a float, or a pair of bfloat16, where the processor
- * multiplies pairs and x fits in bfloat16. A step has 4 units of floats, or 2 of pairs.
+ * Weights are read as vectors of 4 LANES codes, one "step" along k. A "unit" is what one lane multiplies at a time: a
+ * float, or a pair of bfloat16, where the processor multiplies pairs and x fits in bfloat16. A step has 4 units of
+ * floats, or 2 of pairs. x is laid out once a call to match the order in which codes become units.
  */
 #ifndef FP8CPU_LINEAR_JOB_H
 #define FP8CPU_LINEAR_JOB_H
@@ -95,7 +94,7 @@ INLINE __m512i neighbours(const float *row) {
 }
 #endif
 
-/* For dot products: [group][step][row of the group][unit][lane], a unit's lanes in the order decode_step has them. */
+/* For dot products: [group][step][row of the group][unit][lane], a unit's lanes in the order of `decode_units`. */
 INLINE void lay_out_steps(const linear_job *job, kind k, int64_t m, float *row) {
     const int units = units_of(k);
     int64_t group = 0;
@@ -113,7 +112,7 @@ INLINE void lay_out_steps(const linear_job *job, kind k, int64_t m, float *row) 
         }
 #endif
         UNROLL for (int i = 0; i < units; i++)
-            for (int lane = 0; lane < LANES; lane++) x[i * LANES + lane] = row[4 * lane + i];
+            for (int lane = 0; lane < LANES; lane++) x[i * LANES + lane] = row[code_of(i, lane)];
     }
 }
 

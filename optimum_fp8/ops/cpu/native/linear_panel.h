@@ -13,7 +13,7 @@ INLINE void decode_columns(vi codes, kind k, vf *units) {
         return;
     }
 #endif
-    decode_units(codes, k.e5m2, units);
+    decode_bytes(codes, k.e5m2, units);
 }
 
 /* One step of LANES rows of w from n on, decoded into column `column` of a panel, [unit][TILE_COLS]. Rows behind the

@@ -1,11 +1,12 @@
-/* FP8 to bfloat16 by looking codes up in registers, where the processor permutes bytes (AVX-512 VBMI): exact for every
- * code, NaN and subnormals included, with no code treated apart. */
+/* FP8 to bfloat16 by looking codes up in registers, where the processor permutes bytes: all codes at once (AVX-512 VBMI),
+ * or halves of them (AVX2). Exact for every code, NaN and subnormals included, with none treated apart. */
 #ifndef FP8CPU_LOOKUP_H
 #define FP8CPU_LOOKUP_H
 
 #include "vector.h"
 
-#if defined(__AVX512VBMI__)
+#if defined(__AVX512VBMI__) || LANES == 8
+#define HAS_LOOKUP 1
 
 /* bfloat16 bits of a magnitude m, 0 ... 127. */
 #define E4M3_SUBNORMAL(m) \
@@ -19,6 +20,10 @@
 #define EACH_4(byte, of, m) byte(of(m)), byte(of((m) + 1)), byte(of((m) + 2)), byte(of((m) + 3))
 #define EACH_16(byte, of, m) \
     EACH_4(byte, of, m), EACH_4(byte, of, (m) + 4), EACH_4(byte, of, (m) + 8), EACH_4(byte, of, (m) + 12)
+#endif
+
+#if defined(__AVX512VBMI__)
+
 #define EACH_64(byte, of, m) \
     EACH_16(byte, of, m), EACH_16(byte, of, (m) + 16), EACH_16(byte, of, (m) + 32), EACH_16(byte, of, (m) + 48)
 
@@ -71,6 +76,47 @@ INLINE void bfloat16_of_halves(vi codes, lookup l, vi *pairs) {
     const __m512i low = _mm512_permutex2var_epi8(l.low[0], (__m512i)codes, l.low[1]);
     pairs[0] = (vi)_mm512_unpacklo_epi8(low, high);
     pairs[1] = (vi)_mm512_unpackhi_epi8(low, high);
+}
+
+#elif LANES == 8
+
+/* Of normal numbers, the high byte depends on a code's high half (and E5M2's, on one bit more), and the low byte on its
+ * low half. An exceptional code is brought, by its distance from the smallest of them (the NaN or Inf before 0), below
+ * 16, and others above 127, where the processor looks up zeros: the difference to what a normal number would be. */
+#define E4M3_NORMAL(m) (((m) << 4) + 0x3C00)
+#define E5M2_NORMAL(m) (((m) << 5) + 0x3800)
+#define E4M3_SIGNED(h) (((h) & 8) << 12 | E4M3_NORMAL(((h) & 7) << 4))
+#define E5M2_SIGNED(h) (((h) & 8) << 12 | E5M2_NORMAL(((h) & 7) << 4))
+#define E4M3_DIFFERENCE(i) (E4M3_BITS(((i) - 1) & 0x7F) ^ E4M3_NORMAL(((i) - 1) & 0x7F))
+#define E5M2_DIFFERENCE(i) (E5M2_BITS(((i) - 4) & 0x7F) ^ E5M2_NORMAL(((i) - 4) & 0x7F))
+#define TABLE(byte, of) {EACH_16(byte, of, 0), EACH_16(byte, of, 0)} /* the processor takes each half from its own */
+
+typedef struct {
+    vbytes high, high_difference, low_difference;
+    int e5m2;
+} lookup;
+
+INLINE lookup lookup_of(int e5m2) {
+    static const vbytes tables[2][3] = {
+        {TABLE(HIGH, E4M3_SIGNED), TABLE(HIGH, E4M3_DIFFERENCE), TABLE(LOW, E4M3_DIFFERENCE)},
+        {TABLE(HIGH, E5M2_SIGNED), TABLE(HIGH, E5M2_DIFFERENCE), TABLE(LOW, E5M2_DIFFERENCE)},
+    };
+    return (lookup){tables[e5m2][0], tables[e5m2][1], tables[e5m2][2], e5m2};
+}
+
+INLINE vbytes look_up(vbytes table, vbytes index) { return (vbytes)_mm256_shuffle_epi8((__m256i)table, (__m256i)index); }
+
+/* In 16-bit lanes, in order within 16 bytes of codes: the first eight of each in pairs[0], the others in pairs[1]. */
+INLINE void bfloat16_of_halves(vi codes, lookup l, vi *pairs) {
+    const __m256i c = (__m256i)codes;
+    const vbytes index = (((vbytes)codes + (uint8_t)(l.e5m2 ? 4 : 1)) & 0x7F) + 0x70;
+    vbytes high = look_up(l.high, (vbytes)_mm256_srli_epi16(c, 4) & 0x0F) ^ look_up(l.high_difference, index);
+    vbytes low = l.e5m2 ? (vbytes)_mm256_slli_epi16((__m256i)((vbytes)codes & 0x07), 5)
+                        : (vbytes)_mm256_slli_epi16((__m256i)((vbytes)codes & 0x0F), 4);
+    if (l.e5m2) high ^= (vbytes)_mm256_srli_epi16(c, 3) & 1;
+    low ^= look_up(l.low_difference, index);
+    pairs[0] = (vi)_mm256_unpacklo_epi8((__m256i)low, (__m256i)high);
+    pairs[1] = (vi)_mm256_unpackhi_epi8((__m256i)low, (__m256i)high);
 }
 
 #endif

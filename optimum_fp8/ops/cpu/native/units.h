@@ -1,5 +1,5 @@
-/* Codes in steps of 4 LANES: the four bytes of lane l are codes 4 l ... 4 l + 3, and byte i of all lanes becomes a vector
- * without moving anything between lanes; what is multiplied with them is laid out to match. */
+/* Codes in steps of 4 LANES, which become four vectors of floats, or two of pairs of bfloat16, without moving anything
+ * between lanes, or 16 bytes: what is multiplied with them is laid out to match. */
 #ifndef FP8CPU_UNITS_H
 #define FP8CPU_UNITS_H
 
@@ -26,7 +26,7 @@ INLINE vi load_step(const uint8_t *row, int64_t step, int64_t size) {
 }
 
 /* units[i] holds the values of byte i of every lane. */
-INLINE void decode_units(vi codes, int e5m2, vf *units) {
+INLINE void decode_bytes(vi codes, int e5m2, vf *units) {
 #if defined(__AVX512VBMI__)
     const vi low = bfloat16_of_even_bytes(codes, e5m2), high = bfloat16_of_odd_bytes(codes, e5m2);
     units[0] = (vf)(low << 16);
@@ -42,5 +42,32 @@ INLINE void decode_units(vi codes, int e5m2, vf *units) {
     }
 #endif
 }
+
+/* The values of a step in whichever order is least work. Pair u is made of floats u and u + 2. */
+#if HAS_LOOKUP
+typedef lookup decoder;
+INLINE decoder decoder_of(int e5m2) { return lookup_of(e5m2); }
+
+INLINE void decode_pairs(vi codes, decoder d, vf *pairs) {
+    vi halves[2];
+    bfloat16_of_halves(codes, d, halves);
+    UNROLL for (int i = 0; i < 2; i++) pairs[i] = (vf)halves[i];
+}
+
+INLINE void decode_units(vi codes, decoder d, vf *units) {
+    vf pairs[2];
+    decode_pairs(codes, d, pairs);
+    UNROLL for (int i = 0; i < 2; i++) units[i] = (vf)((vi)pairs[i] << 16);
+    UNROLL for (int i = 0; i < 2; i++) units[i + 2] = (vf)((vi)pairs[i] & (int32_t)0xFFFF0000);
+}
+
+/* The code that lane `lane` of float unit `unit` holds. */
+INLINE int code_of(int unit, int lane) { return lane / 4 * 16 + unit % 2 * 8 + lane % 4 * 2 + unit / 2; }
+#else
+typedef int decoder;
+INLINE decoder decoder_of(int e5m2) { return e5m2; }
+INLINE void decode_units(vi codes, decoder e5m2, vf *units) { decode_bytes(codes, e5m2, units); }
+INLINE int code_of(int unit, int lane) { return 4 * lane + unit; }
+#endif
 
 #endif
