@@ -11,12 +11,30 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.library import Library
 
 from ..errors import FP8NotAvailableError
 from . import dispatch, reference
 
-_library = Library("optimum_fp8", "DEF")
+
+class _Library(torch.library.Library):
+    """The operators' library, where a call that is plain goes straight to its kernel.
+
+    What torch makes of `register_autograd` takes longer than a small kernel, even where no gradient is wanted: compiled
+    graphs, which call operators through the dispatcher, would pay for it with every token.
+    """
+
+    def impl(self, op_name, fn, dispatch_key="", **options):  # type: ignore[no-untyped-def]
+        if dispatch_key == "Autograd":
+            implementation, made_by_torch = _implementations[op_name], fn
+
+            def fn(keyset, *args):  # type: ignore[no-untyped-def]
+                return implementation(*args) if dispatch.is_plain(*args) else made_by_torch(keyset, *args)
+
+        super().impl(op_name, fn, dispatch_key, **options)
+
+
+_library = _Library("optimum_fp8", "DEF")
+_implementations: dict[str, Callable[..., Any]] = {}
 _counted: set[str] = set()
 _SCHEMAS = {
     "cast_to_fp8": "(Tensor x, Tensor scale, ScalarType dtype, float full_scale) -> Tensor",
@@ -254,6 +272,7 @@ def declare(op: str, schema: str, fake: Callable[..., Any], defined_by: Callable
     def implementation(*args):  # type: ignore[no-untyped-def]
         return dispatch.run(op, args[-1], *args[:-1]) if counted else dispatch.run(op, 0, *args)
 
+    _implementations[op] = implementation
     if counted:
         _counted.add(op)
     _library.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))

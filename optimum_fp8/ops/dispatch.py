@@ -118,7 +118,7 @@ def missing(device: str) -> str | None:
 
 def is_plain(*arguments: Any) -> bool:
     """Whether a call on these arguments means the same with and without torch's dispatcher: no tensor subclass, no
-    gradient, no tracing, no mode and no profiler that would want to see the operator."""
+    values left out (meta), no gradient, no tracing, no mode and no profiler that would want to see the operator."""
     if _is_compiling() or _modes() or _transforms() is not None or _is_profiling():
         return False
     return _are_plain(arguments, _records_gradients())
@@ -130,7 +130,7 @@ def _are_plain(arguments: Sequence[Any], gradients: bool) -> bool:
         if kind in _NO_TENSORS:
             continue
         if kind in _PLAIN_TENSORS:
-            if gradients and argument.requires_grad:
+            if gradients and argument.requires_grad or argument.is_meta:
                 return False
         elif kind is list or kind is tuple:
             if not _are_plain(argument, gradients):

@@ -125,6 +125,19 @@ def test_meta_tensors_are_enough(op, args):
     assert meta.device.type == "meta" and meta.shape == op(*args).shape
 
 
+def test_meta_tensors_are_enough_for_the_functions():
+    x, weight, scale = (
+        torch.empty(shape, dtype=dtype, device="meta")
+        for shape, dtype in (((3, 8), torch.bfloat16), ((4, 8), torch.float8_e4m3fn), ((1,), torch.float32))
+    )
+    assert ops.maxabs(x, per_token=True).shape == (3, 1)
+    assert ops.linear(x, weight, scale, None, None, full_scale=448.0).shape == (3, 4)
+    assert [
+        y.shape
+        for y in ops.linears(x, [weight] * 2, [scale] * 2, [None] * 2, [None] * 2, full_scale=448.0, owners=[0, 0])
+    ] == [(3, 4)] * 2
+
+
 def test_operators_with_several_results():
     x, scale = torch.randn(3, 8), torch.ones(1)
     weights = [torch.randn(size, 8).to(torch.float8_e4m3fn) for size in (4, 6)]
