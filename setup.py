@@ -19,7 +19,7 @@ from setuptools.errors import CompileError
 
 NATIVE = Path("optimum_fp8/ops/cpu/native")
 FOR_ALL_VARIANTS = ["dispatch.c", "parallel.c"]
-FOR_EACH_VARIANT = ["cast.c", "linear.c", "attention.c", "softmax.c"]
+FOR_EACH_VARIANT = ["linear.c", "attention.c", "cast.c", "softmax.c"]  # what takes longest to compile first
 FLAGS = [
     "-O3",
     "-std=gnu11",
@@ -55,10 +55,11 @@ class BuildKernels(build_ext):
             raise CompileError("the CPU kernels need GCC or clang")
         variants = {"portable": [], **(X86_VARIANTS if IS_X86 else {})}
         macros = [("FP8CPU_X86", "1")] if IS_X86 else []
-        jobs = [(source, "all", macros, []) for source in FOR_ALL_VARIANTS]
-        for variant, flags in variants.items():
-            named = [*macros, ("FP8CPU_VARIANT", variant)]
-            jobs += [(source, variant, named, flags) for source in FOR_EACH_VARIANT]
+        jobs = []
+        for source in FOR_EACH_VARIANT:
+            for variant, flags in variants.items():
+                jobs.append((source, variant, [*macros, ("FP8CPU_VARIANT", variant)], flags))
+        jobs += [(source, "all", macros, []) for source in FOR_ALL_VARIANTS]
 
         def compile_one(job: tuple[str, str, list[tuple[str, str]], list[str]]) -> list[str]:
             source, folder, defined, flags = job

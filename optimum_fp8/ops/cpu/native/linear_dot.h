@@ -6,9 +6,10 @@
 
 enum { MOST_SUMS = 16 }; /* in registers at a time */
 
-/* A group of rows of x, and the span of k at hand. */
+/* Rows of x, and the span of k at hand. */
 typedef struct {
-    const float *x; /* the group's, from its first step on */
+    const float *x; /* from its first step on */
+    int64_t x_step; /* floats from step to step */
     int64_t from, to;
 } span;
 
@@ -61,16 +62,16 @@ INLINE void dot_step(const vi *codes, kind k, decoder d, const float *scales, in
 /* `w_rows` rows of w from n on, times `x_rows` rows of x, over a span; added to sums. */
 INLINE void dot_steps(const linear_job *job, kind k, int w_rows, int x_rows, int64_t n, span s, fetching f, vf *sums) {
     const fp8cpu_linear_args *a = job->args;
-    const int64_t size = a->k, whole = smaller(s.to, size / STEP), x_size = x_rows * units_of(k) * LANES;
+    const int64_t size = a->k, whole = smaller(s.to, size / STEP);
     const int apart = apart_for(k, w_rows, x_rows);
     const int pair = k.bf16 && w_rows > 1 ? 2 : 1; /* floats of two rows would crowd out sums */
     const uint8_t *w = (const uint8_t *)a->w + n * size + s.from * STEP, *fetch = w + f.ahead;
-    const float *x = s.x + s.from * x_size;
+    const float *x = s.x + s.from * s.x_step;
     const decoder d = decoder_for(k);
     vi codes[2];
     float scales[2];
     int64_t step = s.from;
-    for (; step < whole; step++, w += STEP, fetch += f.step, x += x_size)
+    for (; step < whole; step++, w += STEP, fetch += f.step, x += s.x_step)
         UNROLL for (int r = 0; r < w_rows; r += pair) {
             UNROLL for (int i = r; i < r + pair; i++) {
                 __builtin_prefetch(fetch + i * f.row);
@@ -123,16 +124,33 @@ INLINE fetching fetching_for(const linear_job *job, kind k, span s, int64_t cols
     return (fetching){(k.bf16 ? 8 : 4) * size, size, STEP};
 }
 
+/* Rows of w that are multiplied at a time, so that their sums with `x_rows` rows of x stay in registers. */
+INLINE int w_rows_for(kind k, int64_t x_rows) {
+    return (LANES < 16 ? 2 : k.bf16 ? 2 : 4) / (x_rows > 4 && !k.bf16 ? 2 : 1);
+}
+
 /* `cols` rows of w from `first` on, times group `group` of `x_rows` rows of x, over a span. */
 INLINE void dot_group(const linear_job *job, kind k, int x_rows, int64_t group, int64_t first, int64_t cols, span s,
                       vf *kept, float *out) {
-    const int w_rows = (LANES < 16 ? 2 : k.bf16 ? 2 : 4) / (x_rows > 4 && !k.bf16 ? 2 : 1);
-    int64_t i = 0;
-    for (; i + w_rows <= cols; i += w_rows)
+    const int w_rows = w_rows_for(k, x_rows);
+    s.x_step = x_rows * units_of(k) * LANES;
+    for (int64_t i = 0; i + w_rows <= cols; i += w_rows)
         dot_rows(job, k, w_rows, x_rows, first + i, s, fetching_for(job, k, s, cols, w_rows, i / w_rows, group),
                  kept + i * x_rows, out + i);
-    for (; i < cols; i++)
-        dot_rows(job, k, 1, x_rows, first + i, s, (fetching){0, 0, STEP}, kept + i * x_rows, out + i);
+}
+
+/* The rows of w that `dot_group` leaves: seldom more than none, and not worth code for each kind and number of rows of x.
+ * Apart from it, as tables and sums have few enough registers. */
+static __attribute__((noinline)) void dot_rest(const linear_job *job, kind k, int64_t x_rows, int64_t first, int64_t cols, span s, vf *kept,
+                     float *out) {
+    s.x_step = x_rows * units_of(k) * LANES;
+    for (int64_t i = cols - cols % w_rows_for(k, x_rows); i < cols; i++)
+        for (int64_t c = 0; c < x_rows; c++) {
+            span row = s;
+            row.x += c * units_of(k) * LANES;
+            dot_rows(job, k, 1, 1, first + i, row, (fetching){0, 0, STEP}, kept + i * x_rows + c,
+                     out + c * job->task_cols + i);
+        }
 }
 
 /* Steps of a span, all as even as can be. A single row of x is used once for each row of w, and read in order. */
@@ -151,15 +169,19 @@ INLINE void dot_task(const linear_job *job, kind k, int64_t task, int64_t thread
         s.to = smaller(s.from + steps, job->steps);
         for (int64_t group = 0; group < groups; group++) {
             const int64_t start = part_start(job, group, GROUP_ROWS);
+            const int64_t x_rows = part_start(job, group + 1, GROUP_ROWS) - start;
+            vf *group_kept = kept + start * cols;
+            float *out = sums + start * job->task_cols;
             s.x = job->x + start * job->steps * units_of(k) * LANES;
-#define GROUP_OF(rows)                                                                                        \
-    case rows:                                                                                                \
-        dot_group(job, k, rows, group, first, cols, s, kept + start * cols, sums + start * job->task_cols);   \
+#define GROUP_OF(rows)                                                            \
+    case rows:                                                                    \
+        dot_group(job, k, rows, group, first, cols, s, group_kept, out);          \
         break;
-            switch (part_start(job, group + 1, GROUP_ROWS) - start) {
+            switch (x_rows) {
                 GROUP_OF(1) GROUP_OF(2) GROUP_OF(3) GROUP_OF(4) GROUP_OF(5) GROUP_OF(6) GROUP_OF(7) GROUP_OF(8)
             }
 #undef GROUP_OF
+            dot_rest(job, k, x_rows, first, cols, s, group_kept, out);
         }
     }
     finish(job, k.blocked, sums, job->task_cols, first, cols);

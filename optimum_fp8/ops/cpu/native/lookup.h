@@ -106,17 +106,35 @@ INLINE lookup lookup_of(int e5m2) {
 
 INLINE vbytes look_up(vbytes table, vbytes index) { return (vbytes)_mm256_shuffle_epi8((__m256i)table, (__m256i)index); }
 
+/* The high bytes of values, and the low ones. */
+INLINE void bytes_of(vi codes, lookup l, __m256i *high, __m256i *low) {
+    const vbytes index = (((vbytes)codes + (uint8_t)(l.e5m2 ? 4 : 1)) & 0x7F) + 0x70;
+    const vbytes of_high = look_up(l.high, (vbytes)_mm256_srli_epi16((__m256i)codes, 4) & 0x0F);
+    const vbytes of_both = (vbytes)_mm256_srli_epi16((__m256i)codes, 3) & (uint8_t)(l.e5m2 ? 1 : 0);
+    const __m256i of_low = _mm256_slli_epi16((__m256i)((vbytes)codes & (uint8_t)(l.e5m2 ? 0x07 : 0x0F)), l.e5m2 ? 5 : 4);
+    *high = (__m256i)(of_high ^ of_both ^ look_up(l.high_difference, index));
+    *low = (__m256i)((vbytes)of_low ^ look_up(l.low_difference, index));
+}
+
+/* In 16-bit lanes: the value of the lane's low byte, or of its high byte. */
+INLINE vi bfloat16_of_even_bytes(vi codes, int e5m2) {
+    __m256i high, low;
+    bytes_of(codes, lookup_of(e5m2), &high, &low);
+    return (vi)_mm256_slli_epi16(high, 8) | ((vi)low & 0x00FF00FF);
+}
+
+INLINE vi bfloat16_of_odd_bytes(vi codes, int e5m2) {
+    __m256i high, low;
+    bytes_of(codes, lookup_of(e5m2), &high, &low);
+    return ((vi)high & (int32_t)0xFF00FF00) | (vi)_mm256_srli_epi16(low, 8);
+}
+
 /* In 16-bit lanes, in order within 16 bytes of codes: the first eight of each in pairs[0], the others in pairs[1]. */
 INLINE void bfloat16_of_halves(vi codes, lookup l, vi *pairs) {
-    const __m256i c = (__m256i)codes;
-    const vbytes index = (((vbytes)codes + (uint8_t)(l.e5m2 ? 4 : 1)) & 0x7F) + 0x70;
-    vbytes high = look_up(l.high, (vbytes)_mm256_srli_epi16(c, 4) & 0x0F) ^ look_up(l.high_difference, index);
-    vbytes low = l.e5m2 ? (vbytes)_mm256_slli_epi16((__m256i)((vbytes)codes & 0x07), 5)
-                        : (vbytes)_mm256_slli_epi16((__m256i)((vbytes)codes & 0x0F), 4);
-    if (l.e5m2) high ^= (vbytes)_mm256_srli_epi16(c, 3) & 1;
-    low ^= look_up(l.low_difference, index);
-    pairs[0] = (vi)_mm256_unpacklo_epi8((__m256i)low, (__m256i)high);
-    pairs[1] = (vi)_mm256_unpackhi_epi8((__m256i)low, (__m256i)high);
+    __m256i high, low;
+    bytes_of(codes, l, &high, &low);
+    pairs[0] = (vi)_mm256_unpacklo_epi8(low, high);
+    pairs[1] = (vi)_mm256_unpackhi_epi8(low, high);
 }
 
 #endif

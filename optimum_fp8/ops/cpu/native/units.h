@@ -27,7 +27,7 @@ INLINE vi load_step(const uint8_t *row, int64_t step, int64_t size) {
 
 /* units[i] holds the values of byte i of every lane. */
 INLINE void decode_bytes(vi codes, int e5m2, vf *units) {
-#if defined(__AVX512VBMI__)
+#if HAS_LOOKUP
     const vi low = bfloat16_of_even_bytes(codes, e5m2), high = bfloat16_of_odd_bytes(codes, e5m2);
     units[0] = (vf)(low << 16);
     units[1] = (vf)(high << 16);
