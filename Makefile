@@ -41,6 +41,6 @@ NATIVE = setup.py $(wildcard optimum_fp8/ops/cpu/native/*)
 .venv-oldest/.ready: WHAT = -e ".[test]" $(OLDEST)
 .venv/.ready .venv-oldest/.ready .venv-benchmark/.ready: pyproject.toml $(NATIVE)
 	$(PY) -m venv $(@D)
-	$(@D)/bin/pip install -q $(TORCH)
-	$(@D)/bin/pip install -q $(WHAT)
+	$(@D)/bin/pip install -q --no-compile $(TORCH)
+	$(@D)/bin/pip install -q --no-compile $(WHAT)
 	touch $@
