@@ -85,9 +85,13 @@ def backend(name: str) -> Iterator[None]:
 
     Raises:
         FP8ConfigError: no such backend.
-        FP8NotAvailableError: (from the call) the backend has no kernel for the operator, or it refuses the call.
+        FP8NotAvailableError: there is such a backend, but not here; or (from the call) it has no kernel for the
+            operator, or refuses the call.
     """
     if name not in backends():
+        if name in _missing:
+            here = ", ".join(backends())
+            raise FP8NotAvailableError(f"backend {name!r} cannot run: {_missing[name]}; here run {here}")
         raise FP8ConfigError(f"backend {name!r} is unknown: {nearest(name, backends())}")
     token = _forced.set(name)
     try:
@@ -106,9 +110,10 @@ def calls(owner: int) -> CallRecord:
     return _records.get(owner, CallRecord())
 
 
-def note_missing(device: str, reason: str) -> None:
-    """Remember why the kernels for a device type are not there: said once, when the reference first runs instead."""
-    _missing[device] = reason
+def note_missing(name: str, reason: str) -> None:
+    """Remember why a backend is not there, or all kernels for a device type: of those it is said once, when the
+    reference first runs instead."""
+    _missing[name] = reason
 
 
 def missing(device: str) -> str | None:

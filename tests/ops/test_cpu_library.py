@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import optimum_fp8
+from optimum_fp8 import ops
+from optimum_fp8.errors import FP8NotAvailableError
 from optimum_fp8.ops.cpu import library
 
 WITHOUT = """
@@ -109,6 +111,18 @@ def test_statuses_become_errors():
         library.check(1, "linear")
     with pytest.raises(RuntimeError, match="answered 2"):
         library.check(2, "linear")
+
+
+def test_each_variant_runs_or_says_why_not():
+    found = library.load()
+    assert isinstance(found, library.Library) and "portable" in found.variants
+    for name in found.variants:
+        with ops.backend(f"cpu_{name}"):
+            assert ops.maxabs(torch.tensor([[-2.0, 1.0]])) == 2
+    for name in found.too_new:
+        message = f"'cpu_{name}' cannot run: this processor has not all of the instructions"
+        with pytest.raises(FP8NotAvailableError, match=message), ops.backend(f"cpu_{name}"):
+            pass
 
 
 def test_torchs_runtime_is_found():

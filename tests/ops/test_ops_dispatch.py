@@ -131,6 +131,13 @@ def test_unknown_backend():
         pass
 
 
+def test_backend_of_other_machines(registry, monkeypatch):
+    monkeypatch.setattr(dispatch, "_missing", {"cpu_wide": "this processor is narrow"})
+    message = "'cpu_wide' cannot run: this processor is narrow; here run reference"
+    with pytest.raises(FP8NotAvailableError, match=message), ops.backend("cpu_wide"):
+        pass
+
+
 def test_counts_are_kept_per_owner(registry):
     first, second, idle = ops.new_owner(), ops.new_owner(), ops.new_owner()
     assert len({0, first, second, idle}) == 4

@@ -34,6 +34,8 @@ def register() -> None:
     if not isinstance(library, Library):
         dispatch.note_missing("cpu", library)
         return
+    for variant in library.too_new:
+        dispatch.note_missing(f"cpu_{variant}", f"this processor has not all of the instructions of {variant}")
     for variant in sorted(library.variants, key=lambda variant: variant == library.best):  # the last is asked first
         kernels = CpuKernels(library, variant)
         devices = ("cpu",) if variant == library.best else ()

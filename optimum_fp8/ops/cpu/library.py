@@ -20,6 +20,7 @@ class Library:
 
     Attributes:
         variants: names of the variants this processor can run, by their index.
+        too_new: names of those that it cannot.
         best: the one that is fastest on it.
         threaded: whether torch's OpenMP runtime was found; without it, everything runs on one thread.
         encode, decode, attention, softmax: take packed arguments (`fp8cpu.h` names them), return a status.
@@ -35,10 +36,13 @@ class Library:
         if native.fp8cpu_abi() != ABI:
             raise OSError(f"{path} has interface {native.fp8cpu_abi()}, expected {ABI}: install optimum_fp8 again")
         self.variants: dict[str, int] = {}
+        self.too_new: list[str] = []
         index = 0
         while (name := native.fp8cpu_variant(index)) is not None:
             if native.fp8cpu_runs(index):
                 self.variants[name.decode()] = index
+            else:
+                self.too_new.append(name.decode())
             index += 1
         self.best: str = native.fp8cpu_variant(native.fp8cpu_best()).decode()
         start_threads = torchs_openmp()
