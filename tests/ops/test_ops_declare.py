@@ -1,6 +1,8 @@
 """The operators as torch sees them: schema, fake kernels, torch.compile, and no gradient."""
 
 import itertools
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,6 +138,18 @@ def test_meta_tensors_are_enough_for_the_functions():
         y.shape
         for y in ops.linears(x, [weight] * 2, [scale] * 2, [None] * 2, [None] * 2, full_scale=448.0, owners=[0, 0])
     ] == [(3, 4)] * 2
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_only_gradients_take_the_way_through_torchs_autograd_kernel(gradient):
+    x, files = torch.randn(3, 8, requires_grad=gradient), set()
+    sys.setprofile(lambda frame, *event: files.add(Path(frame.f_code.co_filename).parts[-2:]))
+    try:
+        torch.ops.optimum_fp8.maxabs(x, False)
+    finally:
+        sys.setprofile(None)
+    assert ("ops", "dispatch.py") in files
+    assert (("_library", "autograd.py") in files) == gradient
 
 
 def test_operators_with_several_results():
