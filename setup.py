@@ -55,10 +55,11 @@ class BuildKernels(build_ext):
             raise CompileError("the CPU kernels need GCC or clang")
         variants = {"portable": [], **(X86_VARIANTS if IS_X86 else {})}
         macros = [("FP8CPU_X86", "1")] if IS_X86 else []
-        jobs = []
-        for source in FOR_EACH_VARIANT:
-            for variant, flags in variants.items():
-                jobs.append((source, variant, [*macros, ("FP8CPU_VARIANT", variant)], flags))
+        jobs = [
+            (source, variant, [*macros, ("FP8CPU_VARIANT", variant)], flags)
+            for source in FOR_EACH_VARIANT
+            for variant, flags in variants.items()
+        ]
         jobs += [(source, "all", macros, []) for source in FOR_ALL_VARIANTS]
 
         def compile_one(job: tuple[str, str, list[tuple[str, str]], list[str]]) -> list[str]:

@@ -1,5 +1,5 @@
-/* Codes in steps of 4 LANES, which become four vectors of floats, or two of pairs of bfloat16, without moving anything
- * between lanes, or 16 bytes: what is multiplied with them is laid out to match. */
+/* Codes in steps of 4 LANES, which become four vectors of floats, or two of pairs of bfloat16. None moves farther than is
+ * cheap, within its lane or its 16 bytes: what is multiplied with them is laid out to match. */
 #ifndef FP8CPU_UNITS_H
 #define FP8CPU_UNITS_H
 
