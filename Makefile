@@ -1,4 +1,5 @@
-# Every target sets itself up: its environment is made once, and again when pyproject.toml changes.
+# Every target sets itself up: its environment is made once, and again when pyproject.toml or the kernels change. The
+# kernels are compiled while large packages are unpacked.
 PY ?= python3
 TORCH ?= torch==2.13.0
 OLDEST ?= transformers==5.21.0
@@ -34,6 +35,7 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 NATIVE = setup.py $(wildcard optimum_fp8/ops/cpu/native/*)
+LARGE = datasets scikit-learn
 
 .venv/.ready: WHAT = -e ".[test,quality]"
 .venv-benchmark/.ready: WHAT = -e ".[benchmark]"
@@ -41,6 +43,9 @@ NATIVE = setup.py $(wildcard optimum_fp8/ops/cpu/native/*)
 .venv-oldest/.ready: WHAT = -e ".[test]" $(OLDEST)
 .venv/.ready .venv-oldest/.ready .venv-benchmark/.ready: pyproject.toml $(NATIVE)
 	$(PY) -m venv $(@D)
-	$(@D)/bin/pip install -q --no-compile $(TORCH)
+	$(@D)/bin/pip install -q -U setuptools
+	$(@D)/bin/python setup.py -q build_ext --inplace & kernels=$$!; \
+	$(@D)/bin/pip install -q --no-compile $(TORCH) && $(@D)/bin/pip install -q --no-compile $(LARGE); \
+	status=$$?; wait $$kernels && exit $$status
 	$(@D)/bin/pip install -q --no-compile $(WHAT)
 	touch $@

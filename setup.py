@@ -16,8 +16,11 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
+from setuptools.modified import newer_group
 
 NATIVE = Path("optimum_fp8/ops/cpu/native")
+LIBRARY = NATIVE.with_name("libfp8cpu.so")
+SOURCES = ["setup.py", *(str(path) for path in sorted(NATIVE.glob("*.[ch]")))]
 FOR_ALL_VARIANTS = ["dispatch.c", "parallel.c"]
 FOR_EACH_VARIANT = ["linear.c", "attention.c", "cast.c", "softmax.c"]  # what takes longest to compile first
 FLAGS = [
@@ -49,6 +52,11 @@ class BuildKernels(build_ext):
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"  # no Python's tag: it belongs to none
+
+    def run(self) -> None:
+        """A library that stands beside its sources (in an editable install) is kept as long as it is the newest."""
+        if not self.inplace or self.force or newer_group(SOURCES, str(LIBRARY)):
+            super().run()
 
     def build_extension(self, ext: Extension) -> None:
         if self.compiler.compiler_type == "msvc":
@@ -88,7 +96,7 @@ setup(
         Extension(
             "optimum_fp8.ops.cpu.libfp8cpu",
             sources=[str(NATIVE / source) for source in FOR_ALL_VARIANTS + FOR_EACH_VARIANT],
-            depends=[str(path) for path in sorted(NATIVE.glob("*.[ch]"))],
+            depends=SOURCES,
             optional=True,
         )
     ],
