@@ -14,7 +14,7 @@ from optimum_fp8.rounding import ROUNDINGS
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 FORMATS = [(E4M3, 448.0), (E4M3, 240.0), (E5M2, 57344.0)]
 HIGH = [torch.bfloat16, torch.float16, torch.float32]
-SCALES = [1.0, 0.09130859375, 2.0**-8, 3e-5, 1e30, 2.0**-126, 2.0**126]
+SCALES = [1.0, 0.09130859375, 2.0**-8, 3e-5, 1e30, 2.0**-126, 2.0**-100, 2.0**100, 2.0**126]
 NO_SCALES = [0.0, torch.inf, -0.75]  # nothing should ask for them, and still there is one right answer
 SHAPES = [  # of x, and of the scales that suit it
     ((131, 300), (1,)),
