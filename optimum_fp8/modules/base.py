@@ -14,6 +14,8 @@ from ..errors import FP8StateError
 from ..formats import is_fp8
 from .recipe import Recipe
 
+_HIGH_PRECISION = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float64})
+
 
 class FP8Module(nn.Module):
     """A module that holds an FP8 weight, its scale, and (static activations) the scale of its input.
@@ -81,19 +83,26 @@ class FP8Module(nn.Module):
             FP8StateError: `x` is not in high precision (some code cast it to this weight's dtype, without a scale), or
                 the weight is no longer in FP8.
         """
-        if not x.is_floating_point() or is_fp8(x.dtype):
+        if x.dtype not in _HIGH_PRECISION:
             raise FP8StateError(
                 f"an FP8 module was given an input in {x.dtype}, but expects high precision: where the code around it "
                 "cast it to the dtype of the weight, without a scale, put the module on the blocklist"
             )
+        recipe = self.recipe
+        self.check_codes()
+        return self.input_scale if recipe.dynamic is None else recipe.dynamic.scale(x, recipe.fmt, self.rows_are_tokens)
+
+    def check_codes(self) -> None:
+        """Refuse a weight that is no longer in FP8.
+
+        Raises:
+            FP8StateError: names its dtype.
+        """
         if self.weight.dtype is not self.recipe.fmt.dtype:
             raise FP8StateError(
                 f"the weight of an FP8 module was replaced by one in {self.weight.dtype}: expected "
                 f"{self.recipe.fmt.dtype} with its scale; convert the original model again"
             )
-        if self.recipe.dynamic is not None:
-            return self.recipe.dynamic.scale(x, self.recipe.fmt, self.rows_are_tokens)
-        return self.input_scale
 
     def check_bias(self) -> None:
         """Refuse a bias that does not have one value for each output channel.

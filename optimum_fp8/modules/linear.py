@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ class FP8Linear(FP8Module):
         y = self.shared_input.take(self, x)
         if y is not None:
             return y
-        group = [module for module in self.shared_input.group(self, x) if module is self or module.goes_with(self)]
+        group = self.shared_input.group(self, x)
         return self._alone(x) if len(group) == 1 else self._together(x, group, self.shared_input)
 
     def _traced(self, x: torch.Tensor, shared: SharedInput) -> torch.Tensor:
@@ -48,7 +49,7 @@ class FP8Linear(FP8Module):
         kept, self.traced = self.traced, None
         if kept is not None and kept[0] is x:
             return kept[1]
-        group = [self, *(module for module in shared.followers.get(self, ()) if module.goes_with(self))]
+        group = [self, *shared.followers.get(self, ())]
         if len(group) == 1:
             return self._alone(x)
         outputs = self._outputs(x, group)
@@ -80,15 +81,21 @@ class FP8Linear(FP8Module):
         return outputs[0]
 
     def _outputs(self, x: torch.Tensor, group: list[FP8Linear]) -> list[torch.Tensor]:
-        dynamic = self.recipe.dynamic is not None  # then the scale is the input's, and the same for all
         try:
             scale = self.activation_scale(x)
+            parameters: list[dict[str, Any]] = [module._parameters for module in group]  # attributes take longer
+            if self.recipe.dynamic is None:
+                scales = [each["input_scale"] for each in parameters]
+            else:
+                scales = [scale] * len(group)  # it is the input's own
+            for module in group[1:]:
+                module.check_codes()
             return ops.linears(
                 x,
-                [module.weight for module in group],
-                [module.weight_scale for module in group],
-                [scale if module is self or dynamic else module.activation_scale(x) for module in group],
-                [module.bias for module in group],
+                [each["weight"] for each in parameters],
+                [each["weight_scale"] for each in parameters],
+                scales,
+                [each["bias"] for each in parameters],
                 full_scale=self.recipe.fmt.full_scale,
                 arithmetic=self.recipe.arithmetic,
                 owners=[module.owner for module in group],
@@ -111,6 +118,18 @@ class FP8Linear(FP8Module):
         """Whether this module can be computed in one go with `leader`."""
         same = self.recipe is leader.recipe or self.recipe == leader.recipe
         return same and self.weight.device == leader.weight.device
+
+    def start(self, recipe: Recipe, input_scale: torch.Tensor | None) -> None:
+        super().start(recipe, input_scale)
+        self._has_changed()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FP8Module:
+        self._has_changed()
+        return super()._apply(fn, recurse)
+
+    def _has_changed(self) -> None:
+        if self.shared_input is not None:
+            self.shared_input.forget()
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {super().extra_repr()}"

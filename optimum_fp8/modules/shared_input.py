@@ -31,13 +31,24 @@ class SharedInput:
         if self._last is not None and _is(self._last, x):
             first = self._last[2]
             following = self.followers.setdefault(first, [])
-            if leader is not first and leader not in following and len(following) < _MOST - 1:
+            if (
+                leader is not first
+                and leader not in following
+                and len(following) < _MOST - 1
+                and leader.goes_with(first)
+            ):
                 following.append(leader)
             return [leader]
         self._last = (weakref.ref(x), x._version, leader)
         following = self.followers.get(leader, [])
         following[:] = [module for module in following if module not in self._outputs]  # whose last output was in vain
         return [leader, *following]
+
+    def forget(self) -> None:
+        """Learn anew: modules have changed, and may no longer go together."""
+        self.followers.clear()
+        self._outputs.clear()
+        self._last = None
 
     def keep(self, follower: FP8Linear, x: torch.Tensor, y: torch.Tensor) -> None:
         """Have `y` ready for when `follower` is called with `x`."""

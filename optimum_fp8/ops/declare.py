@@ -28,6 +28,9 @@ class _Library(torch.library.Library):
             implementation, made_by_torch = _implementations[op_name], fn
 
             def fn(keyset, *args):  # type: ignore[no-untyped-def]
+                found = dispatch.run_prepared(args[-1], *args[:-1]) if op_name in _counted else None
+                if found is not None:
+                    return found
                 return implementation(*args) if dispatch.is_plain(*args) else made_by_torch(keyset, *args)
 
         super().impl(op_name, fn, dispatch_key, **options)
@@ -204,6 +207,9 @@ def conv2d(
 
 def call(op: str, owner: int | tuple[int, ...], x: torch.Tensor, *rest: Any) -> Any:
     """Through torch's dispatcher, where something on the way wants to see the call; else at once."""
+    found = dispatch.run_prepared(owner, x, *rest) if owner else None
+    if found is not None:
+        return found
     if dispatch.is_plain(x, *rest):
         return dispatch.run(op, owner, x, *rest)
     arguments = (x, *rest, owner) if op in _counted else (x, *rest)

@@ -35,12 +35,15 @@ class Kernel:
         devices: device types it serves unasked; None serves all, () none: it runs where its backend is forced.
         run: called with the operator's arguments (without `owner`).
         refuses: called with the same arguments; the reason why this call cannot be served, or None.
+        prepare: called with the arguments of a call that it serves; what is to take the next ones of the same owner, as
+            they are likely to be alike, and answers None to those that are not. None if it would not be quicker.
     """
 
     backend: str
     devices: tuple[str, ...] | None
     run: Callable[..., Any]
     refuses: Callable[..., str | None] = lambda *args: None
+    prepare: Callable[..., Callable[..., Any] | None] = lambda *args: None
 
     def serves(self, device: str) -> bool:
         return self.devices is None or device in self.devices
@@ -54,7 +57,17 @@ class CallRecord:
     fallbacks: Counter[tuple[str, str, str]] = field(default_factory=Counter)
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """A kernel that knows what an owner calls it with, and the counters of its calls."""
+
+    run: Callable[..., Any]
+    kernel: tuple[str, str]
+    counters: list[Counter[tuple[str, str]]]
+
+
 _kernels: dict[str, list[Kernel]] = {}
+_prepared: dict[int | tuple[int, ...], _Prepared] = {}
 _records: dict[int, CallRecord] = {}
 _NO_TENSORS = frozenset({type(None), float, str, int, bool, torch.dtype})
 _PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
@@ -72,6 +85,7 @@ def register_kernel(op: str, kernel: Kernel) -> None:
     kernels = _kernels.setdefault(op, [])
     kernels[:] = [known for known in kernels if known.backend != kernel.backend]
     kernels.insert(0 if kernel.backend != REFERENCE else len(kernels), kernel)
+    _prepared.clear()
 
 
 def backends() -> list[str]:
@@ -150,6 +164,31 @@ def note_fallback(owner: int, op: str, reason: str) -> None:
     _records.setdefault(owner, CallRecord()).fallbacks[op, "high precision", reason] += 1
 
 
+def run_prepared(owner: int | Sequence[int], x: torch.Tensor, *rest: Any) -> Any:
+    """As `run`, in a fraction of its time, where the owner's last call was plain and just like this one; else None."""
+    if not is_plain(x) or _records_gradients() or _forced.get() is not None:
+        return None
+    prepared = _prepared.get(owner if isinstance(owner, int) else tuple(owner))
+    if prepared is None:
+        return None
+    found = prepared.run(x, *rest)
+    if found is not None:
+        for counter in prepared.counters:
+            counter[prepared.kernel] += 1
+    return found
+
+
+def _prepare(
+    kernel: Kernel, op: str, owner: int | Sequence[int], records: list[CallRecord], args: Sequence[Any]
+) -> None:
+    key = owner if isinstance(owner, int) else tuple(owner)
+    if not key or _records_gradients() or _forced.get() is not None or not is_plain(*args):
+        return
+    run = kernel.prepare(*args)
+    if run is not None:
+        _prepared[key] = _Prepared(run, (op, kernel.backend), [record.kernels for record in records])
+
+
 def run(op: str, owner: int | Sequence[int], *args: Any) -> Any:
     """Run `op` on the best kernel for its first argument's device, or on the forced backend; count it for `owner`, or
     for each of several."""
@@ -164,6 +203,7 @@ def run(op: str, owner: int | Sequence[int], *args: Any) -> Any:
                 record.kernels[op, kernel.backend] += 1
             if kernel.backend == REFERENCE and not forced:
                 _warn_of_missing(device)
+            _prepare(kernel, op, owner, records, args)
             if torch.is_autocast_enabled(device):  # where an operator rounds is its own affair
                 with torch.autocast(device, enabled=False):
                     return kernel.run(*args)

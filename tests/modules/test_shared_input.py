@@ -1,6 +1,7 @@
 """Modules that share an input are computed in one go, and never hand out what belongs to another input."""
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -132,6 +133,22 @@ def test_different_static_scales_stay_different():
     for _ in range(3):
         x = torch.randn(3, 64).bfloat16() * 40
         assert torch.equal(layer(x), alone(layer, x))
+
+
+@torch.no_grad()
+def test_modules_that_change_are_learnt_anew(model):
+    x = torch.randn(3, 64).bfloat16()
+    for _ in range(2):
+        model(x)
+    q, k, v = model[0].q, model[0].k, model[0].v
+    assert q.shared_input.followers[q] == [k, v]
+    v.start(dataclasses.replace(v.recipe, arithmetic="qdq"), v.input_scale)
+    assert not q.shared_input.followers
+    for _ in range(3):
+        torch.testing.assert_close(model(x), alone(model, x), rtol=0, atol=0)
+    assert q.shared_input.followers[q] == [k]  # v no longer goes with it
+    model.to("cpu")
+    assert not q.shared_input.followers
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from .. import dispatch
 from .attention import Attention
 from .kernels import CpuKernels
 from .library import Library, load, threads
+from .linear import Linear
 
 OPERATORS = (
     "cast_to_fp8",
@@ -20,8 +21,6 @@ OPERATORS = (
     "cast_from_fp8",
     "maxabs",
     "dynamic_scale",
-    "linear",
-    "linears",
     "conv2d",
 )
 
@@ -43,7 +42,10 @@ def register() -> None:
             refuses = getattr(kernels, f"refuses_{operator.removesuffix('_with_maxabs')}")
             kernel = dispatch.Kernel(f"cpu_{variant}", devices, getattr(kernels, operator), refuses)
             dispatch.register_kernel(operator, kernel)
-        attention = Attention(kernels)
+        linear, attention = Linear(kernels), Attention(kernels)
+        for operator in ("linear", "linears"):
+            run, refuses, prepare = (getattr(linear, f"{what}{operator}") for what in ("", "refuses_", "prepare_"))
+            dispatch.register_kernel(operator, dispatch.Kernel(f"cpu_{variant}", devices, run, refuses, prepare))
         dispatch.register_kernel("attention", dispatch.Kernel(f"cpu_{variant}", devices, attention, attention.refuses))
 
 

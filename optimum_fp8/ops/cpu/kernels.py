@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, partial
 from struct import Struct
 
@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from ...formats import number_format
 from ...rounding import scale_from_maxabs
 from .. import reference
-from ..reference import ARITHMETICS, BLOCK, is_blocked
+from ..reference import BLOCK
 from .library import Library, check, threads
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_FORMATS = {torch.float8_e4m3fn: 0, torch.float8_e5m2: 1}
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FORMATS = {torch.float8_e4m3fn: 0, torch.float8_e5m2: 1}
 _CAST = Struct("=14qd")
-_LINEAR = Struct("=20qd")
 
 
 class CpuKernels:
@@ -32,12 +31,12 @@ class CpuKernels:
     def refuses_cast_to_fp8(
         self, x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, full_scale: float
     ) -> str | None:
-        if x.dtype not in _TYPES and x.dtype not in _FORMATS:
+        if x.dtype not in TYPES and x.dtype not in FORMATS:
             return f"inputs in {x.dtype}"
         return _refuses_scale(x, scale)
 
     def cast_to_fp8(self, x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, full_scale: float) -> torch.Tensor:
-        x = x.float() if x.dtype in _FORMATS else x
+        x = x.float() if x.dtype in FORMATS else x
         codes = torch.empty(x.shape, dtype=dtype, device=x.device)
         self._encode(x, scale, codes, full_scale, None)
         return _strided_like(x, codes)
@@ -65,7 +64,7 @@ class CpuKernels:
         return codes, scale, maxabs
 
     def refuses_maxabs(self, x: torch.Tensor, per_token: bool) -> str | None:
-        return None if x.dtype in _TYPES else f"inputs in {x.dtype}"
+        return None if x.dtype in TYPES else f"inputs in {x.dtype}"
 
     def maxabs(self, x: torch.Tensor, per_token: bool) -> torch.Tensor:
         found = torch.zeros((*x.shape[:-1], 1) if per_token else (1,), dtype=torch.float32, device=x.device)
@@ -92,8 +91,8 @@ class CpuKernels:
             x.numel() // rows if rows else 0,
             x.data_ptr(),
             0 if codes is None else codes.data_ptr(),
-            _TYPES[x.dtype],
-            0 if codes is None else _FORMATS[codes.dtype],
+            TYPES[x.dtype],
+            0 if codes is None else FORMATS[codes.dtype],
             0 if scale is None else scale.data_ptr(),
             int(scale is not None and scale.numel() > 1),
             block,
@@ -105,7 +104,7 @@ class CpuKernels:
         check(self.library.encode(arguments), "cast_to_fp8")
 
     def refuses_cast_from_fp8(self, x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> str | None:
-        if x.dtype not in _FORMATS or dtype not in _TYPES:
+        if x.dtype not in FORMATS or dtype not in TYPES:
             return f"from {x.dtype} to {dtype}"
         return _refuses_scale(x, scale)
 
@@ -119,8 +118,8 @@ class CpuKernels:
             x.numel() // rows if rows else 0,
             x.data_ptr(),
             values.data_ptr(),
-            _TYPES[dtype],
-            _FORMATS[x.dtype],
+            TYPES[dtype],
+            FORMATS[x.dtype],
             scale.data_ptr(),
             int(scale.numel() > 1),
             block,
@@ -154,127 +153,6 @@ class CpuKernels:
         maxabs = self.maxabs(x, per_token).to(x.dtype)
         return _scale(maxabs, per_token, divisor, rounding, fp8_config, target, hp_dtype)
 
-    # --- linear ---------------------------------------------------------------------------------------------------
-
-    def refuses_linear(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        weight_scale: torch.Tensor,
-        input_scale: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        full_scale: float,
-        arithmetic: str,
-    ) -> str | None:
-        if x.dtype not in _TYPES or weight.dtype not in _FORMATS:
-            return f"inputs in {x.dtype} with weights in {weight.dtype}"
-        out, k = weight.shape
-        if x.shape[-1] != k or not k or not weight.is_contiguous():
-            return f"an input of {tuple(x.shape)} with weights of {tuple(weight.shape)}, strides {weight.stride()}"
-        if bias is not None and (bias.dtype not in _TYPES or bias.numel() != out):
-            return f"a bias of {tuple(bias.shape)} in {bias.dtype}"
-        if arithmetic not in ARITHMETICS:
-            return "unknown arithmetic"  # the reference says which are known
-        return _refuses_scales(x, weight_scale, input_scale)
-
-    def linear(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        weight_scale: torch.Tensor,
-        input_scale: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        full_scale: float,
-        arithmetic: str,
-    ) -> torch.Tensor:
-        if arithmetic == "qdq":
-            return self._qdq(F.linear, x, weight, weight_scale, input_scale, bias, full_scale)
-        # The copies that `contiguous` may make must live until the call returns.
-        x, weight_scale = x.contiguous(), weight_scale.contiguous()
-        bias = None if bias is None else bias.contiguous()
-        input_scale = None if input_scale is None else input_scale.contiguous()
-        y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-        arguments = self._pack(x, weight, weight_scale, input_scale, bias, full_scale, arithmetic, y)
-        check(self.library.linear(arguments, 1), "linear")
-        return y
-
-    def refuses_linears(
-        self,
-        x: torch.Tensor,
-        weights: Sequence[torch.Tensor],
-        weight_scales: Sequence[torch.Tensor],
-        input_scales: Sequence[torch.Tensor | None],
-        biases: Sequence[torch.Tensor | None],
-        full_scale: float,
-        arithmetic: str,
-    ) -> str | None:
-        for one in zip(weights, weight_scales, input_scales, biases, strict=True):
-            reason = self.refuses_linear(x, *one, full_scale, arithmetic)
-            if reason is not None:
-                return reason
-        return None
-
-    def linears(
-        self,
-        x: torch.Tensor,
-        weights: Sequence[torch.Tensor],
-        weight_scales: Sequence[torch.Tensor],
-        input_scales: Sequence[torch.Tensor | None],
-        biases: Sequence[torch.Tensor | None],
-        full_scale: float,
-        arithmetic: str,
-    ) -> list[torch.Tensor]:
-        if arithmetic == "qdq":
-            each = zip(weights, weight_scales, input_scales, biases, strict=True)
-            return [self._qdq(F.linear, x, *one, full_scale) for one in each]
-        x = x.contiguous()
-        scales = [scale.contiguous() for scale in weight_scales]
-        inputs = [None if scale is None else scale.contiguous() for scale in input_scales]
-        added = [None if bias is None else bias.contiguous() for bias in biases]
-        outputs = [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
-        prepared = zip(weights, scales, inputs, added, outputs, strict=True)
-        arguments = b"".join(self._pack(x, *one[:4], full_scale, arithmetic, one[4]) for one in prepared)
-        check(self.library.linear(arguments, len(outputs)), "linears")
-        return outputs
-
-    def _pack(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        weight_scale: torch.Tensor,
-        input_scale: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        full_scale: float,
-        arithmetic: str,
-        y: torch.Tensor,
-    ) -> bytes:
-        out, k = weight.shape
-        per_channel = weight_scale.numel() > 1
-        blocked = per_channel and is_blocked(weight_scale, weight)
-        return _LINEAR.pack(
-            self.variant,
-            threads(),
-            x.numel() // k,
-            out,
-            k,
-            x.data_ptr(),
-            _TYPES[x.dtype],
-            k,
-            weight.data_ptr(),
-            _FORMATS[weight.dtype],
-            weight_scale.data_ptr(),
-            per_channel and not blocked,
-            BLOCK if blocked else 0,
-            0 if input_scale is None else input_scale.data_ptr(),
-            input_scale is not None and input_scale.numel() > 1,
-            0 if bias is None else bias.data_ptr(),
-            0 if bias is None else _TYPES[bias.dtype],
-            y.data_ptr(),
-            out,
-            arithmetic == "gaudi",
-            full_scale,
-        )
-
     # --- convolution ----------------------------------------------------------------------------------------------
 
     def refuses_conv2d(
@@ -285,11 +163,11 @@ class CpuKernels:
         input_scale: torch.Tensor | None,
         *rest: object,
     ) -> str | None:
-        if x.dtype not in _TYPES or weight.dtype not in _FORMATS:
+        if x.dtype not in TYPES or weight.dtype not in FORMATS:
             return f"inputs in {x.dtype} with weights in {weight.dtype}"
         if weight_scale.numel() not in (1, weight.shape[0]) or (input_scale is not None and input_scale.numel() != 1):
             return f"weight scales of {tuple(weight_scale.shape)}, or input scales that are not per tensor"
-        return _refuses_scales(x, weight_scale, input_scale)
+        return refuses_scales(x, weight_scale, input_scale)
 
     def conv2d(
         self,
@@ -308,7 +186,7 @@ class CpuKernels:
         """The casts are ours; the product of exact FP8 values in float32 is torch's own convolution."""
         convolve = partial(F.conv2d, stride=stride, padding=padding, dilation=dilation, groups=groups)
         if arithmetic == "qdq":
-            return self._qdq(convolve, x, weight, weight_scale, input_scale, bias, full_scale)
+            return self.qdq(convolve, x, weight, weight_scale, input_scale, bias, full_scale)
         one = torch.ones(1, dtype=torch.float32, device=x.device)
         values, scale = x.float(), weight_scale.reshape(-1, 1, 1)
         if input_scale is not None:
@@ -317,7 +195,7 @@ class CpuKernels:
         product = convolve(values, self.cast_from_fp8(weight, one, torch.float32)).mul_(scale)
         return reference.with_bias(product, None if bias is None else bias.reshape(-1, 1, 1), x.dtype, arithmetic)
 
-    def _qdq(
+    def qdq(
         self,
         product: Callable[..., torch.Tensor],
         x: torch.Tensor,
@@ -327,6 +205,7 @@ class CpuKernels:
         bias: torch.Tensor | None,
         full_scale: float,
     ) -> torch.Tensor:
+        """`product` of what the codes of `x` and of the weight stand for, in `x`'s dtype."""
         if input_scale is not None:
             x = self.cast_from_fp8(self.cast_to_fp8(x, input_scale, weight.dtype, full_scale), input_scale, x.dtype)
         dequantized = self.cast_from_fp8(weight, weight_scale, x.dtype)
@@ -340,11 +219,15 @@ def _strided_like(x: torch.Tensor, contiguous: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x, dtype=contiguous.dtype).copy_(contiguous)
 
 
-def _refuses_scales(x: torch.Tensor, weight_scale: torch.Tensor, input_scale: torch.Tensor | None) -> str | None:
+def refuses_scales(x: torch.Tensor, weight_scale: torch.Tensor, input_scale: torch.Tensor | None) -> str | None:
+    """Why scales of a product cannot be taken: they are float32, the input's one or one a row."""
     if weight_scale.dtype != torch.float32:
         return f"weight scales in {weight_scale.dtype}"
-    if input_scale is None:
-        return None
+    return None if input_scale is None else refuses_input_scale(x, input_scale)
+
+
+def refuses_input_scale(x: torch.Tensor, input_scale: torch.Tensor) -> str | None:
+    """As `refuses_scales`, of the input's."""
     if input_scale.dtype != torch.float32:
         return f"input scales in {input_scale.dtype}"
     if input_scale.numel() != 1 and input_scale.shape != (*x.shape[:-1], 1):

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 PATH = Path(__file__).with_name("libfp8cpu.so")
-ABI = 3
+ABI = 4
 _OUT_OF_MEMORY = 1
 
 

@@ -9,7 +9,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FP8CPU_ABI 3
+#define FP8CPU_ABI 4
 
 enum { FP8CPU_FLOAT32 = 0, FP8CPU_BFLOAT16 = 1, FP8CPU_FLOAT16 = 2, FP8CPU_BOOLEAN = 3 };
 enum { FP8CPU_E4M3 = 0, FP8CPU_E5M2 = 1 };
@@ -31,19 +31,22 @@ typedef struct {
     double full_scale;
 } fp8cpu_cast_args;
 
-/* y[m, n] = sum_k x[m, k] w[n, k] times scales, plus bias; float32 accumulation. */
+/* y[m, n] = sum_k x[m, k] w[n, k] times scales, plus bias; float32 accumulation. First what is of a call, then what stays
+ * from call to call. */
 typedef struct {
-    int64_t variant, threads, m, n, k;
+    int64_t variant, threads, m;
     int64_t x, x_type, x_stride; /* [m, k]; stride between rows, in elements */
-    int64_t w, w_format;         /* const uint8_t * [n, k], contiguous */
-    int64_t w_scale;             /* const float * */
-    int64_t w_scale_step;        /* per tensor 0, per row of w 1 */
-    int64_t block;               /* 0, or the side of square blocks: w_scale is then [ceil(n/block), ceil(k/block)] */
     int64_t x_scale;             /* const float *: x is rounded to the FP8 grid; 0: it is not */
     int64_t x_scale_step;        /* per tensor 0, per row of x 1 */
-    int64_t bias, bias_type;     /* [n], or 0 */
     int64_t y, y_stride;         /* [m, n] in x_type */
-    int64_t round_before_bias;   /* Gaudi: product to y's dtype, then the bias is added in that dtype */
+
+    int64_t n, k;
+    int64_t w, w_format;       /* const uint8_t * [n, k], contiguous */
+    int64_t w_scale;           /* const float * */
+    int64_t w_scale_step;      /* per tensor 0, per row of w 1 */
+    int64_t block;             /* 0, or the side of square blocks: w_scale is then [ceil(n/block), ceil(k/block)] */
+    int64_t bias, bias_type;   /* [n], or 0 */
+    int64_t round_before_bias; /* Gaudi: product to y's dtype, then the bias is added in that dtype */
     double full_scale;
 } fp8cpu_linear_args;
 
