@@ -2,9 +2,10 @@
 
     python -m benchmarks.generate [--compile] [--rivals int8 llama.cpp]
 
-Weights only in FP8, the output head too. Decoding is limited by reading the weights once a step: every round also
-reads all FP8 weights from end to end, and the limit is given as a part of that. A prompt is limited by the matrix
-product's peak. transformers' models run through `generate`, with everything that it costs.
+Weights only in FP8, the output head too; after a long prompt, also with keys and values in FP8. Decoding is limited by
+reading the weights once a step: every round also reads all FP8 weights from end to end, and the limit is given as a
+part of that. A prompt is limited by the matrix product's peak. transformers' models run through `generate`, with
+everything that it costs.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ BATCHES = (1, 8)
 HEAD = models.HALF_BILLION["vocab_size"]  # rows of the output head, which sees a prompt's last token only
 PROMPT, LONG_PROMPT = 32, 512
 RIVALS = ("int8", "llama.cpp")
+CACHED = "FP8, cache too"
 WANTED = {  # (what, beside) -> ratio
     ("decode 1", "bf16"): 3.0,
     ("decode 8", "bf16"): 2.0,
@@ -55,10 +57,10 @@ def kernels(model: Any) -> str:
 
 def engines(folder: Any, scale_method: str, beside: Sequence[str], compiled: bool) -> dict[str, Any]:
     """All sides by name, "FP8" first."""
-    found: dict[str, Any] = {
-        "FP8": rivals.Transformers(models.load(folder, scale_method), compiled),
-        "bf16": rivals.Transformers(models.load(folder), compiled),
-    }
+    found: dict[str, Any] = {"FP8": rivals.Transformers(models.load(folder, scale_method), compiled)}
+    if not compiled:
+        found[CACHED] = rivals.Transformers(models.load(folder, scale_method, kv_cache=True))
+    found["bf16"] = rivals.Transformers(models.load(folder), compiled)
     if "int8" in beside:
         found["int8"] = rivals.Transformers(models.load_int8(folder))
     if "llama.cpp" in beside:
@@ -91,30 +93,32 @@ def compare(
     what: str,
     times: timing.Times,
     show: Callable[[float], str],
-    limit: float,
+    limit: float | None,
     limit_name: str,
     wanted: dict[tuple[str, str], float],
+    side: str = "FP8",
 ) -> list[Row]:
     """FP8 beside every other side, as rows."""
-    ours = timing.median(times["FP8"])
+    ours = timing.median(times[side])
     return [
         Row(
             f"{what}, beside {name}",
             show(ours),
             f"{name} {show(timing.median(times[name]))}",
-            timing.ratio(times[name], times["FP8"]),
+            timing.ratio(times[name], times[side]),
             wanted.get((what.split(",")[0], name)),
             limit=limit if name == "bf16" else None,
             limit_name=limit_name,
         )
         for name in times
-        if name not in ("FP8", "read")
+        if name not in ("FP8", CACHED, "read")
     ]
 
 
 def measure(sides: dict[str, Any], weights: list[torch.Tensor], compiled: bool, steps: int, rounds: int) -> list[Row]:
     """The rows of the table for all batches and the long prompt."""
     read, _ = machine.reader()
+    cached, sides = sides, {name: side for name, side in sides.items() if name != CACHED}
     wanted = {**WANTED, **WANTED_COMPILED} if compiled else WANTED
     suffix = ", compiled" if compiled else ""
     interleave = partial(timing.interleave, least=rounds, most=rounds, measure=timing.told)
@@ -132,7 +136,15 @@ def measure(sides: dict[str, Any], weights: list[torch.Tensor], compiled: bool, 
     times = interleave({name: partial(side.prefill, prompt) for name, side in sides.items()})
     flop = 2 * sum(weight.numel() * (LONG_PROMPT if weight.shape[0] != HEAD else 1) for weight in weights)
     limit = flop / peak.best / timing.median(times["FP8"])
-    return found + compare(f"prefill{suffix}", times, _duration, limit, "GEMM peak", wanted)
+    found += compare(f"prefill{suffix}", times, _duration, limit, "GEMM peak", wanted)
+    if CACHED in cached:
+        times = interleave({name: partial(side.decode, prompt, steps) for name, side in cached.items()})
+        for name, what in (
+            ("FP8", f"decode 1 after {LONG_PROMPT}"),
+            (CACHED, f"decode 1 after {LONG_PROMPT}, FP8 cache"),
+        ):
+            found += compare(what, times, partial(_speed, 1), None, "", wanted, name)
+    return found
 
 
 def _speed(batch: int, seconds: float) -> str:

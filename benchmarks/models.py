@@ -50,8 +50,8 @@ def weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def load(folder: Path, scale_method: str | None = None) -> Any:
-    """The model in bfloat16, or (with a scale method) weight-only in FP8 with its output head."""
+def load(folder: Path, scale_method: str | None = None, kv_cache: bool = False) -> Any:
+    """The model in bfloat16, or (with a scale method) weight-only in FP8 with its output head (and cache)."""
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {}
@@ -59,9 +59,17 @@ def load(folder: Path, scale_method: str | None = None) -> Any:
         from optimum_fp8 import FP8Config
 
         options["quantization_config"] = FP8Config(
-            activation_scheme="weight_only", quantize_lm_head=True, scale_method=scale_method
+            activation_scheme="weight_only", quantize_lm_head=True, scale_method=scale_method, kv_cache=kv_cache
         )
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options).eval()
+
+
+def in_fp8(folder: Path, scale_method: str) -> Path:
+    """The folder of the same model as an FP8 checkpoint, which is made if it is not there yet."""
+    path = folder.with_name(f"{folder.name}-{scale_method}")
+    if not (path / "config.json").exists():
+        load(folder, scale_method).save_pretrained(path)
+    return path
 
 
 def load_int8(folder: Path) -> Any:

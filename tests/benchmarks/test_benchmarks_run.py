@@ -133,6 +133,9 @@ def test_comparison_has_wishes_where_they_belong():
     times = {"FP8": [1.0, 1.0], "bf16": [3.0, 3.0], "llama.cpp": [0.5, 0.5], "read": [0.5, 0.5]}
     rows = generate.compare("decode 1, compiled", times, str, 0.5, "reading", generate.WANTED)
     assert [(row.ratio, row.wanted, row.limit) for row in rows] == [(3.0, 3.0, 0.5), (0.5, 0.9, None)]
+    times[generate.CACHED] = [0.75, 0.75]
+    rows = generate.compare("decode 1 after 512", times, str, None, "", generate.WANTED, generate.CACHED)
+    assert [(row.ours, row.ratio, row.wanted) for row in rows] == [("0.75", 4.0, None), ("0.75", 0.5 / 0.75, None)]
 
 
 def test_floor_of_loading_reads_every_tensor(folder):
@@ -153,5 +156,7 @@ def test_anonymous_memory_is_read_from_a_status():
 
 @pytest.mark.slow
 def test_peak_of_a_fresh_process(folder):
+    saved = models.in_fp8(folder, models.SCALES_PER_TENSOR)
+    assert memory.peak("FP8 checkpoint", saved, models.SCALES_PER_TENSOR).peak > 50 * machine.MIB
     found = memory.peak("FP8", folder, models.SCALES_PER_TENSOR)
     assert 50 * machine.MIB < found.base < found.imports < found.peak < found.imports + 500 * machine.MIB
