@@ -28,7 +28,7 @@ class _Library(torch.library.Library):
             implementation, made_by_torch = _implementations[op_name], fn
 
             def fn(keyset, *args):  # type: ignore[no-untyped-def]
-                found = dispatch.run_prepared(args[-1], *args[:-1]) if op_name in _counted else None
+                found = dispatch.run_prepared(op_name, args[-1], *args[:-1]) if op_name in _counted else None
                 if found is not None:
                     return found
                 return implementation(*args) if dispatch.is_plain(*args) else made_by_torch(keyset, *args)
@@ -207,7 +207,7 @@ def conv2d(
 
 def call(op: str, owner: int | tuple[int, ...], x: torch.Tensor, *rest: Any) -> Any:
     """Through torch's dispatcher, where something on the way wants to see the call; else at once."""
-    found = dispatch.run_prepared(owner, x, *rest) if owner else None
+    found = dispatch.run_prepared(op, owner, x, *rest) if owner else None
     if found is not None:
         return found
     if dispatch.is_plain(x, *rest):

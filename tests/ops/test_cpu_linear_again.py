@@ -47,7 +47,7 @@ class Layer:
 
     @property
     def is_known(self):
-        return self.owner in dispatch._prepared
+        return ("linear", self.owner) in dispatch._prepared
 
 
 def inputs(*leading, dtype=torch.bfloat16):
@@ -75,7 +75,7 @@ def test_several_products_at_once():
         found = ops.linears(x, *tensors, full_scale=448.0, owners=owners)
         for y, layer in zip(found, layers, strict=True):
             assert torch.equal(y, layer.anew(x))
-    assert owners in dispatch._prepared
+    assert ("linears", owners) in dispatch._prepared
     assert [ops.calls(owner).kernels for owner in owners] == [{("linears", ops.cpu.backends()[0]): 3}] * 2
 
 
@@ -168,6 +168,24 @@ def test_a_forced_backend_and_a_newly_registered_one_have_their_way(monkeypatch)
     assert ops.calls(layer.owner).kernels["linear", "reference"] == 1
     ops.register_kernel("linear", ops.Kernel("mine", ("cpu",), lambda x, weight, *rest: x.new_full((1,), 7.0)))
     assert layer(x).item() == 7.0
+
+
+def test_other_operators_of_the_same_owner_are_their_own():
+    layer, image = Layer(), torch.randn(1, 3, 5, 5).bfloat16()
+    layer(inputs(1))
+    kernel, scale = torch.randn(4, 3, 3, 3).to(E4M3), torch.ones(1)
+    geometry = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1, "full_scale": 448.0}
+    found = ops.conv2d(image, kernel, scale, None, None, **geometry, owner=layer.owner)
+    assert torch.equal(found, ops.conv2d(image, kernel, scale, None, None, **geometry))
+
+
+def test_calls_of_nobody_leave_nothing_behind():
+    before, layer = len(dispatch._prepared), Layer()
+    layer.anew(inputs(1))
+    ops.linears(
+        inputs(1), [layer.weight] * 2, [torch.ones(1)] * 2, [None] * 2, [None] * 2, full_scale=1.0, owners=[0, 0]
+    )
+    assert len(dispatch._prepared) == before
 
 
 def test_misfits_are_refused_as_ever():
