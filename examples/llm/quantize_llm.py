@@ -1,4 +1,4 @@
-"""Quantize a causal language model to FP8 and see what it costs: one `from_pretrained` call, then a table.
+"""Quantize a causal language model to FP8 in several ways and see what each costs: measured once, then a table.
 
 python examples/llm/quantize_llm.py                       # the embedded model
 python examples/llm/quantize_llm.py --model meta-llama/Llama-3.2-1B --calibration my.txt --heldout other.txt
@@ -75,22 +75,32 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", default=str(TINY_LM))
     parser.add_argument("--calibration", default=TINY_LM / "calibration.txt", type=Path)
     parser.add_argument("--heldout", default=TINY_LM / "heldout.txt", type=Path)
+    parser.add_argument("--windows", type=int, help="compare on so many windows of 256 tokens (by default on all)")
     options = parser.parse_args(arguments)
 
     # 1. The baseline.
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     baseline = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
-    ids, prompt = windows(tokenizer, options.heldout), tokenizer(PROMPT, return_tensors="pt").input_ids
+    ids = windows(tokenizer, options.heldout)[: options.windows]
+    prompt = tokenizer(PROMPT, return_tensors="pt").input_ids
     expected = log_probabilities(baseline, ids)
     header = f"{'model':40} {'MB':>6} {'perplexity':>10} {'ratio':>7} {'KL':>8} {'top-1':>7} {'tok/s':>6}"
     base = perplexity(expected, ids)
     rows = [(baseline, "bfloat16", expected)]
 
-    # 2. Measure on the calibration text and quantize: one call for each scale method.
-    for method in SCALE_METHODS:
-        config = FP8Config(scale_method=method, dataset=str(options.calibration), tokenizer=tokenizer)
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16, quantization_config=config)
-        rows.append((model, f"FP8 {method}", log_probabilities(model, ids)))
+    # 2. Measure on the calibration text, once; quantize by its ranges, with one call for each scale method.
+    with tempfile.TemporaryDirectory() as folder:
+        ranges = f"{folder}/ranges"
+        measure = FP8Config(
+            mode="MEASURE", dataset=str(options.calibration), tokenizer=tokenizer, dump_stats_path=ranges
+        )
+        AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16, quantization_config=measure)
+        for method in SCALE_METHODS:
+            config = FP8Config(mode="QUANTIZE", scale_method=method, dump_stats_path=ranges)
+            model = AutoModelForCausalLM.from_pretrained(
+                options.model, dtype=torch.bfloat16, quantization_config=config
+            )
+            rows.append((model, f"FP8 {method}", log_probabilities(model, ids)))
 
     # 3. What it costs.
     print(f"\n{header}\n{'-' * len(header)}")

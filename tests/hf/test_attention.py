@@ -394,8 +394,7 @@ def test_torch_own_attention_is_reported(ids):
 
 def test_sub_models_get_the_implementation_too(save):
     family, config = FAMILIES["clip"], FP8Config(dataset=[FAMILIES["clip"].inputs], attention=True)
-    folder = save(family.make())
-    model = family.model_class.from_pretrained(folder, quantization_config=config, dtype=torch.bfloat16)
+    model = family.model_class.from_pretrained(save(family.make()), quantization_config=config, dtype=torch.bfloat16)
     for part in (model.text_model, model.vision_model):
         assert part.config._attn_implementation == "optimum_fp8"
     assert len(quantization_report(model).attention) == 4

@@ -141,8 +141,8 @@ INLINE void dot_group(const linear_job *job, kind k, int x_rows, int64_t group, 
 
 /* The rows of w that `dot_group` leaves: seldom more than none, and not worth code for each kind and number of rows of x.
  * Apart from it, as tables and sums have few enough registers. */
-static __attribute__((noinline)) void dot_rest(const linear_job *job, kind k, int64_t x_rows, int64_t first, int64_t cols, span s, vf *kept,
-                     float *out) {
+static __attribute__((noinline)) void dot_rest(const linear_job *job, kind k, int64_t x_rows, int64_t first,
+                                               int64_t cols, span s, vf *kept, float *out) {
     s.x_step = x_rows * units_of(k) * LANES;
     for (int64_t i = cols - cols % w_rows_for(k, x_rows); i < cols; i++)
         for (int64_t c = 0; c < x_rows; c++) {
