@@ -58,7 +58,7 @@ INLINE void dot_step(const attention_job *job, kind k, int q_rows, const uint8_t
         decode_codes(load_codes(row[r] + at, left), k, unit);
         const float *from = again(q);
         UNROLL for (int i = 0; i < units_of(k); i++, from += job->rows * LANES) UNROLL for (int c = 0; c < q_rows; c++)
-            sums[r * q_rows + c] = multiply_add(sums[r * q_rows + c], unit[i], load_floats(from + c * LANES), k);
+            sums[r * q_rows + c] = multiply_add_at(sums[r * q_rows + c], unit[i], from + c * LANES, k);
     }
 }
 

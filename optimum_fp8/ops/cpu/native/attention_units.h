@@ -46,6 +46,18 @@ INLINE vf multiply_add(vf sum, vf a, vf b, kind k) {
     return sum + a * b;
 }
 
+/* sum + a * what p points to. With the few registers of AVX2, GCC would load it first, and move sums to memory and back. */
+INLINE vf multiply_add_at(vf sum, vf a, const float *p, kind k) {
+#if LANES == 8
+    typedef float unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+    (void)k;
+    __asm__("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "m"(*(const unaligned *)p));
+    return sum;
+#else
+    return multiply_add(sum, a, load_floats(p), k);
+#endif
+}
+
 /* The same pointer, though the compiler does not know: what it points to is read again, as an operand, where it would
  * otherwise be kept, and registers run out. */
 INLINE const float *again(const float *p) {
