@@ -22,6 +22,10 @@ class FP8ScaleError(FP8Error, ValueError):
     """A range or a scale that is zero, negative, NaN, infinite or not set."""
 
 
+class FP8ShapeError(FP8Error, RuntimeError):
+    """Tensors whose shapes do not fit one another."""
+
+
 class FP8MeasurementError(FP8Error, RuntimeError):
     """Measurements that are missing, incomplete, or of another model."""
 

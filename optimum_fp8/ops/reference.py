@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from ..errors import FP8ConfigError, FP8ScaleError, nearest
+from ..errors import FP8ConfigError, FP8ScaleError, FP8ShapeError, nearest
 from ..formats import number_format
 from ..rounding import scale_from_maxabs
 
@@ -90,7 +90,26 @@ def linear(
     full_scale: float,
     arithmetic: str,
 ) -> torch.Tensor:
+    _check_fit(x, weight, bias)
     return _apply(F.linear, x, weight, weight_scale, input_scale, bias, full_scale, arithmetic, channel_dim=-1)
+
+
+def _check_fit(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Refuse operands of a linear layer that do not belong together.
+
+    Raises:
+        FP8ShapeError: names what was found and expected.
+    """
+    if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+        raise FP8ShapeError(
+            f"linear: an input of shape {tuple(x.shape)} and a weight of shape {tuple(weight.shape)}: expected "
+            "(…, in) and (out, in); a weight stored as (in, out) has to be transposed"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise FP8ShapeError(
+            f"linear: a bias of shape {tuple(bias.shape)} for a weight of shape {tuple(weight.shape)}: expected "
+            f"({weight.shape[0]},), one value for each output"
+        )
 
 
 def linears(

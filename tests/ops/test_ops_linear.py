@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from optimum_fp8 import ops
+from optimum_fp8.errors import FP8ShapeError
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 NUMPY_DTYPES = {
@@ -174,3 +175,22 @@ def test_nan_stays_in_its_row():
     x[1, 2] = torch.nan
     result = ops.linear(x, *rest, full_scale=448.0)
     assert result[1].isnan().all() and not result[[0, 2]].isnan().any()
+
+
+@pytest.mark.parametrize(
+    "x, weight, bias, message",
+    [
+        ((2, 7), (4, 8), None, r"an input of shape \(2, 7\).*\(4, 8\).*expected \(…, in\)"),
+        ((), (4, 8), None, r"an input of shape \(\)"),
+        ((2, 8), (4, 8, 1), None, r"a weight of shape \(4, 8, 1\)"),
+        ((2, 8), (4, 8), (8,), r"a bias of shape \(8,\).*expected \(4,\)"),
+        ((2, 8), (4, 8), (4, 1), r"a bias of shape \(4, 1\)"),
+    ],
+)
+def test_operands_that_do_not_fit_are_refused(x, weight, bias, message):
+    x, weight = torch.ones(x), torch.ones(weight).to(E4M3)
+    scale, bias = torch.ones(1), None if bias is None else torch.ones(bias)
+    with pytest.raises(FP8ShapeError, match=message):
+        ops.linear(x, weight, scale, None, bias, full_scale=448.0)
+    with pytest.raises(FP8ShapeError, match=message):
+        ops.linears(x, [weight] * 2, [scale] * 2, [None] * 2, [bias] * 2, full_scale=448.0, owners=[0, 0])

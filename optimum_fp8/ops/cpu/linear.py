@@ -36,10 +36,10 @@ class Linear:
     ) -> str | None:
         if x.dtype not in TYPES or weight.dtype not in FORMATS:
             return f"inputs in {x.dtype} with weights in {weight.dtype}"
-        out, k = weight.shape
-        if x.shape[-1] != k or not k or not weight.is_contiguous():
+        out, k = weight.shape if weight.ndim == 2 else (0, 0)
+        if not k or x.ndim == 0 or x.shape[-1] != k or not weight.is_contiguous():
             return f"an input of {tuple(x.shape)} with weights of {tuple(weight.shape)}, strides {weight.stride()}"
-        if bias is not None and (bias.dtype not in TYPES or bias.numel() != out):
+        if bias is not None and (bias.dtype not in TYPES or bias.shape != (out,)):
             return f"a bias of {tuple(bias.shape)} in {bias.dtype}"
         if arithmetic not in ARITHMETICS:
             return "unknown arithmetic"  # the reference says which are known
