@@ -154,6 +154,10 @@ def linear(
 
     Returns:
         `[…, out]` in `x`'s dtype.
+
+    Raises:
+        FP8ShapeError: `x`, `weight` and `bias` do not fit one another.
+        FP8ScaleError: `weight_scale` does not fit the weight.
     """
     return call("linear", owner, x, weight, weight_scale, input_scale, bias, full_scale, arithmetic)
 
