@@ -27,7 +27,7 @@ def test_import_is_light(tmp_path):
     found = imported("import optimum_fp8", tmp_path)
     assert found.isdisjoint({"torch", "transformers", "numpy", "datasets"})
     ours = {name for name in found if name.startswith("optimum_fp8")}
-    assert ours == {"optimum_fp8", "optimum_fp8.hf", "optimum_fp8.hf.import_hook"}
+    assert ours == {"optimum_fp8", "optimum_fp8.hf", "optimum_fp8.import_hook"}
 
 
 def test_import_beside_transformers_is_light(tmp_path):

@@ -11,7 +11,7 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 
 # A part of the package imports from its own layer and from those above it in this list, never from those below.
 LAYERS = [
-    ["errors", "formats", "rounding"],
+    ["errors", "formats", "rounding", "import_hook"],
     ["ops"],
     ["config", "scales", "selection", "measure", "modules", "cache", "state"],
     ["calibration", "checkpoint"],

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .import_hook import when_imported
+from ..import_hook import when_imported
 
 
 def register() -> None:

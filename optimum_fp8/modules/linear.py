@@ -28,34 +28,18 @@ class FP8Linear(FP8Module):
         super().__init__(torch.Size((out_features, in_features)), origin, recipe)
         self.in_features, self.out_features, self.transposed = in_features, out_features, transposed
         self.shared_input: SharedInput | None = None
-        self.traced: tuple[torch.Tensor, torch.Tensor] | None = None  # an input and its output, within one graph
 
     def canonical(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.t() if self.transposed else weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.shared_input is None or not _can_share(x):
-            return self._alone(x)
-        if torch.compiler.is_compiling():
-            return self._traced(x, self.shared_input)
+        if torch.compiler.is_compiling() or self.shared_input is None or not _can_share(x):
+            return self._alone(x)  # in a graph, products of one input are found by who compiles it (ops/inductor.py)
         y = self.shared_input.take(self, x)
         if y is not None:
             return y
         group = self.shared_input.group(self, x)
         return self._alone(x) if len(group) == 1 else self._together(x, group, self.shared_input)
-
-    def _traced(self, x: torch.Tensor, shared: SharedInput) -> torch.Tensor:
-        """As `forward`, with what calls before tracing have shown: a graph is recorded once, and learns nothing."""
-        kept, self.traced = self.traced, None
-        if kept is not None and kept[0] is x:
-            return kept[1]
-        group = [self, *shared.followers.get(self, ())]
-        if len(group) == 1:
-            return self._alone(x)
-        outputs = self._outputs(x, group)
-        for module, y in zip(group[1:], outputs[1:], strict=True):
-            module.traced = (x, y)
-        return outputs[0]
 
     def _alone(self, x: torch.Tensor) -> torch.Tensor:
         try:
@@ -137,7 +121,7 @@ class FP8Linear(FP8Module):
 
 def _can_share(x: torch.Tensor) -> bool:
     """Whether a tensor can be told to be the same, and unchanged, at a later call (inference tensors cannot)."""
-    if type(x) is not torch.Tensor or not torch.compiler.is_compiling() and x.is_inference():
+    if type(x) is not torch.Tensor or x.is_inference():
         return False
     return not (torch.is_grad_enabled() and x.requires_grad)
 

@@ -1,6 +1,7 @@
 """FP8 arithmetic as a small set of operators in the namespace `torch.ops.optimum_fp8`."""
 
-from . import cpu
+from ..import_hook import when_imported
+from . import cpu, inductor
 from .declare import (
     cast_from_fp8,
     cast_to_fp8,
@@ -18,6 +19,7 @@ from .reference import ARITHMETICS
 from .reference_attention import DATAFLOWS
 
 cpu.register()
+when_imported("torch._inductor.lowering", inductor.register)
 
 __all__ = [
     "ARITHMETICS",

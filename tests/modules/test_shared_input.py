@@ -31,6 +31,23 @@ class Attention(nn.Module):
         return self.o(torch.cat([q[..., :16], k, v], -1))
 
 
+def double(x):
+    x.mul_(2)
+
+
+def clear_a_row(x):
+    x[0].zero_()
+
+
+def break_and_double(x):
+    torch._dynamo.graph_break()
+    x.mul_(2)
+
+
+CHANGES = {change.__name__: change for change in (double, clear_a_row, break_and_double)}
+BACKEND = ops.cpu.backends()[0]
+
+
 @pytest.fixture(params=["weight_only", "dynamic"])
 def model(request):
     return convert(nn.Sequential(Attention(), Attention()).bfloat16(), FP8Config(activation_scheme=request.param))
@@ -47,6 +64,18 @@ def together(monkeypatch):
 
     monkeypatch.setattr(ops, "linears", counting)
     return sizes
+
+
+def compiled(model, backend, fullgraph=True):
+    """The model as a graph that no earlier run has left somewhere."""
+    torch._dynamo.reset()
+    graph = torch.compile(model, backend=backend, fullgraph=fullgraph)
+
+    def run(x):
+        with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+            return graph(x)
+
+    return run
 
 
 def alone(model, x):
@@ -151,34 +180,27 @@ def test_modules_that_change_are_learnt_anew(model):
     assert not q.shared_input.followers
 
 
-@torch.no_grad()
-def test_compiled_they_are_computed_together_once_that_was_seen(model, together):
-    """Before, each by itself; a graph recorded later has them in one go, and leaves nothing behind."""
-    x, expected = torch.randn(3, 64).bfloat16(), None
-    for seen in (False, True):
-        torch._dynamo.reset()
-        if seen:
-            expected = [model(x) for _ in range(2)][1]
-            assert together
-        together.clear()
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-        for _ in range(2):
-            torch.testing.assert_close(compiled(x), alone(model, x), rtol=0, atol=0)
-        assert together == ([3, 3] * 2 if seen else [])  # in each of two attentions, at each of two calls
-        assert all(getattr(module, "traced", None) is None for module in model.modules())
-    assert torch.equal(compiled(2 * x), model(2 * x)) and not torch.equal(compiled(2 * x), expected)
-
-
-@torch.no_grad()
-def test_compiled_another_input_in_between_is_its_own(model):
+def test_compiled_they_are_computed_together(model):
+    """The graph shows who shares an input; nothing has to be seen before."""
     x = torch.randn(3, 64).bfloat16()
+    found = compiled(model, "inductor")(x)
+    assert [row.kernels for row in quantization_report(model).modules] == [{BACKEND: 1}] * 8
+    records = [ops.calls(module.owner).kernels for module in model[0].children()]
+    assert [op for record in records for op, _ in record] == ["linears", "linears", "linears", "linear"]
+    assert torch.equal(found, alone(model, x))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_compiled_an_input_that_changes_in_between_is_seen(model, backend, change):
+    """Also where eager calls have seen modules go together, and between two graphs."""
+    x = torch.randn(3, 64).bfloat16()
+    with torch.no_grad():
+        for _ in range(2):
+            model(x)
+        for attention in model:
+            attention.between = change
+        expected = alone(model, x.clone())
+    run = compiled(model, backend, fullgraph=change is not break_and_double)
     for _ in range(2):
-        model(x)
-    for attention in model:
-        attention.use_v = False  # whose output is computed with the leader's, and never asked for
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), alone(model, x), rtol=0, atol=0)
-    for attention in model:
-        attention.use_v = True
-    torch.testing.assert_close(compiled(x), alone(model, x), rtol=0, atol=0)
+        torch.testing.assert_close(run(x.clone()), expected, rtol=0, atol=0)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from optimum_fp8.hf.import_hook import when_imported
+from optimum_fp8.import_hook import when_imported
 
 NAME = "hooked_module"
 

@@ -1,0 +1,100 @@
+"""Products of one input in a graph that inductor compiles, computed in one go.
+
+They are found when the first of them is lowered, and take its place together; their dynamic scales, which are that
+input's own, are one. What lies between them must not change a tensor in place: inductor, which makes changes in place
+again of those that tracing has taken apart, lets one node stand for a tensor before and after.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.fx.node import map_arg
+
+Node = Any  # torch.fx.Node: its arguments can be of so many types that each use would have to tell which
+Known = dict[Any, Any]
+
+_MOST = 8  # products that are computed together
+_KEPT = "optimum_fp8_output"
+
+
+def register(lowering: ModuleType) -> None:
+    """Tell `torch._inductor.lowering` how `linear` and `dynamic_scale` are lowered. Where it is not as we know it,
+    graphs are compiled as they are: each product by itself."""
+    if not (hasattr(lowering, "fallback_handler") and hasattr(lowering, "register_lowering")):
+        return
+    from torch._inductor.virtualized import V
+
+    operators = torch.ops.optimum_fp8
+    product, scale = operators.linear.default, operators.dynamic_scale.default
+    call_product, call_products = (lowering.fallback_handler(op) for op in (product, operators.linears.default))
+    call_scale = lowering.fallback_handler(scale)
+
+    def linear(*args: Any) -> Any:
+        graph: Any = V.graph
+        node: Node = graph.current_node
+        made_in, output = node.meta.pop(_KEPT, (None, None))
+        if made_in is graph:
+            return output
+        others = [other for other in _behind(node) if _goes_with(other, node, graph.env)][: _MOST - 1]
+        if not others:
+            return call_product(*args)
+        rest = [map_arg(other.args, lambda operand: graph.env[_equal(operand, graph.env)]) for other in others]
+        _, weights, weight_scales, input_scales, biases, _, _, owners = zip(args, *rest, strict=True)
+        each = (list(weights), list(weight_scales), list(input_scales), list(biases))
+        outputs = call_products(args[0], *each, *args[5:7], list(owners))
+        for other, output in zip(others, outputs[1:], strict=True):
+            other.meta[_KEPT] = (graph, output)
+        return outputs[0]
+
+    def dynamic_scale(*args: Any) -> Any:
+        graph: Any = V.graph
+        equal = _equal(graph.current_node, graph.env)
+        return call_scale(*args) if equal is None else graph.env[equal]
+
+    lowering.register_lowering(product, type_promotion_kind=None)(linear)
+    lowering.register_lowering(scale, type_promotion_kind=None)(dynamic_scale)
+
+
+def _goes_with(other: Node, node: Node, known: Known) -> bool:
+    """Whether the product `other` can be computed when `node` is: all that it needs is there."""
+    if other.target is not node.target or other.args[0] is not node.args[0] or other.args[5:7] != node.args[5:7]:
+        return False
+    return all(_equal(operand, known) is not None for operand in other.all_input_nodes)
+
+
+def _equal(node: Node, known: Known) -> Node:
+    """The node itself if it is known, or, of a dynamic scale, one that is and computes the same; else None."""
+    if node in known:
+        return node
+    if node.target is not torch.ops.optimum_fp8.dynamic_scale.default:
+        return None
+    alike = (other for other in _before(node) if other.target is node.target and other.args == node.args)
+    return next((other for other in alike if other in known), None)
+
+
+def _behind(node: Node) -> Iterator[Node]:
+    """What comes after a node, up to what may change a tensor in place."""
+    while _changes_nothing(node := node.next):
+        yield node
+
+
+def _before(node: Node) -> Iterator[Node]:
+    """What comes before a node, back to what may change a tensor in place."""
+    while _changes_nothing(node := node.prev):
+        yield node
+
+
+def _changes_nothing(node: Node) -> bool:
+    """Whether a node is one that surely changes no tensor in place; the graph's ends are not."""
+    if node.op != "call_function":
+        return node.op in ("placeholder", "get_attr")
+    if isinstance(node.target, torch._ops.OpOverload):
+        return not node.target._schema.is_mutable
+    return (
+        getattr(node.target, "__module__", None) == operator.getitem.__module__
+    )  # arithmetic on sizes, items of lists
