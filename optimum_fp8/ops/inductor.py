@@ -1,8 +1,8 @@
 """Products of one input in a graph that inductor compiles, computed in one go.
 
 They are found when the first of them is lowered, and take its place together; their dynamic scales, which are that
-input's own, are one. What lies between them must not change a tensor in place: inductor, which makes changes in place
-again of those that tracing has taken apart, lets one node stand for a tensor before and after.
+input's own, are one. Nothing between them may change in place what they are computed from: inductor, which puts changes
+back in place that tracing has taken apart, lets one node stand for a tensor before and after.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def register(lowering: ModuleType) -> None:
         made_in, output = node.meta.pop(_KEPT, (None, None))
         if made_in is graph:
             return output
-        others = [other for other in _behind(node) if _goes_with(other, node, graph.env)][: _MOST - 1]
+        others = [other for other in _unchanged(node, "next") if _goes_with(other, node, graph.env)][: _MOST - 1]
         if not others:
             return call_product(*args)
         rest = [map_arg(other.args, lambda operand: graph.env[_equal(operand, graph.env)]) for other in others]
@@ -73,28 +73,26 @@ def _equal(node: Node, known: Known) -> Node:
         return node
     if node.target is not torch.ops.optimum_fp8.dynamic_scale.default:
         return None
-    alike = (other for other in _before(node) if other.target is node.target and other.args == node.args)
+    alike = (other for other in _unchanged(node, "prev") if other.target is node.target and other.args == node.args)
     return next((other for other in alike if other in known), None)
 
 
-def _behind(node: Node) -> Iterator[Node]:
-    """What comes after a node, up to what may change a tensor in place."""
-    while _changes_nothing(node := node.next):
-        yield node
+def _unchanged(node: Node, step: str) -> Iterator[Node]:
+    """What comes after a node, or before it (`step` is "next" or "prev"), if nothing on the way can have changed in
+    place what it is computed from."""
+    changed: set[Any] = set()
+    while (node := getattr(node, step)).op in ("placeholder", "get_attr", "call_function"):
+        if changed.isdisjoint(map(_storage, node.all_input_nodes)):
+            yield node
+        if node.op != "call_function" or getattr(node.target, "__module__", None) == operator.getitem.__module__:
+            continue  # items of lists, arithmetic on sizes
+        if not isinstance(node.target, torch._ops.OpOverload):
+            return
+        if node.target._schema.is_mutable:
+            changed.update(map(_storage, node.all_input_nodes))
 
 
-def _before(node: Node) -> Iterator[Node]:
-    """What comes before a node, back to what may change a tensor in place."""
-    while _changes_nothing(node := node.prev):
-        yield node
-
-
-def _changes_nothing(node: Node) -> bool:
-    """Whether a node is one that surely changes no tensor in place; the graph's ends are not."""
-    if node.op != "call_function":
-        return node.op in ("placeholder", "get_attr")
-    if isinstance(node.target, torch._ops.OpOverload):
-        return not node.target._schema.is_mutable
-    return (
-        getattr(node.target, "__module__", None) == operator.getitem.__module__
-    )  # arithmetic on sizes, items of lists
+def _storage(node: Node) -> Any:
+    """What nodes have in common whose tensors share memory."""
+    value = node.meta.get("val")
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else node
