@@ -22,8 +22,8 @@ class FP8ScaleError(FP8Error, ValueError):
     """A range or a scale that is zero, negative, NaN, infinite or not set."""
 
 
-class FP8ShapeError(FP8Error, RuntimeError):
-    """Tensors whose shapes do not fit one another."""
+class FP8OperandError(FP8Error, RuntimeError):
+    """Tensors that an operator cannot take, or not with one another: by their dtypes or shapes."""
 
 
 class FP8MeasurementError(FP8Error, RuntimeError):

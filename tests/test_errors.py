@@ -11,7 +11,7 @@ FAMILY = {
     "FP8ConfigError": ValueError,
     "FP8SelectionError": ValueError,
     "FP8ScaleError": ValueError,
-    "FP8ShapeError": RuntimeError,
+    "FP8OperandError": RuntimeError,
     "FP8CalibrationError": ValueError,
     "FP8MeasurementError": RuntimeError,
     "FP8StateError": RuntimeError,

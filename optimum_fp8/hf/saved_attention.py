@@ -11,6 +11,7 @@ from torch import nn
 
 from .. import ops
 from ..config import FP8Config
+from ..errors import FP8CheckpointError
 from ..formats import number_format
 from ..modules.attention import NAME
 from ..modules.attention_scales import all_attention_scales, freeze_scales, scales_of, set_scales
@@ -85,6 +86,7 @@ def declare_saved_attention(
             reason = f"attn_implementation={choice!r} was chosen"
         decisions.append(Decision(name, type(module).__name__, reason == "selected", reason))
         shapes = _expected(module, config) | _scales_for(aliases, saved)
+        _check_shapes(name, shapes)
         if reason != "not FP8 in the checkpoint":
             nan = {key: torch.full(shape, torch.nan, device="meta") for key, shape in shapes.items()}
             set_scales(module, nan, as_buffers=module in first)
@@ -137,6 +139,19 @@ def _saved_scales(files: list[str] | None) -> dict[str, dict[str, tuple[int, ...
                 if match := _SCALE_KEY.match(key):
                     saved.setdefault(match[1], {})[match[2]] = tuple(file.get_slice(key).get_shape())
     return saved
+
+
+def _check_shapes(name: str, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Refuse scales that are neither per tensor nor per head.
+
+    Raises:
+        FP8CheckpointError: names the scale.
+    """
+    for key, shape in shapes.items():
+        if shape != (1,) and shape[1:] != (1, 1):
+            raise FP8CheckpointError(
+                f"{name}.{key} has shape {shape} in the checkpoint, expected (1,) or (heads, 1, 1): it was not saved so"
+            )
 
 
 def _scales_for(aliases: list[str], saved: dict[str, dict[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:

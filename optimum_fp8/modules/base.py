@@ -85,8 +85,8 @@ class FP8Module(nn.Module):
         """
         if x.dtype not in _HIGH_PRECISION:
             raise FP8StateError(
-                f"an FP8 module was given an input in {x.dtype}, but expects high precision: where the code around it "
-                "cast it to the dtype of the weight, without a scale, put the module on the blocklist"
+                f"{self.name}: an FP8 module was given an input in {x.dtype}, but expects high precision; where code "
+                "around it cast it to the dtype of the weight, without a scale, put the module on the blocklist"
             )
         recipe = self.recipe
         self.check_codes()

@@ -156,7 +156,7 @@ def linear(
         `[…, out]` in `x`'s dtype.
 
     Raises:
-        FP8ShapeError: `x`, `weight` and `bias` do not fit one another.
+        FP8OperandError: `x`, `weight` and `bias` do not fit one another.
         FP8ScaleError: `weight_scale` does not fit the weight.
     """
     return call("linear", owner, x, weight, weight_scale, input_scale, bias, full_scale, arithmetic)

@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from ..errors import FP8ConfigError, FP8ScaleError, FP8ShapeError, nearest
-from ..formats import number_format
+from ..errors import FP8ConfigError, FP8OperandError, FP8ScaleError, nearest
+from ..formats import FP8_DTYPES, is_fp8, number_format
 from ..rounding import scale_from_maxabs
 
 ARITHMETICS = ("fused", "gaudi", "qdq")
@@ -26,6 +26,9 @@ BLOCK = 128  # side of the blocks of a weight that share a scale
 
 
 def cast_to_fp8(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, full_scale: float) -> torch.Tensor:
+    _check_format(dtype, full_scale)
+    if x.ndim == 0:
+        return cast_to_fp8(x.reshape(1), scale, dtype, full_scale).reshape(())
     scale = spread(scale, x).float()
     if x.numel() <= _CHUNK_ELEMENTS or x.ndim < 2:
         return (x.float() * scale.reciprocal()).clamp_(-full_scale, full_scale).to(dtype)
@@ -36,6 +39,19 @@ def cast_to_fp8(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, full_s
         part_scale = scale[part] if scale.ndim == x.ndim and scale.shape[0] > 1 else scale
         codes[part] = (x[part].float() * part_scale.reciprocal()).clamp_(-full_scale, full_scale).to(dtype)
     return codes
+
+
+def _check_format(dtype: torch.dtype, full_scale: float) -> None:
+    """Refuse what is no FP8 format, and a value at which its codes cannot saturate.
+
+    Raises:
+        FP8ConfigError: names what was found and expected.
+    """
+    if dtype not in FP8_DTYPES.values():
+        raise FP8ConfigError(f"a cast to {dtype}: expected one of {', '.join(map(str, FP8_DTYPES.values()))}")
+    largest = torch.finfo(dtype).max
+    if not 0 < full_scale <= largest:
+        raise FP8ConfigError(f"full_scale={full_scale} for {dtype}: expected a value above 0, {largest} at most")
 
 
 def cast_to_fp8_with_maxabs(
@@ -55,7 +71,7 @@ def cast_to_fp8_by_range(
 
 
 def cast_from_fp8(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return (x.float() * spread(scale, x).float()).to(dtype)
+    return (x.float() * spread(scale, x).float()).to(dtype).reshape(x.shape)
 
 
 def maxabs(x: torch.Tensor, per_token: bool) -> torch.Tensor:
@@ -90,25 +106,38 @@ def linear(
     full_scale: float,
     arithmetic: str,
 ) -> torch.Tensor:
-    _check_fit(x, weight, bias)
+    _check_operands(x, weight, input_scale, bias)
     return _apply(F.linear, x, weight, weight_scale, input_scale, bias, full_scale, arithmetic, channel_dim=-1)
 
 
-def _check_fit(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+def _check_operands(
+    x: torch.Tensor, weight: torch.Tensor, input_scale: torch.Tensor | None, bias: torch.Tensor | None
+) -> None:
     """Refuse operands of a linear layer that do not belong together.
 
     Raises:
-        FP8ShapeError: names what was found and expected.
+        FP8OperandError: names what was found and expected.
+        FP8ScaleError: the input's scale does not fit it.
     """
+    if is_fp8(x.dtype) or not x.is_floating_point() or not is_fp8(weight.dtype):
+        raise FP8OperandError(
+            f"linear: an input in {x.dtype} and a weight in {weight.dtype}: expected an input in high precision and a "
+            "weight in FP8 (codes that are held as bytes are seen as FP8 by .view(dtype))"
+        )
     if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
-        raise FP8ShapeError(
+        raise FP8OperandError(
             f"linear: an input of shape {tuple(x.shape)} and a weight of shape {tuple(weight.shape)}: expected "
             "(…, in) and (out, in); a weight stored as (in, out) has to be transposed"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise FP8ShapeError(
+        raise FP8OperandError(
             f"linear: a bias of shape {tuple(bias.shape)} for a weight of shape {tuple(weight.shape)}: expected "
             f"({weight.shape[0]},), one value for each output"
+        )
+    if input_scale is not None and input_scale.numel() != 1 and input_scale.shape != (*x.shape[:-1], 1):
+        raise FP8ScaleError(
+            f"linear: an input scale of shape {tuple(input_scale.shape)} for an input of shape {tuple(x.shape)}: "
+            f"expected (1,) or {(*x.shape[:-1], 1)}, one for each row"
         )
 
 

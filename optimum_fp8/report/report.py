@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from .. import ops
+from ..formats import is_fp8
 from ..modules import FP8Module, fp8_modules
 from ..selection import QUANTIZABLE
 from ..state import state_of
@@ -44,11 +45,19 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """What became of a model: `str(report)` is a table, `report.to_dict()` is JSON-able."""
+    """What became of a model: `str(report)` is a table, `report.to_dict()` is JSON-able.
+
+    Attributes:
+        modules: the candidates.
+        phase: "high precision", "measuring", "converted", …
+        attention: attention modules, where a configuration asks for them.
+        share: of all values of the model's parameters (candidates or not), how many are stored in FP8, 0 to 1.
+    """
 
     modules: list[ModuleReport]
     phase: str
     attention: list[AttentionReport] = field(default_factory=list)
+    share: float = 0.0
 
     @property
     def quantized(self) -> list[ModuleReport]:
@@ -70,7 +79,8 @@ class QuantizationReport:
 
     def to_dict(self) -> dict[str, Any]:
         attention = {"attention": [asdict(module) for module in self.attention]} if self.attention else {}
-        return {"phase": self.phase, "modules": [asdict(module) for module in self.modules], **attention}
+        modules = [asdict(module) for module in self.modules]
+        return {"phase": self.phase, "share": self.share, "modules": modules, **attention}
 
     def __str__(self) -> str:
         header = ("module", "type", "FP8", "activations", "weight scale", "input scale", "kernels", "reason")
@@ -84,21 +94,24 @@ class QuantizationReport:
         if silent and self.kernels:
             lines.append(f"{len(silent)} FP8 modules made no call although others did: {', '.join(silent[:8])}")
         lines.append(
-            f"{len(self.quantized)} of {len(self.modules)} candidate modules in FP8; state: {self.phase}; calls: "
-            f"{counts(self.kernels) or 'none yet'}; fallbacks: {counts(self.fallbacks) or 'none'}"
+            f"{len(self.quantized)} of {len(self.modules)} candidate modules in FP8, with {self.share:.1%} of all "
+            f"parameters; state: {self.phase}; calls: {counts(self.kernels) or 'none yet'}; fallbacks: "
+            f"{counts(self.fallbacks) or 'none'}"
         )
         return "\n".join(lines)
 
 
 def quantization_report(model: nn.Module) -> QuantizationReport:
     """Report on every candidate module of `model`, quantized or not; calls are counted since the conversion."""
+    model = getattr(model, "_orig_mod", model)  # what torch.compile was given
     state, modules = state_of(model), dict(model.named_modules())
     converted = fp8_modules(model)
     if state is None:
         named = {name: module for name, module in modules.items() if isinstance(module, QUANTIZABLE)}
         rows = [ModuleReport(name, type(module).__name__, False, "not prepared") for name, module in named.items()]
         rows += [_fp8_report(name, type(module).__name__, module) for name, module in converted.items()]
-        return QuantizationReport(rows, "converted" if converted else "high precision", attention_reports(model, None))
+        phase = "converted" if converted else "high precision"
+        return QuantizationReport(rows, phase, attention_reports(model, None), _share_in_fp8(model))
     rows = []
     for decision in state.decisions:
         module = modules.get(decision.name)
@@ -108,7 +121,12 @@ def quantization_report(model: nn.Module) -> QuantizationReport:
         else:
             reason = "measuring" if decision.selected else decision.reason
             rows.append(ModuleReport(decision.name, decision.type, False, reason))
-    return QuantizationReport(rows, state.phase, attention_reports(model, state))
+    return QuantizationReport(rows, state.phase, attention_reports(model, state), _share_in_fp8(model))
+
+
+def _share_in_fp8(model: nn.Module) -> float:
+    sizes = [(parameter.numel(), is_fp8(parameter.dtype)) for parameter in model.parameters()]
+    return sum(size for size, in_fp8 in sizes if in_fp8) / max(1, sum(size for size, _ in sizes))
 
 
 def _fp8_report(name: str, kind: str, module: FP8Module) -> ModuleReport:

@@ -119,13 +119,15 @@ def test_other_families_are_saved_and_reloaded_to_the_bit(save, tmp_path, family
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("damage", ["missing", "zero", "nan"])
+@pytest.mark.parametrize("damage", ["missing", "zero", "nan", "shape"])
 def test_damaged_scales_are_refused(quantized, tmp_path, damage):
     quantized.save_pretrained(tmp_path / "fp8")
     path, key = tmp_path / "fp8" / "model.safetensors", "model.layers.1.self_attn.v_scale"
     tensors = load_file(path)
     if damage == "missing":
         del tensors[key]
+    elif damage == "shape":
+        tensors[key] = tensors[key].repeat(5)
     else:
         tensors[key] = torch.full_like(tensors[key], 0.0 if damage == "zero" else torch.nan)
     save_file(tensors, path, metadata={"format": "pt"})

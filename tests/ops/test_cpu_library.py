@@ -39,8 +39,8 @@ def compute():
 found = compute() and compute()
 with ops.backend("reference"):
     assert all(torch.equal(a, b) for a, b in zip(found, compute(), strict=True))
-print(json.dumps({"file": ops.__file__, "missing": ops.missing("cpu"), "warnings": warnings,
-                  "backends": ops.backends(), "cpu": ops.cpu.backends()}))
+print(json.dumps({"file": ops.__file__, "missing": ops.missing("cpu"), "avx2": ops.missing("cpu_avx2"),
+                  "warnings": warnings, "backends": ops.backends(), "cpu": ops.cpu.backends()}))
 """
 
 
@@ -63,7 +63,7 @@ def run_with(site):
 
 
 def assert_on_the_reference(told, reason):
-    assert reason in told["missing"]
+    assert reason in told["missing"] and told["avx2"] == told["missing"]
     assert len(told["warnings"]) == 1 and told["missing"] in told["warnings"][0]
     assert told["backends"] == ["reference"] and told["cpu"] == []
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from optimum_fp8 import ops
+from optimum_fp8.errors import FP8ConfigError
 
 FORMATS = [
     pytest.param(torch.float8_e4m3fn, 240.0, id="gaudi2-e4m3"),
@@ -160,3 +161,31 @@ def test_input_is_left_alone():
     before = x.clone()
     ops.cast_to_fp8(x, ONE, torch.float8_e4m3fn, 448.0)
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize(
+    "dtype, full_scale",
+    [
+        (torch.float8_e4m3fn, 449.0),
+        (torch.float8_e4m3fn, 57344.0),
+        (torch.float8_e5m2, 57345.0),
+        (torch.float8_e4m3fn, 0.0),
+        (torch.float8_e4m3fn, float("nan")),
+        (torch.float8_e4m3fnuz, 240.0),
+        (torch.float16, 448.0),
+    ],
+)
+def test_codes_that_cannot_be_made_are_refused(dtype, full_scale):
+    x, table = torch.ones(2, 4).bfloat16(), torch.ones(1 << 15)
+    for cast in (ops.cast_to_fp8, ops.cast_to_fp8_with_maxabs):
+        with pytest.raises(FP8ConfigError, match=f"full_scale={full_scale}|a cast to {dtype}"):
+            cast(x, ONE, dtype, full_scale)
+    with pytest.raises(FP8ConfigError, match=f"full_scale={full_scale}|a cast to {dtype}"):
+        ops.cast_to_fp8_by_range(x, table, per_row=True, dtype=dtype, full_scale=full_scale)
+
+
+def test_a_scalar_stays_one_on_every_backend():
+    for backend in (*ops.cpu.backends(), "reference"):
+        with ops.backend(backend):
+            codes = ops.cast_to_fp8(torch.tensor(3.0), ONE, torch.float8_e4m3fn, 448.0)
+            assert codes.shape == () and ops.cast_from_fp8(codes, ONE, torch.float32).shape == ()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from optimum_fp8 import ops
-from optimum_fp8.errors import FP8ShapeError
+from optimum_fp8.errors import FP8ConfigError, FP8OperandError, FP8ScaleError
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 NUMPY_DTYPES = {
@@ -190,7 +190,34 @@ def test_nan_stays_in_its_row():
 def test_operands_that_do_not_fit_are_refused(x, weight, bias, message):
     x, weight = torch.ones(x), torch.ones(weight).to(E4M3)
     scale, bias = torch.ones(1), None if bias is None else torch.ones(bias)
-    with pytest.raises(FP8ShapeError, match=message):
+    with pytest.raises(FP8OperandError, match=message):
         ops.linear(x, weight, scale, None, bias, full_scale=448.0)
-    with pytest.raises(FP8ShapeError, match=message):
+    with pytest.raises(FP8OperandError, match=message):
         ops.linears(x, [weight] * 2, [scale] * 2, [None] * 2, [bias] * 2, full_scale=448.0, owners=[0, 0])
+
+
+@pytest.mark.parametrize("x", [torch.int64, torch.bool, E4M3])
+def test_an_input_that_is_not_in_high_precision_is_refused(x):
+    with pytest.raises(FP8OperandError, match=f"an input in {x}.*expected an input in high precision"):
+        ops.linear(torch.ones(2, 8).to(x), torch.ones(4, 8).to(E4M3), torch.ones(1), None, None, full_scale=448.0)
+
+
+@pytest.mark.parametrize("held_as", [torch.uint8, torch.int8])
+def test_codes_held_as_bytes_are_not_taken_for_values(held_as):
+    weight = torch.ones(4, 8).to(E4M3).view(held_as)
+    with pytest.raises(FP8OperandError, match=f"a weight in {held_as}.*view"):
+        ops.linear(torch.ones(2, 8), weight, torch.ones(1), None, None, full_scale=448.0)
+
+
+def test_input_scales_that_do_not_fit_are_refused():
+    for shape in ((8,), (3, 1), (2,)):
+        with pytest.raises(FP8ScaleError, match=r"an input scale of shape.*expected \(1,\) or \(2, 1\)"):
+            ops.linear(
+                torch.ones(2, 8), torch.ones(4, 8).to(E4M3), torch.ones(1), torch.ones(shape), None, full_scale=448.0
+            )
+
+
+def test_rounding_an_input_beyond_what_codes_hold_is_refused():
+    operands = torch.ones(2, 8), torch.ones(4, 8).to(E4M3), torch.ones(1), torch.ones(1), None
+    with pytest.raises(FP8ConfigError, match="full_scale=57344.0.*448"):
+        ops.linear(*operands, full_scale=57344.0)

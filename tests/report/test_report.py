@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -61,6 +62,11 @@ def test_a_converted_model(rows):
     assert (found["3"].type, found["3"].quantized) == ("OwnForward", False)
     assert found["3"].reason == "OwnForward has a forward of its own"
     assert found["3"].weight_scale is None and found["3"].activations == ""
+
+
+def test_a_compiled_model_is_reported_as_what_was_compiled():
+    model = converted()
+    assert str(quantization_report(torch.compile(model))) == str(quantization_report(model))
 
 
 @pytest.mark.parametrize(
@@ -150,8 +156,20 @@ def test_the_table():
     assert set(lines[1]) == {"-", " "}
     assert lines[2].split()[:4] == ["0", "Linear", "yes", "static"]
     assert lines[4].split()[:3] == ["3", "OwnForward", "no"] and lines[4].endswith("has a forward of its own")
-    assert lines[5] == "2 of 3 candidate modules in FP8; state: converted; calls: none yet; fallbacks: none"
+    assert re.fullmatch(
+        r"2 of 3 candidate modules in FP8, with \d+\.\d% of all parameters; state: converted; calls: none yet; "
+        "fallbacks: none",
+        lines[5],
+    )
     assert not any(line != line.rstrip() for line in lines)
+
+
+def test_the_share_counts_what_is_no_candidate_too():
+    model = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 16, bias=False)).bfloat16()
+    assert quantization_report(model).share == 0
+    converted = convert(model, FP8Config(activation_scheme="weight_only"))
+    scales = converted[1].weight_scale.numel()
+    assert quantization_report(converted).share == 128 / (80 + 128 + scales)
 
 
 def test_a_model_without_candidates():

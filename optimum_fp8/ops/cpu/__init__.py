@@ -11,7 +11,7 @@ import torch
 from .. import dispatch
 from .attention import Attention
 from .kernels import CpuKernels
-from .library import Library, load, threads
+from .library import VARIANTS, Library, load, threads
 from .linear import Linear
 
 OPERATORS = (
@@ -31,7 +31,8 @@ def register() -> None:
     """Register a backend for each variant this processor runs; without the native library, note why there is none."""
     library = load()
     if not isinstance(library, Library):
-        dispatch.note_missing("cpu", library)
+        for name in ("cpu", *(f"cpu_{variant}" for variant in VARIANTS)):
+            dispatch.note_missing(name, library)
         return
     for variant in library.too_new:
         dispatch.note_missing(f"cpu_{variant}", f"this processor has not all of the instructions of {variant}")

@@ -6,7 +6,7 @@ import torch
 
 from .attention_call import FORMATS, TYPES, Call, Options, row_size
 from .attention_prefill import many_queries
-from .kernels import CpuKernels
+from .kernels import CpuKernels, refuses_format
 from .library import check
 
 _DATAFLOWS = ("fused", "unfused")
@@ -35,6 +35,8 @@ def refuses_attention(
         return f"dataflow {dataflow!r}"
     if query.dtype not in TYPES or dtype not in FORMATS:
         return f"queries in {query.dtype}, rounded to {dtype}"
+    if reason := refuses_format(dtype, full_scale):
+        return reason
     for name, x, scale in (("keys", key, k_scale), ("values", value, v_scale)):
         if scale is None:
             return f"{name} in {x.dtype} without a scale"

@@ -17,6 +17,7 @@ from .library import Library, check, threads
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FORMATS = {torch.float8_e4m3fn: 0, torch.float8_e5m2: 1}
+_LARGEST = {dtype: torch.finfo(dtype).max for dtype in FORMATS}
 _CAST = Struct("=14qd")
 
 
@@ -33,7 +34,7 @@ class CpuKernels:
     ) -> str | None:
         if x.dtype not in TYPES and x.dtype not in FORMATS:
             return f"inputs in {x.dtype}"
-        return _refuses_scale(x, scale)
+        return refuses_format(dtype, full_scale) or _refuses_scale(x, scale)
 
     def cast_to_fp8(self, x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, full_scale: float) -> torch.Tensor:
         x = x.float() if x.dtype in FORMATS else x
@@ -49,10 +50,14 @@ class CpuKernels:
         self._encode(x, scale, codes, full_scale, maxabs)
         return _strided_like(x, codes), maxabs
 
-    def refuses_cast_to_fp8_by_range(self, x: torch.Tensor, scale_of_range: torch.Tensor, *rest: object) -> str | None:
+    def refuses_cast_to_fp8_by_range(
+        self, x: torch.Tensor, scale_of_range: torch.Tensor, per_row: bool, dtype: torch.dtype, full_scale: float
+    ) -> str | None:
         if scale_of_range.dtype != torch.float32 or scale_of_range.numel() != 1 << 15:
             return f"scales by range of {tuple(scale_of_range.shape)} in {scale_of_range.dtype}"
-        return "an empty input" if x.numel() == 0 else self.refuses_maxabs(x, False)
+        if x.numel() == 0:
+            return "an empty input"
+        return refuses_format(dtype, full_scale) or self.refuses_maxabs(x, False)
 
     def cast_to_fp8_by_range(
         self, x: torch.Tensor, scale_of_range: torch.Tensor, per_row: bool, dtype: torch.dtype, full_scale: float
@@ -217,6 +222,11 @@ def _strided_like(x: torch.Tensor, contiguous: torch.Tensor) -> torch.Tensor:
     if x.is_contiguous():
         return contiguous
     return torch.empty_like(x, dtype=contiguous.dtype).copy_(contiguous)
+
+
+def refuses_format(dtype: torch.dtype, full_scale: float) -> str | None:
+    """Why codes cannot be made: of no FP8 format, or saturating at what it cannot hold."""
+    return None if 0 < full_scale <= _LARGEST.get(dtype, 0) else f"casts to {dtype} that saturate at {full_scale}"
 
 
 def refuses_scales(x: torch.Tensor, weight_scale: torch.Tensor, input_scale: torch.Tensor | None) -> str | None:

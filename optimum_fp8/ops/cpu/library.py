@@ -12,6 +12,7 @@ import torch
 
 PATH = Path(__file__).with_name("libfp8cpu.so")
 ABI = 4
+VARIANTS = ("avx512bf16", "avx512vbmi", "avx512", "avx2", "portable")
 _OUT_OF_MEMORY = 1
 
 

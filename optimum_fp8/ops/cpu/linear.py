@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ..reference import ARITHMETICS, BLOCK, is_blocked
-from .kernels import FORMATS, TYPES, CpuKernels, refuses_input_scale, refuses_scales
+from .kernels import FORMATS, TYPES, CpuKernels, refuses_format, refuses_input_scale, refuses_scales
 from .library import Library, check, threads
 
 _OF_A_CALL, _THAT_STAYS = Struct("=10q"), Struct("=10qd")  # fp8cpu_linear_args
@@ -43,6 +43,8 @@ class Linear:
             return f"a bias of {tuple(bias.shape)} in {bias.dtype}"
         if arithmetic not in ARITHMETICS:
             return "unknown arithmetic"  # the reference says which are known
+        if input_scale is not None and (reason := refuses_format(weight.dtype, full_scale)):
+            return reason
         return refuses_scales(x, weight_scale, input_scale)
 
     def refuses_linears(
