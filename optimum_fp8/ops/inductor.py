@@ -8,7 +8,6 @@ back in place that tracing has taken apart, lets one node stand for a tensor bef
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -40,7 +39,7 @@ def register(lowering: ModuleType) -> None:
         made_in, output = node.meta.pop(_KEPT, (None, None))
         if made_in is graph:
             return output
-        others = [other for other in _unchanged(node, "next") if _goes_with(other, node, graph.env)][: _MOST - 1]
+        others = [other for other in node.args[0].users if _goes_with(other, node, graph.env)][: _MOST - 1]
         if not others:
             return call_product(*args)
         rest = [map_arg(other.args, lambda operand: graph.env[_equal(operand, graph.env)]) for other in others]
@@ -61,10 +60,12 @@ def register(lowering: ModuleType) -> None:
 
 
 def _goes_with(other: Node, node: Node, known: Known) -> bool:
-    """Whether the product `other` can be computed when `node` is: all that it needs is there."""
-    if other.target is not node.target or other.args[0] is not node.args[0] or other.args[5:7] != node.args[5:7]:
+    """Whether the product `other` can be computed when `node` is: it is still to come, and all it needs is there."""
+    if other is node or other in known or other.target is not node.target or other.args[0] is not node.args[0]:
         return False
-    return all(_equal(operand, known) is not None for operand in other.all_input_nodes)
+    if other.args[5:7] != node.args[5:7] or any(_equal(operand, known) is None for operand in other.all_input_nodes):
+        return False
+    return _unchanged_between(node, other)
 
 
 def _equal(node: Node, known: Known) -> Node:
@@ -73,23 +74,23 @@ def _equal(node: Node, known: Known) -> Node:
         return node
     if node.target is not torch.ops.optimum_fp8.dynamic_scale.default:
         return None
-    alike = (other for other in _unchanged(node, "prev") if other.target is node.target and other.args == node.args)
-    return next((other for other in alike if other in known), None)
+    alike = (other for other in node.args[0].users if other.target is node.target and other.args == node.args)
+    return next((other for other in alike if other in known and _unchanged_between(other, node)), None)
 
 
-def _unchanged(node: Node, step: str) -> Iterator[Node]:
-    """What comes after a node, or before it (`step` is "next" or "prev"), if nothing on the way can have changed in
-    place what it is computed from."""
-    changed: set[Any] = set()
-    while (node := getattr(node, step)).op in ("placeholder", "get_attr", "call_function"):
-        if changed.isdisjoint(map(_storage, node.all_input_nodes)):
-            yield node
-        if node.op != "call_function" or getattr(node.target, "__module__", None) == operator.getitem.__module__:
+def _unchanged_between(first: Node, last: Node) -> bool:
+    """Whether `last` comes after `first`, and nothing from there can have changed in place what it is computed from."""
+    needed = {_storage(operand) for operand in last.all_input_nodes}
+    while (first := first.next) is not last:
+        if first.op == "output":
+            return False
+        if first.op != "call_function" or getattr(first.target, "__module__", None) == operator.getitem.__module__:
             continue  # items of lists, arithmetic on sizes
-        if not isinstance(node.target, torch._ops.OpOverload):
-            return
-        if node.target._schema.is_mutable:
-            changed.update(map(_storage, node.all_input_nodes))
+        if not isinstance(first.target, torch._ops.OpOverload):
+            return False
+        if first.target._schema.is_mutable and not needed.isdisjoint(map(_storage, first.all_input_nodes)):
+            return False
+    return True
 
 
 def _storage(node: Node) -> Any:
