@@ -27,8 +27,6 @@ BLOCK = 128  # side of the blocks of a weight that share a scale
 
 def cast_to_fp8(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, full_scale: float) -> torch.Tensor:
     _check_format(dtype, full_scale)
-    if x.ndim == 0:
-        return cast_to_fp8(x.reshape(1), scale, dtype, full_scale).reshape(())
     scale = spread(scale, x).float()
     if x.numel() <= _CHUNK_ELEMENTS or x.ndim < 2:
         return (x.float() * scale.reciprocal()).clamp_(-full_scale, full_scale).to(dtype)
@@ -71,7 +69,7 @@ def cast_to_fp8_by_range(
 
 
 def cast_from_fp8(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return (x.float() * spread(scale, x).float()).to(dtype).reshape(x.shape)
+    return (x.float() * spread(scale, x).float()).to(dtype)
 
 
 def maxabs(x: torch.Tensor, per_token: bool) -> torch.Tensor:
@@ -232,7 +230,9 @@ def is_blocked(scale: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def spread(scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """`scale` so that it broadcasts to `x`: scales by blocks are repeated over their blocks."""
+    """`scale` so that it broadcasts to `x`, and to no more: scales by blocks are repeated over their blocks."""
+    if scale.numel() == 1:
+        return scale.reshape([1] * x.ndim)
     fits = all(size in (1, full) for size, full in zip(reversed(scale.shape), reversed(x.shape), strict=False))
     if fits or not is_blocked(scale, x):
         return scale
