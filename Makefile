@@ -3,23 +3,37 @@
 PY ?= python3
 TORCH ?= torch==2.13.0
 OLDEST ?= transformers==5.21.0
+NEWEST ?= python3.13
+WORKERS ?= 2
 
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-slow test-oldest quality benchmark clean
+.PHONY: demo test test-slow test-oldest test-newest quality benchmark clean
 
 demo: .venv/.ready
 	.venv/bin/python examples/demo.py
 
-test: .venv/.ready
-	.venv/bin/pytest -m "not slow"
+# A process a core, and each computes with one thread; a worker that is done takes over tests of another.
+PYTEST = bin/pytest -n $(WORKERS) --dist worksteal
 
-test-slow: .venv/.ready test-oldest
-	.venv/bin/pytest -m slow
+test: .venv/.ready
+	.venv/$(PYTEST) -m "not slow"
+
+test-slow: .venv/.ready test-oldest test-newest
+	.venv/$(PYTEST) -m slow
 
 test-oldest: .venv-oldest/.ready
-	.venv-oldest/bin/pytest -m core
+	.venv-oldest/$(PYTEST) -m core
+
+# Where that Python is installed. On x86-64, PyPI's torch for it is a CUDA build of several gigabytes.
+ifeq ($(shell $(NEWEST) -c "print(1)" 2>/dev/null),1)
+test-newest: .venv-newest/.ready
+	.venv-newest/$(PYTEST) -m core
+else
+test-newest:
+	@echo "$(NEWEST) is not installed: the core tests were not run on it (make test-newest NEWEST=path/to/python)"
+endif
 
 quality: .venv/.ready
 	.venv/bin/ruff check
@@ -41,7 +55,9 @@ LARGE = datasets scikit-learn
 .venv-benchmark/.ready: WHAT = -e ".[benchmark]"
 .venv-benchmark/.ready: export CMAKE_ARGS = -DGGML_NATIVE=ON
 .venv-oldest/.ready: WHAT = -e ".[test]" $(OLDEST)
-.venv/.ready .venv-oldest/.ready .venv-benchmark/.ready: pyproject.toml $(NATIVE)
+.venv-newest/.ready: WHAT = -e ".[test]"
+.venv-newest/.ready: PY = $(NEWEST)
+.venv/.ready .venv-oldest/.ready .venv-newest/.ready .venv-benchmark/.ready: pyproject.toml $(NATIVE)
 	$(PY) -m venv $(@D)
 	$(@D)/bin/pip install -q -U setuptools
 	$(@D)/bin/python setup.py -q build_ext --inplace & kernels=$$!; \

@@ -56,7 +56,9 @@ def plain(both: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.
     return key, value
 
 
-def fp8_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, owner: int = 0) -> torch.Tensor:
+def fp8_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, record: ops.CallRecord | None = None
+) -> torch.Tensor:
     """`[B, S, H, D]`, causal where there is more than one query."""
     length = query.shape[2]
     mask = None if length == 1 else causal_mask(length)
@@ -65,7 +67,7 @@ def fp8_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, o
         scaling=query.shape[-1] ** -0.5,
         dtype=torch.float8_e4m3fn,
         full_scale=FULL_SCALE,
-        owner=owner,
+        record=record,
     )
 
 
@@ -88,9 +90,9 @@ def check(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 def backend_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str:
     """Which kernel runs the FP8 side."""
-    owner = ops.new_owner()
-    fp8_attention(query, key, value, owner)
-    return " ".join(name for _, name in ops.calls(owner).kernels)
+    record = ops.CallRecord()
+    fp8_attention(query, key, value, record)
+    return " ".join(name for _, name in record.kernels)
 
 
 def decode(heads: Heads, tokens: int, budget: float) -> Row:

@@ -42,22 +42,22 @@ def to_fp8(values: Copies, scale: torch.Tensor) -> torch.Tensor:
     return ops.cast_to_fp8(values.take(), scale, FP8, FULL_SCALE)
 
 
-def to_fp8_with_maxabs(values: Copies, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return ops.cast_to_fp8_with_maxabs(values.take(), scale, FP8, FULL_SCALE)
+def to_fp8_by_range(values: Copies, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return ops.cast_to_fp8_by_range(values.take(), table, per_row=True, dtype=FP8, full_scale=FULL_SCALE)
 
 
 def from_fp8(codes: Copies, scale: torch.Tensor) -> torch.Tensor:
     return ops.cast_from_fp8(codes.take(), scale, torch.bfloat16)
 
 
-def maxabs(values: Copies, per_token: bool) -> torch.Tensor:
-    return ops.maxabs(values.take(), per_token=per_token)
+def maxabs(values: Copies, group: int) -> torch.Tensor:
+    return ops.maxabs(values.take(), group=group)
 
 
-def dynamic(values: Copies, per_token: bool) -> torch.Tensor:
+def dynamic(values: Copies, group: int) -> torch.Tensor:
     return ops.dynamic_scale(
         values.take(),
-        per_token=per_token,
+        group=group,
         divisor=FULL_SCALE,
         rounding="pow2",
         fp8_config="E4M3",
@@ -70,8 +70,8 @@ def torch_cast(copies: Copies, dtype: torch.dtype) -> torch.Tensor:
     return copies.take().to(dtype)
 
 
-def torch_range(values: Copies, per_token: bool) -> torch.Tensor:
-    return values.take().abs().amax(-1 if per_token else (0, 1))
+def torch_range(values: Copies, group: int) -> torch.Tensor:
+    return values.take().abs().amax(group or (0, 1))
 
 
 def cases(values: Copies, codes: Copies, rows: int) -> list[Case]:
@@ -88,12 +88,12 @@ def cases(values: Copies, codes: Copies, rows: int) -> list[Case]:
     for name in ("tensor", "channel"):
         what, theirs = f"cast FP8 to bf16, scale per {name}", partial(torch_cast, codes, torch.bfloat16)
         found.append(Case(what, partial(from_fp8, codes, scales[name]), theirs, 3))
-    what = "cast bf16 to FP8 with maxabs"
-    found.append(Case(what, partial(to_fp8_with_maxabs, values, scales["tensor"]), partial(torch_cast, values, FP8), 3))
-    for per_token, name in ((False, "tensor"), (True, "token")):
-        theirs = partial(torch_range, values, per_token)
-        found.append(Case(f"maxabs per {name}", partial(maxabs, values, per_token), theirs, 2, writes=False))
-        found.append(Case(f"dynamic scale per {name}", partial(dynamic, values, per_token), theirs, 2, writes=False))
+    what, table = "cast bf16 to FP8, scale from each row's range", torch.full((1 << 15,), 2.0**-6)
+    found.append(Case(what, partial(to_fp8_by_range, values, table), partial(torch_cast, values, FP8), 3))
+    for group, name in ((0, "tensor"), (-1, "token")):
+        theirs = partial(torch_range, values, group)
+        found.append(Case(f"maxabs per {name}", partial(maxabs, values, group), theirs, 2, writes=False))
+        found.append(Case(f"dynamic scale per {name}", partial(dynamic, values, group), theirs, 2, writes=False))
     return found
 
 

@@ -66,12 +66,12 @@ def sides_of(weights: Weights, x: torch.Tensor, static: bool) -> dict[str, Calla
     sides: dict[str, Callable[[], object]] = {"bf16": lambda: F.linear(x, weights.plain.take())}
 
     def fp8(scale: torch.Tensor, input_scale: torch.Tensor | None) -> Callable[[], torch.Tensor]:
-        owners: defaultdict[int, int] = defaultdict(ops.new_owner)
+        records: defaultdict[int, ops.CallRecord] = defaultdict(ops.CallRecord)
 
         def layer() -> torch.Tensor:
             codes = weights.codes.take()
-            owner = owners[codes.data_ptr()]
-            return ops.linear(x, codes, scale, input_scale, None, full_scale=FULL_SCALE, owner=owner)
+            record = records[codes.data_ptr()]
+            return ops.linear(x, codes, scale, input_scale, None, full_scale=FULL_SCALE, record=record)
 
         return layer
 
@@ -103,9 +103,9 @@ def check(sides: dict[str, Callable[[], object]]) -> None:
 
 def backend_of(weights: Weights, x: torch.Tensor) -> str:
     """Which kernel runs the FP8 side."""
-    owner = ops.new_owner()
-    ops.linear(x, weights.codes.take(), weights.scales["channel"], None, None, full_scale=FULL_SCALE, owner=owner)
-    return " ".join(name for _, name in ops.calls(owner).kernels)
+    record = ops.CallRecord()
+    ops.linear(x, weights.codes.take(), weights.scales["channel"], None, None, full_scale=FULL_SCALE, record=record)
+    return " ".join(name for _, name in record.kernels)
 
 
 @torch.no_grad()

@@ -45,12 +45,11 @@ def linear_weights(model: Any) -> list[torch.Tensor]:
 
 def kernels(model: Any) -> str:
     """Which kernels the FP8 modules ran on so far: "linear on cpu: 5130 calls"."""
-    from optimum_fp8 import ops
     from optimum_fp8.modules import fp8_modules
 
     counts: dict[tuple[str, str], int] = {}
     for module in fp8_modules(model).values():
-        for kernel, count in ops.calls(module.owner).kernels.items():
+        for kernel, count in module.record.kernels.items():
             counts[kernel] = counts.get(kernel, 0) + count
     return ", ".join(f"{op} on {backend}: {count} calls" for (op, backend), count in sorted(counts.items()))
 

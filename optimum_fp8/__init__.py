@@ -16,6 +16,18 @@ if TYPE_CHECKING:
     from . import ops, scales
     from .calibration import calibrate
     from .config import FP8Config
+    from .errors import (
+        FP8CalibrationError,
+        FP8CheckpointError,
+        FP8ConfigError,
+        FP8Error,
+        FP8MeasurementError,
+        FP8NotAvailableError,
+        FP8OperandError,
+        FP8ScaleError,
+        FP8SelectionError,
+        FP8StateError,
+    )
     from .measure import Measurements
     from .quantize import convert, dequantize, finalize_calibration, prepare
     from .report import quantization_report
@@ -23,7 +35,17 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "FP8CalibrationError",
+    "FP8CheckpointError",
     "FP8Config",
+    "FP8ConfigError",
+    "FP8Error",
+    "FP8MeasurementError",
+    "FP8NotAvailableError",
+    "FP8OperandError",
+    "FP8ScaleError",
+    "FP8SelectionError",
+    "FP8StateError",
     "Measurements",
     "calibrate",
     "convert",
@@ -38,6 +60,7 @@ __all__ = [
 _MODULES = ("cache", "errors", "formats", "modules", "ops", "scales")
 # No name here may be a module's as well: importing the module would put it in the name's place.
 _HOMES = {
+    **{name: "errors" for name in __all__ if name.startswith("FP8") and name.endswith("Error")},
     "FP8Config": "config",
     "Measurements": "measure",
     "calibrate": "calibration",

@@ -7,12 +7,14 @@ Intel Neural Compressor does, so it is what we do.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from .errors import FP8ConfigError, nearest
 from .formats import MAX_EXPONENT, MIN_EXPONENT, NumberFormat
 
-ROUNDINGS = ("identity", "pow2", "hardware")
+Rounding = Callable[[torch.Tensor, NumberFormat], torch.Tensor]
 
 
 def exp2(exponent: torch.Tensor) -> torch.Tensor:
@@ -30,25 +32,53 @@ def round_scale(raw: torch.Tensor, rounding: str, fmt: NumberFormat) -> torch.Te
 
     Args:
         raw: non-negative scales of any shape, in the dtype the arithmetic happens in.
-        rounding: one of `ROUNDINGS`.
+        rounding: a name from `ROUNDINGS`.
         fmt: the number format, for its hardware scales.
 
     Returns:
         float32 scales of the same shape, finite, positive and with a finite reciprocal. Zeros become the smallest
         scale that exists; what zero should mean is the caller's to decide.
     """
+    check_rounding(rounding)
+    return ROUNDINGS[rounding](raw, fmt)
+
+
+def check_rounding(rounding: str) -> None:
+    """Refuse a rounding that is not registered.
+
+    Raises:
+        FP8ConfigError: the message names the nearest.
+    """
     if rounding not in ROUNDINGS:
         raise FP8ConfigError(f"rounding={rounding!r} is unknown: {nearest(rounding, ROUNDINGS)}")
-    if rounding == "identity":
-        return raw.float().nan_to_num(nan=1.0).clamp(2.0**MIN_EXPONENT, 2.0**MAX_EXPONENT)
-    exponent = ceil_log2(raw)
-    low, high, step = MIN_EXPONENT, MAX_EXPONENT, 1
-    if rounding == "hardware":
-        hardware = fmt.hardware_scales
-        low, high, step = hardware.min_exponent, hardware.max_exponent, hardware.step
-    exponent = (exponent / step).ceil() * step
+
+
+def _identity(raw: torch.Tensor, fmt: NumberFormat) -> torch.Tensor:
+    return raw.float().nan_to_num(nan=1.0).clamp(2.0**MIN_EXPONENT, 2.0**MAX_EXPONENT)
+
+
+def _pow2(raw: torch.Tensor, fmt: NumberFormat) -> torch.Tensor:
+    return _power(raw, MIN_EXPONENT, MAX_EXPONENT, 1)
+
+
+def _hardware(raw: torch.Tensor, fmt: NumberFormat) -> torch.Tensor:
+    hardware = fmt.hardware_scales
+    return _power(raw, hardware.min_exponent, hardware.max_exponent, hardware.step)
+
+
+def _power(raw: torch.Tensor, low: int, high: int, step: int) -> torch.Tensor:
+    """The smallest power of two of a set that is not below `raw`, as `raw`'s dtype takes the logarithm."""
+    exponent = (ceil_log2(raw) / step).ceil() * step
     # A NaN range (a NaN in the data) must not become a random exponent; the NaN itself survives the cast.
     return exp2(exponent.nan_to_num(nan=0.0, posinf=high, neginf=low).clamp(low, high))
+
+
+ROUNDINGS: dict[str, Rounding] = {"identity": _identity, "pow2": _pow2, "hardware": _hardware}
+
+
+def register_rounding(name: str, round_raw: Rounding) -> None:
+    """Make a rounding known by `name`: a function of raw scales and the number format, with `round_scale`'s results."""
+    ROUNDINGS[name] = round_raw
 
 
 def scale_from_maxabs(
@@ -65,7 +95,7 @@ def scale_from_maxabs(
     Args:
         maxabs: ranges of any shape, non-negative.
         divisor: largest FP8 value that `maxabs` may be mapped to.
-        rounding: one of `ROUNDINGS`.
+        rounding: a name from `ROUNDINGS`.
         fmt: the number format.
         hp_dtype: the dtype ranges are rounded to and the arithmetic happens in.
         reciprocal: multiply by 1/divisor rounded to `hp_dtype`, as Gaudi cards do, instead of dividing.

@@ -212,3 +212,11 @@ FAMILIES: dict[str, Family] = {
         0,
     ),
 }
+
+
+def all_attention_scales(model: Any) -> list[tuple[str, str, torch.Tensor]]:
+    """Every attention module's name, the name of a scale of it, and the scale."""
+    from optimum_fp8.attention import scales_of
+
+    named = model.named_modules()
+    return [(name, key, scale) for name, module in named for key, scale in scales_of(module).items()]

@@ -1,5 +1,6 @@
-"""What holds for every test: two threads, a fixed seed, and no skip but for absent hardware."""
+"""What holds for every test: one process a core, a fixed seed, and no skip but for absent hardware."""
 
+import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 
@@ -9,7 +10,11 @@ import torch
 
 PRESENT = {"cuda": torch.cuda.is_available(), "hpu": find_spec("habana_frameworks") is not None}
 
-torch.set_num_threads(2)
+if "PYTEST_XDIST_WORKER" in os.environ:  # the other cores have workers of their own
+    os.environ["OMP_NUM_THREADS"] = "1"  # for processes that a test starts
+    torch.set_num_threads(1)
+else:
+    torch.set_num_threads(2)
 hypothesis.settings.register_profile("reproducible", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("reproducible")
 

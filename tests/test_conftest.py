@@ -1,11 +1,11 @@
 """The rule of conftest.py on skips, tried on a small test suite of its own."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+
+import fresh
+import pytest
 
 SUITE = """
 import unittest
@@ -41,27 +41,37 @@ OUTCOMES = {
 }
 
 
-def run_pytest(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *args]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+PYTEST = """
+import os, sys
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+import pytest
+raise SystemExit(pytest.main(["-v", "-p", "no:cacheprovider", *sys.argv[1:]]))
+"""
 
 
-def test_only_absent_hardware_may_skip(tmp_path):
+@pytest.fixture
+def suite(tmp_path):
     shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = cuda\n")
     (tmp_path / "test_suite.py").write_text(SUITE)
     (tmp_path / "test_module.py").write_text("import pytest\npytest.importorskip('no_such_module')\n")
+    return tmp_path
 
-    green = run_pytest(tmp_path, "test_suite.py", "-k", "runs or hardware")
-    assert green.returncode == 0, green.stdout
 
-    red = run_pytest(tmp_path, "test_suite.py")
+@pytest.mark.parametrize(
+    ("workers", "outcome"),
+    [([], r"::(?P<test>test_\w+) (?P<was>[A-Z]+)"), (["-n", "1"], r"\] (?P<was>[A-Z]+) .*::(?P<test>test_\w+)")],
+    ids=["alone", "in a worker"],
+)
+def test_only_absent_hardware_may_skip(suite, workers, outcome):
+    red = fresh.TORCH.try_to_run(PYTEST, "--continue-on-collection-errors", *workers, folder=suite)
     assert red.returncode == 1, red.stdout
-    assert dict(re.findall(r"::(test_\w+) ([A-Z]+)", red.stdout.split("short test summary")[0])) == OUTCOMES
-    assert "skip without absent hardware" in red.stdout
-    assert "xfail without absent hardware" in red.stdout
+    run, _, summary = red.stdout.partition("short test summary")
+    assert {found["test"]: found["was"] for found in re.finditer(outcome, run)} == OUTCOMES
+    assert "ERROR test_module.py - skip without absent hardware" in summary
+    assert "skip without absent hardware" in run and "xfail without absent hardware" in run
 
-    module = run_pytest(tmp_path, "test_module.py")
-    assert module.returncode != 0
-    assert "skip without absent hardware" in module.stdout
+
+def test_absent_hardware_alone_is_green(suite):
+    green = fresh.TORCH.try_to_run(PYTEST, "test_suite.py", "-k", "runs or hardware", folder=suite)
+    assert green.returncode == 0, green.stdout

@@ -6,6 +6,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import fresh
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -13,10 +14,9 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.core
 def test_optimum_cli_finds_fp8(tmp_path):
-    command = [sys.executable, "-c", "from optimum.commands.optimum_cli import main; main()", "fp8", "--help"]
-    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert answer.returncode == 0, answer.stderr
-    assert "optimum-cli fp8" in " ".join(answer.stdout.split())
+    script = "from optimum.commands.optimum_cli import main; main()"
+    printed = fresh.TRANSFORMERS.run(script, "fp8", "--help", folder=tmp_path)
+    assert "optimum-cli fp8" in " ".join(printed.split())
 
 
 @pytest.mark.slow

@@ -1,11 +1,19 @@
 """The FP8 cache: keys and values stored in FP8 by transformers' own cache layers, read as if they were not."""
 
-from .attach import CacheHooks, attach_cache, cache_record, detach_cache, layer_index, observe_caches
+from .active_writer import CacheRecord
+from .attach import (
+    CacheHooks,
+    attach_cache,
+    cache_record,
+    detach_cache,
+    layer_index,
+    observe_caches,
+    start_record,
+)
 from .convert import FP8Cache, convert_cache
-from .gaudi_cache import store_as_before, store_in_fp8
+from .fp8_tensor import FP8Tensor
 from .layer import FP8Layer, in_fp8
 from .scales import CacheScales
-from .writer import CacheRecord
 
 __all__ = [
     "CacheHooks",
@@ -13,6 +21,7 @@ __all__ = [
     "CacheScales",
     "FP8Cache",
     "FP8Layer",
+    "FP8Tensor",
     "attach_cache",
     "cache_record",
     "convert_cache",
@@ -20,6 +29,5 @@ __all__ = [
     "in_fp8",
     "layer_index",
     "observe_caches",
-    "store_as_before",
-    "store_in_fp8",
+    "start_record",
 ]

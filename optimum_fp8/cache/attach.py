@@ -1,4 +1,4 @@
-"""Hooks on attention modules that make the caches they write to FP8, or watch what is written.
+"""Hooks on attention modules that make the caches they write to FP8, or observe what is written.
 
 They sit on the modules that write, so it does not matter who made the cache (`generate`, a plain forward, the user) or
 how a model numbers its layers, and self- and cross-attention each bring their own scales.
@@ -16,13 +16,13 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import FP8StateError
-from .holding import refusal, refuse_offloading
+from .active_writer import CacheRecord, Writer, cache_among, parts_of
 from .layer import FP8Layer, fp8_layer, in_fp8
+from .layers import refusal, refuse_offloading
 from .scales import CacheScales
-from .writer import CacheRecord, Writer, cache_among, parts_of
 
 ScalesOf = Callable[[nn.Module], "CacheScales | None"]
-See = Callable[[str, torch.Tensor, torch.Tensor], None]
+Observe = Callable[[str, torch.Tensor, torch.Tensor], None]
 _RECORD, _WRITER = "_optimum_fp8_cache", "_optimum_fp8_writer"
 _CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
 _INDEX_NAMES = ("layer_idx", "layer_id", "layer_index")
@@ -64,16 +64,16 @@ def attach_cache(modules: Iterable[nn.Module], scales_of: ScalesOf) -> CacheHook
     return hooks
 
 
-def observe_caches(modules: Mapping[str, nn.Module], see: See) -> CacheHooks:
-    """Watch what `modules` write to caches, before it is stored; the caches stay in high precision.
+def observe_caches(modules: Mapping[str, nn.Module], observe: Observe) -> CacheHooks:
+    """Observe what `modules` write to caches, before it is stored; the caches stay in high precision.
 
     Args:
         modules: attention modules by name.
-        see: called with the name, the keys and the values, `[batch, heads, new length, size]`, whenever one writes.
+        observe: called with the name, the keys and the values, `[batch, heads, new length, size]`, whenever one writes.
     """
     hooks = CacheHooks()
     for name, module in modules.items():
-        hooks.put_on(module, partial(_before_watched, name, see), _after_watched)
+        hooks.put_on(module, partial(_before_observed, name, observe), _after_observed)
     return hooks
 
 
@@ -99,7 +99,7 @@ def cache_record(module: nn.Module) -> CacheRecord:
 
 
 def _before(scales_of: ScalesOf, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """It is a module's turn to write: what it writes to becomes FP8 by its scales."""
+    """Before a module's forward: have the cache it writes to become FP8, by its scales."""
     cache = cache_among(args, kwargs)
     if cache is None:
         _note_foreign(module, kwargs)
@@ -118,25 +118,27 @@ def _note_foreign(module: nn.Module, kwargs: dict[str, Any]) -> None:
             getattr(module, _RECORD).refused.setdefault(reason, 1)
 
 
-def _before_watched(name: str, see: See, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """It is a module's turn to write: tell what it writes."""
+def _before_observed(
+    name: str, observe: Observe, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Before a module's forward: have what it writes to a cache observed."""
     cache = cache_among(args, kwargs)
     for part in parts_of(cache) if cache is not None else ():
         if any(in_fp8(layer) for layer in part.layers):
             raise FP8StateError(f"{name}: the cache it is measured with is FP8 already: begin with an empty cache")
-        _writer(part, module).see = partial(see, name)
+        _writer(part, module).observe = partial(observe, name)
 
 
 def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    """Its turn is over: what another module writes is not scaled by its scales."""
+    """After a module's forward: what another module writes is not scaled by its scales."""
     cache = cache_among(args, kwargs)
     for part in parts_of(cache) if cache is not None else ():
         writer: Writer | None = getattr(part, _WRITER, None)
         if writer is not None:
-            writer.rest()
+            writer.clear()
 
 
-def _after_watched(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+def _after_observed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     _after(module, args, kwargs, output)
 
 

@@ -9,8 +9,8 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from ..errors import FP8StateError
-from .holding import refusal, refuse_offloading
 from .layer import fp8_layer
+from .layers import refusal, refuse_offloading
 from .scales import CacheScales
 
 

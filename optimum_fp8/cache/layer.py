@@ -16,10 +16,10 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
-from ..modules import FP8Tensor
-from .holding import beside, keep_address, quantize_held
+from .active_writer import Writer
+from .fp8_tensor import FP8Tensor
+from .layers import keep_address, quantize_held, scale_layer_for
 from .scales import CacheScales
-from .writer import Writer
 
 # Typed loosely: properties stand in for attributes of these classes.
 _Layer: Any = CacheLayerMixin
@@ -47,7 +47,7 @@ class FP8Layer(_Layer):
         self.scales: CacheScales | None = None
         self.scale_layer: Any = None
         self.acts_as = torch.get_default_dtype()
-        self.take(scales)
+        self.set_scales(scales)
 
     # What only some kinds have (sliding_window, conv_states, …) is read from and written to the layer itself.
 
@@ -99,14 +99,14 @@ class FP8Layer(_Layer):
         tensor = FP8Tensor(codes.view(self.scales.fmt.dtype), scale, self.acts_as)
         return tensor.dequantize() if self.writer is not None and self.writer.ordinary else tensor
 
-    def take(self, scales: CacheScales | None) -> None:
+    def set_scales(self, scales: CacheScales | None) -> None:
         """Store by `scales` from now on. What is held in high precision is quantized; nothing in FP8 may be held."""
         if self.scales is None:
             if scales is not None and self.inner.is_initialized:
                 self.acts_as = self.inner.keys.dtype
                 self.scale_layer = quantize_held(self.inner, scales)
             elif scales is not None and scales.is_dynamic:
-                self.scale_layer = beside(self.inner)
+                self.scale_layer = scale_layer_for(self.inner)
         elif scales is None:
             self.scale_layer = None
             if self.inner.is_initialized:  # static storage, emptied
@@ -115,7 +115,7 @@ class FP8Layer(_Layer):
         elif not scales.is_dynamic:
             self.scale_layer = None
         elif self.scale_layer is None:
-            self.scale_layer = beside(self.inner)
+            self.scale_layer = scale_layer_for(self.inner)
             if self.inner.is_initialized:
                 codes = self.inner.keys
                 no_scales = codes.new_empty((*codes.shape[:2], 0, 1), dtype=torch.float32)
@@ -130,7 +130,7 @@ class FP8Layer(_Layer):
                 scales.check(writer.name)
             if writer.record is not None:
                 writer.record.layers += 1
-        self.take(scales)
+        self.set_scales(scales)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         if self.scales is None:
@@ -155,8 +155,8 @@ class FP8Layer(_Layer):
             keys and values for attention to use, `[batch, heads, length, size]`.
         """
         if self.writer is not None:
-            if self.writer.see is not None:
-                self.writer.see(key_states, value_states)
+            if self.writer.observe is not None:
+                self.writer.observe(key_states, value_states)
             if not self.written:
                 self._ask(self.writer)
         if self.scales is None:

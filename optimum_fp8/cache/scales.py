@@ -9,7 +9,9 @@ import torch
 from .. import ops
 from ..errors import FP8ScaleError
 from ..formats import NumberFormat
-from ..modules import DynamicRule
+from ..scales import PerToken, ScaleRule, dynamic_scale, unsound
+
+_POW2 = ScaleRule(PerToken(), "maxabs", "pow2", 0.5)
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class CacheScales:
         k: float32 `(1,)` or `(heads, 1, 1)`; None for dynamic scales.
         v: as `k`; keys and values are both static or both dynamic.
         rule: of dynamic scales; None is the power of two that maps a token's largest value to half the full scale.
+        hp_dtype: the dtype in which dynamic scales are computed.
 
     Raises:
         FP8ScaleError: only one of `k` and `v`, or a shape or dtype that no cache has.
@@ -29,7 +32,8 @@ class CacheScales:
     fmt: NumberFormat
     k: torch.Tensor | None = None
     v: torch.Tensor | None = None
-    rule: DynamicRule | None = None
+    rule: ScaleRule | None = None
+    hp_dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         if (self.k is None) != (self.v is None):
@@ -56,10 +60,9 @@ class CacheScales:
             FP8ScaleError: names `where` they belong to.
         """
         for name, scale in (("k", self.k), ("v", self.v)):
-            if scale is not None and not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            if scale is not None and (wrong := unsound(scale)):
                 raise FP8ScaleError(
-                    f"{where}: the {name} scale of its cache is {scale.flatten()[:4].tolist()}: expected finite values "
-                    "above 0; calibrate the model, or load a sound checkpoint"
+                    f"{where}: the {name} scale of its cache {wrong}; calibrate the model, or load a sound checkpoint"
                 )
 
     def quantize(self, x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,6 +76,5 @@ class CacheScales:
             codes of `x`'s shape in `fmt.dtype`, and the scale, or float32 `[batch, heads, length, 1]`.
         """
         if scale is None:
-            rule = self.rule or DynamicRule(True, self.fmt.full_scale * 0.5, "pow2", torch.float32)
-            scale = rule.scale(x, self.fmt)
+            scale = dynamic_scale(x, self.rule or _POW2, self.fmt, self.hp_dtype)
         return ops.cast_to_fp8(x, scale, self.fmt.dtype, self.fmt.full_scale), scale

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from tqdm.auto import tqdm
 
 from ..config import FP8Config
 from ..errors import FP8CalibrationError, FP8Error, FP8StateError
-from ..state import FP8State, measuring_state
+from ..lifecycle.state import FP8State, measuring_state
+from .batching import batch_size_of
 from .decode import decodes, decoding_inputs
-from .loaders import batch_size_of, batches
+from .source import check_dataset
 
 logger = logging.getLogger(__name__)
 
@@ -42,26 +44,23 @@ def calibrate(model: nn.Module, config: FP8Config | None = None) -> nn.Module:
         raise FP8CalibrationError("calibrate: the config has no dataset: pass FP8Config(dataset=…)")
     if state.observers is None:
         raise FP8StateError("calibrate: measuring has ended for this model: call convert(model)")
+    source = check_dataset(config.dataset)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad():
-            if callable(config.dataset):
-                config.dataset(model)
-            else:
-                _run_batches(model, state, config)
+            source.run(config.dataset, model, config, partial(_run_batches, model, state, config))
     finally:
         for module in training:
             module.training = True
     return model
 
 
-def _run_batches(model: nn.Module, state: FP8State, config: FP8Config) -> None:
+def _run_batches(model: nn.Module, state: FP8State, config: FP8Config, batches: Iterator[Any]) -> None:
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    name_or_path = str(getattr(model, "name_or_path", "") or "")
     digest, samples, tokens = hashlib.sha256(state.measurements.data.encode()), 0, 0
     with tqdm(total=config.num_calibration_samples, desc="Calibrating", unit="sample") as progress:
-        for batch in batches(config, name_or_path):
+        for batch in batches:
             inputs = _to_device(batch, device)
             mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
             assert state.observers is not None

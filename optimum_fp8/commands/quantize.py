@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from typing import Any
 
@@ -15,14 +16,11 @@ import transformers
 from transformers import AutoConfig
 
 from ..config import FP8Config
+from ..config.keys import KEYS, given_flags
 from ..errors import FP8ConfigError, FP8Error, FP8StateError
+from ..lifecycle.state import state_of
 from ..report import QuantizationReport, quantization_report
-from ..state import state_of
 
-_CONFIG_KEYS = (
-    "dataset scale_method fp8_config target activation_scheme num_calibration_samples max_seq_length batch_size "
-    "text_column modules_to_not_convert quantize_lm_head attention kv_cache attention_granularity"
-)
 # Files beside the weights that a pipeline needs: tokenizers, processors, chat templates.
 _COMPANIONS = [
     "tokenizer*",
@@ -72,17 +70,23 @@ def _check_output(args: Namespace) -> None:
 
 
 def _fp8_config(args: Namespace) -> FP8Config:
-    given = {key: getattr(args, key) for key in _CONFIG_KEYS.split() if getattr(args, key) is not None}
+    given = given_flags(args)
     if given.get("dataset") is not None and not os.path.isfile(given["dataset"]):
         raise FP8ConfigError(f"--dataset {given['dataset']!r} is not a file: expected a .txt, .md or .jsonl file")
-    if not args.config:
-        return FP8Config(**given)
-    config = FP8Config.from_json_file(args.config)
-    if config.mode in ("MEASURE", "LOAD") or (config.mode == "QUANTIZE" and "dataset" in given):
+    config = FP8Config.from_json_file(args.config) if args.config else FP8Config()
+    if "mode" in given:
+        _check_mode(given["mode"])
+    elif config.mode in ("MEASURE", "LOAD") or (config.mode == "QUANTIZE" and "dataset" in given):
         note = f"note: mode {config.mode} of {args.config} is not used: this is one run from model to checkpoint"
         print(note, file=sys.stderr)
         given["mode"] = "AUTO"
     return config.replace(**given)
+
+
+def _check_mode(mode: str) -> None:
+    mode = KEYS["mode"].normalize(mode)
+    if mode in ("MEASURE", "LOAD"):
+        raise FP8ConfigError(f"--mode {mode} makes no checkpoint: use AUTO, or QUANTIZE with ranges that are there")
 
 
 def _model_class(name: str) -> Any:
@@ -136,9 +140,9 @@ def _summary(model: Any, report: QuantizationReport, args: Namespace, seconds: f
         ("modules in FP8", f"{len(report.quantized)} of {len(report.modules)}"),
         ("attention in FP8", _attention(report, config)),
         ("kept in high precision", ", ".join(reasons[:4]) + (", …" if len(reasons) > 4 else "") or "none"),
-        ("format", f"{config.fp8_config} for {config.target}"),
-        ("scale method", config.scale_method),
-        ("activations", config.activation_scheme),
+        ("format", _all(f"{part.fp8_config} for {part.target}" for part in config.variants.values())),
+        ("scale method", ", ".join(dict.fromkeys(method.name for method in config.methods))),
+        ("activations", _all(part.activation_scheme for part in config.variants.values())),
         ("parameters", f"{_megabytes(high_precision)} in {str(model.dtype).split('.')[1]}, now {_megabytes(fp8)}"),
         ("time", f"{seconds:.1f} s"),
     ]
@@ -153,6 +157,11 @@ def _attention(report: QuantizationReport, config: FP8Config) -> str:
         return ""
     parts = [name for name, wanted in (("products", config.attention), ("cache", config.kv_cache)) if wanted]
     return f"{sum(row.quantized for row in report.attention)} of {len(report.attention)} ({', '.join(parts)})"
+
+
+def _all(values: Iterable[str]) -> str:
+    """Each of the values once, the model's first, then those of modules that differ."""
+    return ", ".join(dict.fromkeys(values))
 
 
 def _megabytes(count: int) -> str:

@@ -30,8 +30,8 @@ def _register_config(auto: Any) -> None:
 def _register_quantizer_and_attention(modeling_utils: Any) -> None:
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
 
+    from ..attention.function import NAME, attention_forward
     from ..config import QUANT_METHOD
-    from ..modules.attention import NAME, attention_forward
     from .quantizer import FP8Quantizer
 
     AUTO_QUANTIZER_MAPPING.pop(QUANT_METHOD, None)
@@ -40,6 +40,6 @@ def _register_quantizer_and_attention(modeling_utils: Any) -> None:
 
 
 def _register_masks(masking_utils: Any) -> None:
-    from ..modules.attention import NAME
+    from ..attention.function import NAME
 
     masking_utils.AttentionMaskInterface.register(NAME, masking_utils.eager_mask)

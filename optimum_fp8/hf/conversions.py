@@ -3,29 +3,45 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from transformers.core_model_loading import ConversionOps, WeightConverter, _IdentityOp
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, _IdentityOp
 
+from ..attention import CHILD
 from ..errors import FP8ScaleError
-from ..modules import FP8Module, quantize_weight
+from ..modules import FP8Module
+from ..modules.base import stored_shape
+from ..scales import quantize_weight
 
-if TYPE_CHECKING:
-    from .quantizer import FP8Quantizer
+
+@dataclass
+class Loading:
+    """What is learnt while weights are loaded.
+
+    Attributes:
+        observe_weight: called with the name, the high-precision weight and its max|w| when a weight became FP8.
+        failures: why weights cannot be used, by module: transformers would bury an exception in its load report.
+        missing_keys: transformers' own set, once any weight has been loaded.
+    """
+
+    observe_weight: Callable[[str, torch.Tensor, torch.Tensor], None]
+    failures: dict[str, str] = field(default_factory=dict)
+    missing_keys: set[str] | None = None
 
 
 class QuantizeWeight(ConversionOps):
     """Turn a weight into FP8 codes and their scale while it is loaded: one tensor is in flight at a time."""
 
-    def __init__(self, quantizer: FP8Quantizer):
-        self.quantizer = quantizer
+    def __init__(self, loading: Loading):
+        self.loading = loading
 
     @torch.no_grad()
     def convert(self, input_dict: dict[str, Any], *args: Any, model: Any = None, **kwargs: Any) -> dict[str, Any]:
         """`{full name: tensor or [tensor]}` to `{full name: tensor}`, FP8 weights with their `weight_scale`."""
-        self.quantizer.missing_keys = kwargs.get("missing_keys")
+        self.loading.missing_keys = kwargs.get("missing_keys")
         result: dict[str, torch.Tensor] = {}
         for key, value in input_dict.items():
             tensor = value[0] if isinstance(value, list) else value
@@ -38,56 +54,79 @@ class QuantizeWeight(ConversionOps):
         return result
 
     def _quantize(self, name: str, module: FP8Module, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scheme = module.scheme
         try:
-            weight, expected = module.canonical(tensor), tuple(module.weight.shape)
+            weight, expected = module.to_out_in(tensor), tuple(module.weight.shape)
             if tuple(weight.shape) != expected:  # transformers leaves the shapes of quantized weights to the quantizer
                 raise FP8ScaleError(f"the checkpoint's weight is {tuple(weight.shape)}, the model expects {expected}")
-            codes, scale, maxabs = quantize_weight(weight, self.quantizer.quantization_config, module.recipe.fmt)
+            codes, scale, maxabs = quantize_weight(weight, scheme.weight, scheme.fmt, scheme.hp_dtype)
         except FP8ScaleError as error:
-            # transformers would bury an exception in its load report: the quantizer raises it when loading is done.
-            self.quantizer.failures[name] = str(error)
+            self.loading.failures[name] = str(error)
             return torch.zeros(module.weight.shape, dtype=module.weight.dtype), torch.full((1,), torch.nan)
-        self.quantizer.observe_weight(name, tensor, maxabs)
+        self.loading.observe_weight(name, tensor, maxabs)
         return codes, scale
 
 
 class SqueezeWeight(ConversionOps):
     """Take an FP8 weight out of its leading dimension of one (`[1, out, in]` on disk, `[out, in]` in memory)."""
 
-    def __init__(self, quantizer: FP8Quantizer):
-        self.quantizer = quantizer
+    def __init__(self, loading: Loading):
+        self.loading = loading
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SqueezeWeight:
         return self  # one converter is copied for every key
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """`{pattern: [tensor]}` to `{pattern: tensor}`; weights of other modules pass through."""
-        self.quantizer.missing_keys = kwargs.get("missing_keys")
+        self.loading.missing_keys = kwargs.get("missing_keys")
         name = kwargs["full_layer_name"].rpartition(".")[0]
         module = kwargs["model"].get_submodule(name)
         result = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
         if isinstance(module, FP8Module):
+            expected = (module.scheme.fmt.dtype, stored_shape(module.weight.shape))
             for key, tensor in result.items():
-                stored, expected = (tensor.dtype, tuple(tensor.shape)), module.recipe.fmt.dtype
-                if stored == (expected, (1, *module.weight.shape)):
+                found = (tensor.dtype, tuple(tensor.shape))
+                if found == expected:
                     result[key] = tensor.squeeze(0)
                 else:
-                    self.quantizer.failures[name] = f"found {stored}, expected {(expected, (1, *module.weight.shape))}"
-                    result[key] = torch.zeros(module.weight.shape, dtype=expected, device=tensor.device)
+                    self.loading.failures[name] = f"found {found}, expected {expected}"
+                    result[key] = torch.zeros(module.weight.shape, dtype=expected[0], device=tensor.device)
         return result
 
     @property
     def reverse_op(self) -> ConversionOps:
-        return _IdentityOp()  # the quantizer adds the dimension to every weight that is saved
+        return _IdentityOp()  # the dimension is added to every weight that is saved
+
+
+class ScaleRenaming(WeightRenaming):
+    """Renames attention's scales in checkpoints of format version 1: `Y.q_scale` to `Y.fp8_scales.q_scale`.
+
+    Args:
+        modules: names of the attention modules.
+    """
+
+    __slots__ = ("pattern",)
+
+    def __init__(self, modules: Iterable[str]):
+        leaves = "|".join(sorted({re.escape(name.rpartition(".")[2]) for name in modules}))
+        super().__init__(rf"({leaves})\.", rf"\1.{CHILD}.")
+        self.pattern = re.compile(rf"((?:^|\.)(?:{leaves})\.)((?:[qkpv]\d*|input|output|[kv]_cache)_scale)$")
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        renamed, count = self.pattern.subn(rf"\1{CHILD}.\2", source_key)
+        if not count:
+            return source_key, None
+        self._was_used = True
+        return renamed, self.source_patterns[0]
 
 
 def without_fp8(conversions: Iterable[Any], fp8_names: Iterable[str]) -> list[Any]:
-    """A model's weight conversions less those that would merge, split or permute FP8 weights.
+    """A model's weight conversions less those that would merge, split or permute FP8 weights, and less our own.
 
     An FP8 checkpoint keeps its weights as they are in memory, because codes and scales belong together.
     """
     keys = [f"{name}.weight" for name in fp8_names]
-    return [conversion for conversion in conversions if not _touches(conversion, keys)]
+    return [each for each in conversions if not isinstance(each, ScaleRenaming) and not _touches(each, keys)]
 
 
 def _touches(conversion: Any, keys: list[str]) -> bool:

@@ -15,33 +15,32 @@ from torch import nn
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import HfQuantizer
 
-from ..calibration import calibrate, check_file
-from ..config import FP8Config
+from ..attention import choices_by_config, chosen_before_loading
+from ..calibration import calibrate, check_dataset
+from ..checkpoint.native import check_complete, check_scales, fit_to_target, saved_decisions, saved_scales, scales_in
+from ..config import FORMAT_VERSION, FP8Config
 from ..errors import FP8CheckpointError, FP8ConfigError, FP8NotAvailableError, FP8ScaleError
 from ..formats import is_fp8
-from ..measure import Measurements, TensorStatistics, model_fingerprint, weight_digest
-from ..modules import FP8Module, fp8_modules, fp8_skeleton, frozen, recipe_for, swap
-from ..quantize import (
+from ..lifecycle import (
+    FP8State,
+    Phase,
     convert_with,
     dequantize,
     finalize_calibration,
     needs_ranges,
     prepare,
+    set_state,
     start_observing,
+    state_of,
     stored_measurements,
 )
-from ..selection import Decision, candidates, select
-from ..state import FP8State, set_state, state_of
-from .attach import checkpoint_config, settle
-from .checkpoint import check_complete, check_scales, fit_to_target, honour_request, saved_decisions, tensors_to_save
-from .conversions import QuantizeWeight, SqueezeWeight, without_fp8
-from .saved_attention import (
-    chosen_implementations,
-    declare_saved_attention,
-    finish_saved_attention,
-    fit_attention_to_target,
-    select_loaded_attention,
-)
+from ..measure import Measurements, model_fingerprint, observer_class, weight_digest
+from ..modules import FP8Module, fp8_modules, swap
+from ..modules.handler import Reason, Target, converted_modules
+from ..selection import Decision, names_in_checkpoint, select
+from .conversions import Loading, QuantizeWeight, ScaleRenaming, SqueezeWeight, without_fp8
+from .load_overrides import apply_load_overrides, check_module_overrides
+from .saving import config_to_save, mark_as_quantized, tensors_to_save
 
 logger = logging.getLogger(__name__)
 
@@ -54,18 +53,16 @@ class FP8Quantizer(HfQuantizer):
     def __init__(self, quantization_config: FP8Config, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self.quantization_config: FP8Config = quantization_config
-        self.failures: dict[str, str] = {}
-        self.missing_keys: set[str] | None = None  # transformers' own set, once any weight has been loaded
         self._decisions: list[Decision] = []
-        self._attention: list[Decision] = []
         self._chosen: dict[str, str] = {}
         self._digests: dict[str, str] = {}
-        self._weights: dict[str, TensorStatistics] = {}
+        self._measured = Measurements("", observer=quantization_config.observer)
+        self._loading = Loading(self._observe_weight)
         quantization_config.post_init()  # keys may have been assigned since it was made
-        if isinstance(quantization_config.dataset, str):
-            check_file(quantization_config.dataset)
+        if quantization_config.dataset is not None:
+            check_dataset(quantization_config.dataset)
         if self.pre_quantized:
-            self._made_for = honour_request(quantization_config)
+            self._made_for = apply_load_overrides(quantization_config)
         elif quantization_config.mode == "LOAD" or quantization_config.dequantize:
             key = "dequantize=True" if quantization_config.dequantize else "mode='LOAD'"
             raise FP8ConfigError(f"{key} is for FP8 checkpoints, and this checkpoint is not one: use mode='AUTO'")
@@ -90,42 +87,49 @@ class FP8Quantizer(HfQuantizer):
         return dtype
 
     def update_attn_implementation(self, config: Any) -> Any:
-        self._chosen = chosen_implementations(config)
+        self._chosen = chosen_before_loading(config)
         return config
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        config = self.quantization_config
+        config, files = self.quantization_config, checkpoint_files
         if config.mode == "MEASURE":
             return
+        implementations = choices_by_config(model, self._chosen)
         if self.pre_quantized:
-            self._decisions = saved_decisions(model, config, checkpoint_files)
-            self._attention = declare_saved_attention(model, config, checkpoint_files, self._chosen)
+            self._decisions = saved_decisions(model, config, files, implementations)
+            check_module_overrides(model, config, self._decisions)
         else:
-            self._decisions = select(model, config)
-            self._attention = select_loaded_attention(model, config, self._chosen, self._decisions)
+            self._decisions = select(model, config, implementations)
         tied = {key.removesuffix(".weight") for key in getattr(model, "all_tied_weights_keys", {})}
-        found, recipe = candidates(model), recipe_for(config, dynamic=config.scheme == "dynamic")
-        skeletons: dict[nn.Module, nn.Module] = {}
+        saved, prefix = saved_scales(files) if self.pre_quantized else {}, f"{model.base_model_prefix}."
+        replacements: dict[nn.Module, nn.Module] = {}
         for decision in self._decisions:
-            if not decision.selected or decision.name in tied:  # tied ones get their weight after loading
+            # What is tied gets its weight after loading; what another implementation computes still has its scales.
+            expected = decision.selected or decision.why.reason is Reason.IMPLEMENTATION_CHOSEN
+            if not expected or decision.name in tied:
                 continue
-            skeleton = fp8_skeleton(found[decision.name], recipe, decision.name)
-            skeleton.managed = True
-            if not self.pre_quantized:
-                # Checkpoint tensors may be cast to the dtype of the parameter they are for: not to FP8 before scaling.
-                skeleton.weight = frozen(torch.empty(skeleton.weight.shape, device="meta"))
-            elif config.scheme == "static":
-                skeleton.input_scale = frozen(torch.full((1,), torch.nan, dtype=torch.float32, device="meta"))
-            skeletons[found[decision.name]] = skeleton
-        swap(model, skeletons)
+            target = self._target(model, decision)
+            names = names_in_checkpoint(decision.name, prefix)
+            made = decision.handler.expect(target, scales_in(names, saved) if self.pre_quantized else None)
+            if made is not None:
+                replacements[target.module] = made
+        swap(model, replacements)
+
+    def _target(self, model: nn.Module, decision: Decision) -> Target:
+        module, ranges = model.get_submodule(decision.name), self._measured.at(decision.name)
+        return Target(decision.name, module, decision.handler, decision.scheme, ranges)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         if not self.pre_quantized:
             return weight_conversions
-        squeeze = WeightConverter("weight", "weight", [SqueezeWeight(self)])
-        return [*without_fp8(weight_conversions, fp8_modules(model)), squeeze]
+        renamings: list[Any] = []
+        kept = [name for name, (_, handler) in converted_modules(model).items() if not handler.family.replaced]
+        if kept and self.quantization_config.format_version < 2:
+            renamings = [ScaleRenaming(kept)]
+        squeeze = WeightConverter("weight", "weight", [SqueezeWeight(self._loading)])
+        return [*renamings, *without_fp8(weight_conversions, fp8_modules(model)), squeeze]
 
     # --- while loading --------------------------------------------------------------------------------------------
 
@@ -142,20 +146,23 @@ class FP8Quantizer(HfQuantizer):
         return None if dtype is not None and is_fp8(dtype) else dtype
 
     def get_quantize_ops(self) -> QuantizeWeight:
-        return QuantizeWeight(self)
+        return QuantizeWeight(self._loading)
 
-    def observe_weight(self, name: str, weight: torch.Tensor, maxabs: torch.Tensor) -> None:
+    def _observe_weight(self, name: str, weight: torch.Tensor, maxabs: torch.Tensor) -> None:
         """Remember what only the high-precision weight can tell: its part of the fingerprint, and its range."""
         self._digests[f"{name}.weight"] = weight_digest(weight)
         if "weight" in self.quantization_config.measured:
-            count = torch.tensor(weight.numel(), dtype=torch.int64, device=weight.device)
-            self._weights[name] = TensorStatistics(maxabs.amax(), count)
+            known = observer_class(self._measured.observer).from_range(maxabs, weight.numel())
+            if known is not None:  # no second pass over the weight
+                self._measured.add(name, "weight", known)
+            else:
+                self._measured.observe(name, "weight", weight)
 
     # --- after loading --------------------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self._raise_failures()
-        check_complete(model, self.missing_keys)
+        check_complete(model, self._loading.missing_keys)
         for module in fp8_modules(model).values():
             for parameter in (module.weight, module.weight_scale, module.input_scale):
                 if parameter is not None:
@@ -174,12 +181,14 @@ class FP8Quantizer(HfQuantizer):
         if config.dequantize:
             self._dequantize(model, model.dtype)
             return
-        fit_to_target(model, self._made_for)
-        fit_attention_to_target(model, config, self._made_for)
-        state = FP8State(config, self._decisions, "converted", Measurements(fingerprint=""), attention=self._attention)
+        fit_to_target(model, self._decisions, self._made_for)
+        state = FP8State(config, self._decisions, Phase.CONVERTED, self._measured)
         set_state(model, state)
-        finish_saved_attention(model, state)
-        self._settle(model)
+        targets = state.targets(model)
+        for target in targets:
+            target.handler.loaded(target)
+        state.change_around(model, targets)
+        self._mark(model)
 
     def _measure_only(self, model: Any) -> None:
         """mode MEASURE: the model stays in high precision, with observers on it."""
@@ -195,25 +204,23 @@ class FP8Quantizer(HfQuantizer):
 
     def _finish_on_the_fly(self, model: Any) -> None:
         config = self.quantization_config
-        measurements = Measurements(model_fingerprint(model, self._digests))
-        for name, statistics in self._weights.items():
-            measurements.observe(name, "weight", statistics)
-        state = FP8State(config, self._decisions, "measuring", measurements, attention=self._attention)
+        self._measured.fingerprint = model_fingerprint(model, self._digests)
+        state = FP8State(config, self._decisions, Phase.MEASURING, self._measured)
         set_state(model, state)
-        if needs_ranges(config) and not self._find_ranges(model, state):
+        if needs_ranges(state) and not self._find_ranges(model, state):
             logger.warning(
                 "static activations need ranges and there are none yet: the model is in measuring state. Run your "
                 "data through it, then call optimum_fp8.convert(model)"
             )
             return
         convert_with(model, state)
-        self._settle(model)
+        self._mark(model)
 
-    def _settle(self, model: Any) -> None:
+    def _mark(self, model: Any) -> None:
         state = state_of(model)
         assert state is not None
-        self.quantization_config = checkpoint_config(state)
-        settle(model, self.quantization_config)
+        self.quantization_config = config_to_save(state)
+        mark_as_quantized(model, self.quantization_config)
 
     def _find_ranges(self, model: Any, state: FP8State) -> bool:
         """Calibrate, or take stored measurements; False if the model has to be measured by hand.
@@ -235,10 +242,10 @@ class FP8Quantizer(HfQuantizer):
         return False
 
     def _raise_failures(self) -> None:
-        if self.failures:
-            listed = "; ".join(f"{name}: {error}" for name, error in sorted(self.failures.items()))
+        if self._loading.failures:
+            listed = "; ".join(f"{name}: {error}" for name, error in sorted(self._loading.failures.items()))
             error = FP8CheckpointError if self.pre_quantized else FP8ScaleError
-            raise error(f"{len(self.failures)} weights cannot be used: {listed}")
+            raise error(f"{len(self._loading.failures)} weights cannot be used: {listed}")
 
     # --- afterwards -----------------------------------------------------------------------------------------------
 
@@ -249,8 +256,8 @@ class FP8Quantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         if state_of(model) is not None:
-            self._settle(model)  # what is written is what was done, whatever became of the model's config since
-        return tensors_to_save(model), {"optimum_fp8": json.dumps({"format_version": FP8Config().format_version})}
+            self._mark(model)  # what is written is what was done, whatever became of the model's config since
+        return tensors_to_save(model), {"optimum_fp8": json.dumps({"format_version": FORMAT_VERSION})}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True

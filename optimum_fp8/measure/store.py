@@ -1,8 +1,9 @@
 """The Measurements store: ranges by module name, independent of device and rank, in one safetensors file.
 
-Tensors are named `<module>/<kind>/<statistic>`; `KINDS` are those of a layer, those of attention, and what attention
-modules write to caches. Everything else (format version, fingerprint, what data made it) is JSON in the file's header.
-The file is written beside its place and moved there, so it is whole or not there.
+Tensors are named `<module>/<kind>/<statistic>`: a kind is one of the module's tensors ("input", "output", "weight",
+"q", "k_cache" and whatever else is observed), and the statistics are those that the observer declares. Everything else
+(format version, observer, fingerprint, what data made it) is JSON in the file's header. The file is written beside its
+place and moved there, so it is whole or not there.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,13 +21,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..errors import FP8Error, FP8MeasurementError
-from .statistics import OPTIONAL, REDUCTIONS, TensorStatistics
+from ..errors import FP8ConfigError, FP8MeasurementError
+from .observer import Observer, Statistic, observer_class
 
 FORMAT_VERSION = 1
-# "q", "k" and "p", "v" are the operands of attention's two products; modules with more products number the others.
-_PRODUCTS = re.compile(r"[qkpv]\d*$")
-KINDS = ("input", "output", "weight", "q", "k", "v", "p", "k_cache", "v_cache")
+DEFAULT_OBSERVER = "maxabs"  # also of files that name none
+_KIND = re.compile(r"\w+", re.ASCII)
 
 
 @dataclass
@@ -34,62 +35,102 @@ class Measurements:
 
     Attributes:
         fingerprint: of the model that was measured (`fingerprint.model_fingerprint`).
-        tensors: statistics by (module name, kind).
+        tensors: one observer by (module name, kind).
         samples: how many samples went through.
         data: fingerprint of the data, where it is known.
+        observer: name of the observers' class.
     """
 
     fingerprint: str
-    tensors: dict[tuple[str, str], TensorStatistics] = field(default_factory=dict)
+    tensors: dict[tuple[str, str], Observer] = field(default_factory=dict)
     samples: int = 0
     data: str = ""
+    observer: str = DEFAULT_OBSERVER
 
-    def observe(self, module: str, kind: str, statistics: TensorStatistics) -> None:
-        """Add what was seen of one tensor."""
-        known = self.tensors.get((module, kind))
-        self.tensors[module, kind] = statistics if known is None else known.merged(statistics)
+    def observe(self, module: str, kind: str, x: torch.Tensor, *, per_head: bool = False) -> None:
+        """Update the statistics of one tensor.
 
-    def maxabs(self, module: str, kind: str = "input") -> torch.Tensor | None:
-        """max|x| as a float32 scalar, None if the tensor was never seen.
+        Args:
+            module: name of the module.
+            kind: which of its tensors, a name of letters, digits and underscores.
+            x: non-empty, any floating-point dtype; `[tokens, heads, size]` where `per_head` is set.
+        """
+        observer = self._observer(module, kind)
+        (observer.update_per_head if per_head else observer.update)(x.detach())
+        self.tensors[module, kind] = observer
+
+    def add(self, module: str, kind: str, observer: Observer) -> None:
+        """Merge what another observer has seen of one tensor."""
+        known = self._observer(module, kind)
+        known.merge(observer)
+        self.tensors[module, kind] = known
+
+    def range(self, module: str, kind: str = "input") -> torch.Tensor | None:
+        """The range that a scale is taken from, a float32 scalar; None if the tensor was never seen.
 
         Raises:
             FP8MeasurementError: NaN or Inf went through the module.
         """
-        statistics = self.tensors.get((module, kind))
-        if statistics is None:
+        observer = self.tensors.get((module, kind))
+        if observer is None:
             return None
-        if not bool(torch.isfinite(statistics.maxabs)):
+        found = observer.range()
+        if not bool(torch.isfinite(found)):
             raise FP8MeasurementError(
                 f"{module}: the measured {kind} holds NaN or Inf: expected finite activations; check the calibration "
                 "data and the model's dtype"
             )
-        return statistics.maxabs
+        return found
 
-    def maxabs_per_head(self, module: str, kind: str) -> torch.Tensor | None:
-        """max|x| of each head, float32 `(heads,)`; None if it is not known.
+    def range_per_head(self, module: str, kind: str) -> torch.Tensor | None:
+        """The range of each head, float32 `(heads,)`; None if it is not known.
 
         Raises:
             FP8MeasurementError: NaN or Inf went through the module.
         """
-        if self.maxabs(module, kind) is None:
-            return None
-        return self.tensors[module, kind].maxabs_per_head
+        return None if self.range(module, kind) is None else self.tensors[module, kind].range_per_head()
+
+    def at(self, module: str) -> Ranges:
+        """The ranges of one module's tensors, as far as they are known now."""
+        return Ranges(self, module, frozenset(kind for name, kind in self.tensors if name == module))
+
+    def by_module(self, modules: Iterable[str]) -> dict[str, Ranges]:
+        """`at` for many modules, in one pass."""
+        kinds: dict[str, set[str]] = {name: set() for name in modules}
+        for name, kind in self.tensors:
+            if name in kinds:
+                kinds[name].add(kind)
+        return {name: Ranges(self, name, frozenset(seen)) for name, seen in kinds.items()}
+
+    def _observer(self, module: str, kind: str) -> Observer:
+        """The observer of one tensor, a new one if it was never seen."""
+        if (module, kind) in self.tensors:
+            return self.tensors[module, kind]
+        if not _KIND.fullmatch(kind):
+            raise FP8MeasurementError(f"{module}: {kind!r} names no tensor: expected letters, digits and underscores")
+        return observer_class(self.observer)()
 
     def merged(self, other: Measurements) -> Measurements:
         """The measurements of two runs, or two ranks, over the same model.
 
         Raises:
-            FP8MeasurementError: they are of different models.
+            FP8MeasurementError: they are of different models, or made by different observers.
         """
         if self.fingerprint != other.fingerprint:
             raise FP8MeasurementError(
                 f"measurements of different models cannot be merged: fingerprints {self.fingerprint} and "
                 f"{other.fingerprint}"
             )
-        merged = Measurements(self.fingerprint, dict(self.tensors), self.samples + other.samples)
-        merged.data = "+".join(sorted({*self.data.split("+"), *other.data.split("+")} - {""}))
-        for (module, kind), statistics in other.tensors.items():
-            merged.observe(module, kind, statistics)
+        if self.observer != other.observer:
+            raise FP8MeasurementError(
+                f"measurements by different observers cannot be merged: {self.observer!r} and {other.observer!r}; "
+                "measure both with one"
+            )
+        data = "+".join(sorted({*self.data.split("+"), *other.data.split("+")} - {""}))
+        merged = Measurements(self.fingerprint, {}, self.samples + other.samples, data, self.observer)
+        for measurements in (self, other):
+            for (module, kind), observer in measurements.tensors.items():
+                merged.add(module, kind, observer)
         return merged
 
     def save(self, prefix: str | os.PathLike[str]) -> str:
@@ -98,12 +139,13 @@ class Measurements:
         folder = os.path.dirname(path) or "."
         os.makedirs(folder, exist_ok=True)
         tensors = {
-            f"{module}/{kind}/{name}": value.reshape(-1).clone()
-            for (module, kind), statistics in self.tensors.items()
-            for name, value in statistics.cpu().known().items()
+            f"{module}/{kind}/{name}": _as_stored(value)
+            for (module, kind), observer in self.tensors.items()
+            for name, value in observer.statistics().items()
         }
         header = {
             "format_version": FORMAT_VERSION,
+            "observer": self.observer,
             "fingerprint": self.fingerprint,
             "samples": self.samples,
             "data": self.data,
@@ -129,7 +171,8 @@ class Measurements:
         """Read what `save(prefix)` wrote.
 
         Raises:
-            FP8MeasurementError: no such file, a damaged one, or one of a newer format.
+            FP8MeasurementError: no such file, a damaged one, one of a newer format, or by an observer that is not
+                known here.
         """
         path = measurements_path(prefix)
         if not os.path.exists(path):
@@ -140,8 +183,6 @@ class Measurements:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return cls._from_file(path, header, tensors)
         except (SafetensorError, KeyError, ValueError, TypeError, IndexError) as error:
-            if isinstance(error, FP8Error):
-                raise
             message = f"{path} is not a measurements file or is damaged ({error}): measure again"
             raise FP8MeasurementError(message) from None
 
@@ -149,20 +190,69 @@ class Measurements:
     def _from_file(cls, path: str, header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Measurements:
         if header["format_version"] > FORMAT_VERSION:
             raise FP8MeasurementError(f"{path} was written by a newer optimum_fp8: upgrade optimum_fp8")
+        try:
+            made_by = observer_class(header.get("observer", DEFAULT_OBSERVER))
+        except FP8ConfigError as error:
+            message = f"{path}: {error}; import the module that registers it before loading"
+            raise FP8MeasurementError(message) from None
+        measurements = cls(str(header["fingerprint"]), {}, int(header["samples"]), str(header["data"]), made_by.name)
         grouped: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
         for name, value in tensors.items():
             module, kind, statistic = name.rsplit("/", 2)
-            known = (kind in KINDS or _PRODUCTS.match(kind)) and statistic in REDUCTIONS
-            if not known or value.shape != (1,) and statistic not in OPTIONAL:
-                raise ValueError(f"tensor {name!r} is not a statistic")
-            grouped.setdefault((module, kind), {})[statistic] = value if statistic in OPTIONAL else value[0]
-        statistics = {key: TensorStatistics(**values) for key, values in grouped.items()}
-        return cls(str(header["fingerprint"]), statistics, int(header["samples"]), str(header["data"]))
+            value = _as_observed(value, made_by.STATISTICS.get(statistic))
+            grouped.setdefault((module, kind), {})[statistic] = value
+        for (module, kind), statistics in grouped.items():
+            try:
+                measurements.add(module, kind, made_by(**statistics))
+            except FP8MeasurementError as error:
+                raise ValueError(f"{module}/{kind}: {error}") from None
+        return measurements
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """The ranges of one module's tensors, as a view on measurements.
+
+    Attributes:
+        measurements: where they are.
+        module: the module's name.
+        kinds: which of its tensors were seen.
+    """
+
+    measurements: Measurements
+    module: str
+    kinds: frozenset[str]
+
+    def of(self, kind: str) -> torch.Tensor:
+        """The range of a tensor, a float32 scalar.
+
+        Raises:
+            FP8MeasurementError: it was never seen, or NaN or Inf went through.
+        """
+        found = self.measurements.range(self.module, kind)
+        if found is None:
+            seen = ", ".join(sorted(self.kinds)) or "nothing"
+            raise FP8MeasurementError(f"{self.module}: no range of {kind!r} was measured (found {seen}): measure again")
+        return found
+
+    def per_head(self, kind: str) -> torch.Tensor | None:
+        """The range of each head, float32 `(heads,)`; None if it is not known."""
+        return self.measurements.range_per_head(self.module, kind)
 
 
 def measurements_path(prefix: str | os.PathLike[str]) -> str:
     """The file of a `dump_stats_path`: its folder, and its last part as the prefix of the file name."""
     return f"{os.fspath(prefix)}_measurements.safetensors"
+
+
+def _as_stored(value: torch.Tensor) -> torch.Tensor:
+    """A statistic as the file keeps it: scalars are `(1,)`."""
+    return (value if value.ndim else value.reshape(1)).cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _as_observed(value: torch.Tensor, declared: Statistic | None) -> torch.Tensor:
+    """A statistic as its observer keeps it."""
+    return value[0] if value.shape == (1,) and declared is not None and declared.fits(value[0]) else value
 
 
 def _ordinary_mode() -> int:

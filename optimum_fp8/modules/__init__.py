@@ -1,23 +1,27 @@
-"""FP8 modules: what a quantized model is made of."""
+"""FP8 modules, which a quantized model is made of, and the handlers through which the steps know them."""
+
+from importlib import import_module
+from pkgutil import iter_modules
 
 from .base import FP8Module, frozen
-from .conv import FP8Conv2d
-from .convert import fp8_modules, fp8_skeleton, quantize_weight, swap
-from .fp8_tensor import FP8Tensor
+from .conv import FP8Conv, FP8Conv2d
+from .handler import ModuleHandler, register_handler
+from .layer import LayerHandler, fp8_modules
 from .linear import FP8Linear
-from .recipe import DynamicRule, Recipe, recipe_for
+from .swap import swap
+
+for _file in iter_modules(__path__):  # each registers what it defines
+    import_module(f".{_file.name}", __name__)
 
 __all__ = [
-    "DynamicRule",
+    "FP8Conv",
     "FP8Conv2d",
     "FP8Linear",
     "FP8Module",
-    "FP8Tensor",
-    "Recipe",
+    "LayerHandler",
+    "ModuleHandler",
     "fp8_modules",
-    "fp8_skeleton",
     "frozen",
-    "quantize_weight",
-    "recipe_for",
+    "register_handler",
     "swap",
 ]

@@ -1,8 +1,7 @@
-"""nn.Conv2d in FP8."""
+"""Convolutions in FP8: nn.Conv2d, and any number of dimensions once a handler is registered for its class."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,72 +10,49 @@ from torch import nn
 
 from .. import ops
 from ..errors import FP8StateError
+from ..scales import Scheme
 from .base import FP8Module
-from .recipe import Recipe
+from .handler import register_handler
+from .layer import LayerHandler
 
 
-@dataclass(frozen=True)
-class ConvGeometry:
-    """The arguments of nn.Conv2d besides the weight and bias."""
-
-    in_channels: int
-    out_channels: int
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int]
-    padding: str | tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-    padding_mode: str
-
-    @classmethod
-    def of(cls, module: nn.Conv2d) -> ConvGeometry:
-        return cls(**{name: getattr(module, name) for name in cls.__dataclass_fields__})
-
-
-class FP8Conv2d(FP8Module):
-    """2-D convolution with an FP8 weight `[out, in / groups, kh, kw]`."""
+class FP8Conv(FP8Module):
+    """Convolution with an FP8 weight `[out, in / groups, k…]`, of one to three dimensions."""
 
     rows_are_tokens = False
 
-    def __init__(self, origin: Any, recipe: Recipe):
-        super().__init__(origin.weight.shape, origin, recipe)
-        self.geometry = ConvGeometry.of(origin)
-        # Padding that differs between sides, or is not zeros, is laid around the input beforehand.
-        self.border = self._border(self.geometry)
+    origin: Any
 
-    @staticmethod
-    def _border(geometry: ConvGeometry) -> list[int] | None:
-        if geometry.padding == "valid" or (not isinstance(geometry.padding, str) and geometry.padding_mode == "zeros"):
-            return None
-        border: list[int] = []
-        for dim in (1, 0):  # F.pad counts from the last dimension
-            if geometry.padding == "same":
-                total = geometry.dilation[dim] * (geometry.kernel_size[dim] - 1)
-                border += [total // 2, total - total // 2]
-            else:
-                border += [int(geometry.padding[dim])] * 2
-        return border
+    def __init__(self, origin: Any, scheme: Scheme):
+        super().__init__(origin.weight.shape, origin, scheme)
+        self.dimensions = origin.weight.ndim - 2
+        # Padding that differs between sides, or is not zeros, is laid around the input beforehand.
+        self.border = _border(origin)
+        padded = isinstance(origin.padding, str) or self.border is not None
+        self.padding = (0,) * self.dimensions if padded else tuple(origin.padding)
+
+    @classmethod
+    def refuses(cls, module: Any) -> str | None:
+        return "transposed convolutions are not covered" if getattr(module, "transposed", False) else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        geometry = self.geometry
-        padding = (0, 0) if isinstance(geometry.padding, str) or self.border else geometry.padding
+        origin, scheme = self.origin, self.scheme
         if self.border:
-            mode = "constant" if geometry.padding_mode == "zeros" else geometry.padding_mode
-            x = F.pad(x, self.border, mode=mode)
+            x = F.pad(x, self.border, mode="constant" if origin.padding_mode == "zeros" else origin.padding_mode)
         try:
-            return ops.conv2d(
+            return ops.conv(
                 x,
                 self.weight,
                 self.weight_scale,
                 self.activation_scale(x),
                 self.bias,
-                stride=geometry.stride,
-                padding=padding,
-                dilation=geometry.dilation,
-                groups=geometry.groups,
-                full_scale=self.recipe.fmt.full_scale,
-                arithmetic=self.recipe.arithmetic,
-                owner=self.owner,
+                stride=origin.stride,
+                padding=self.padding,
+                dilation=origin.dilation,
+                groups=origin.groups,
+                full_scale=scheme.fmt.full_scale,
+                arithmetic=scheme.arithmetic,
+                record=self.record,
             )
         except (RuntimeError, IndexError):
             self._check_fit(x)
@@ -85,13 +61,36 @@ class FP8Conv2d(FP8Module):
     def _check_fit(self, x: torch.Tensor) -> None:
         """After an error: say so if it is the input or the bias that does not fit."""
         self.check_bias()
-        channels = self.geometry.in_channels
-        if x.ndim not in (3, 4) or x.shape[-3] != channels:
+        channels, dimensions = self.origin.in_channels, self.dimensions
+        if x.ndim not in (dimensions + 1, dimensions + 2) or x.shape[-dimensions - 1] != channels:
+            sizes = ", ".join(("D", "H", "W")[-dimensions:])
             raise FP8StateError(
-                f"{self.name}: an FP8Conv2d of {channels} input channels was given {tuple(x.shape)}, expected "
-                f"(N, {channels}, H, W) or ({channels}, H, W): look at what the model hands to this module"
+                f"{self.name}: an {type(self).__name__} of {channels} input channels was given {tuple(x.shape)}, "
+                f"expected (N, {channels}, {sizes}) or ({channels}, {sizes}): look at what the model hands to this "
+                "module"
             )
 
     def extra_repr(self) -> str:
-        geometry = self.geometry
-        return f"{geometry.in_channels}, {geometry.out_channels}, {geometry.kernel_size}, {super().extra_repr()}"
+        origin = self.origin
+        return f"{origin.in_channels}, {origin.out_channels}, {origin.kernel_size}, {super().extra_repr()}"
+
+
+class FP8Conv2d(FP8Conv):
+    """2-D convolution with an FP8 weight `[out, in / groups, kh, kw]`."""
+
+
+def _border(origin: Any) -> list[int] | None:
+    """What `F.pad` lays around an input; None where the operator pads."""
+    if origin.padding == "valid" or (not isinstance(origin.padding, str) and origin.padding_mode == "zeros"):
+        return None
+    border: list[int] = []
+    for dim in reversed(range(origin.weight.ndim - 2)):  # F.pad counts from the last dimension
+        if origin.padding == "same":
+            total = origin.dilation[dim] * (origin.kernel_size[dim] - 1)
+            border += [total // 2, total - total // 2]
+        else:
+            border += [int(origin.padding[dim])] * 2
+    return border
+
+
+register_handler(LayerHandler("conv2d", (nn.Conv2d,), FP8Conv2d))

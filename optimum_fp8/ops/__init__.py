@@ -1,25 +1,28 @@
-"""FP8 arithmetic as a small set of operators in the namespace `torch.ops.optimum_fp8`."""
+"""FP8 arithmetic as a small set of operators in the namespace `torch.ops.optimum_fp8`.
 
-from ..import_hook import when_imported
-from . import cpu, inductor
-from .declare import (
-    cast_from_fp8,
-    cast_to_fp8,
-    cast_to_fp8_by_range,
-    cast_to_fp8_with_maxabs,
-    conv2d,
-    dynamic_scale,
-    linear,
-    linears,
-    maxabs,
-)
-from .declare_attention import attention, attention_weights, matmul
-from .dispatch import CallRecord, Kernel, backend, backends, calls, missing, new_owner, note_fallback, register_kernel
+A backend is a package in this folder with a function `register()` that registers its kernels, or notes why it has none
+(`dispatch.register_kernel`, `dispatch.note_missing`).
+"""
+
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING
+
+from .attention import attention, attention_weights, matmul
+from .casts import cast_from_fp8, cast_to_fp8, cast_to_fp8_by_range, dynamic_scale, maxabs
+from .conv import conv
+from .dispatch import Kernel, backend, backends, missing, register_kernel, why_reference
+from .linear import linear
+from .records import CallRecord, note_fallback
 from .reference import ARITHMETICS
 from .reference_attention import DATAFLOWS
 
-cpu.register()
-when_imported("torch._inductor.lowering", inductor.register)
+if TYPE_CHECKING:
+    from . import cpu
+
+for _module in iter_modules(__path__):
+    if _module.ispkg and hasattr(_package := import_module(f"{__name__}.{_module.name}"), "register"):
+        _package.register()
 
 __all__ = [
     "ARITHMETICS",
@@ -30,20 +33,17 @@ __all__ = [
     "attention_weights",
     "backend",
     "backends",
-    "calls",
     "cast_from_fp8",
     "cast_to_fp8",
     "cast_to_fp8_by_range",
-    "cast_to_fp8_with_maxabs",
-    "conv2d",
+    "conv",
     "cpu",
     "dynamic_scale",
     "linear",
-    "linears",
     "matmul",
     "maxabs",
     "missing",
-    "new_owner",
     "note_fallback",
     "register_kernel",
+    "why_reference",
 ]

@@ -7,11 +7,15 @@ the other roundings fall is the `arithmetic`:
 * "gaudi": the product times scales is rounded to the output dtype, then the bias is added in that dtype, as INC and
   the cards do (a bias inside the GEMM would block fusing the next cast).
 * "qdq": both operands are dequantized to the input's dtype, then an ordinary operator of that dtype runs.
+
+Scales that change along what a product sums over (by blocks or by groups) cannot be multiplied in after it: there each
+operand with such a scale is dequantized in float32, codes times scale, and the product is formed of these values, again
+with float32 accumulation and the roundings of the `arithmetic`. Other scales of the same product stay where they were.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -19,15 +23,16 @@ import torch.nn.functional as F
 from ..errors import FP8ConfigError, FP8OperandError, FP8ScaleError, nearest
 from ..formats import FP8_DTYPES, is_fp8, number_format
 from ..rounding import scale_from_maxabs
+from .arguments import ConvCall, LinearCall, Product
+from .operands import broadcast_scale, check_weight_scale, group_of, group_shape, is_along_input, is_per_channel
 
 ARITHMETICS = ("fused", "gaudi", "qdq")
 _CHUNK_ELEMENTS = 1 << 20  # cast at a time: bounds the float32 working copy at 4 MiB
-BLOCK = 128  # side of the blocks of a weight that share a scale
 
 
 def cast_to_fp8(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, full_scale: float) -> torch.Tensor:
     _check_format(dtype, full_scale)
-    scale = spread(scale, x).float()
+    scale = broadcast_scale(scale, x).float()
     if x.numel() <= _CHUNK_ELEMENTS or x.ndim < 2:
         return (x.float() * scale.reciprocal()).clamp_(-full_scale, full_scale).to(dtype)
     codes = torch.empty_like(x, dtype=dtype)
@@ -52,153 +57,176 @@ def _check_format(dtype: torch.dtype, full_scale: float) -> None:
         raise FP8ConfigError(f"full_scale={full_scale} for {dtype}: expected a value above 0, {largest} at most")
 
 
-def cast_to_fp8_with_maxabs(
-    x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, full_scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return cast_to_fp8(x, scale, dtype, full_scale), maxabs(x, False)
-
-
 def cast_to_fp8_by_range(
     x: torch.Tensor, scale_of_range: torch.Tensor, per_row: bool, dtype: torch.dtype, full_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     x = x.contiguous()
-    found = maxabs(x.reshape(x.shape[0], -1), True).reshape(-1, *[1] * (x.ndim - 1)) if per_row else maxabs(x, False)
+    rows = x.reshape(x.shape[0], -1) if per_row else x
+    found = maxabs(rows, -1).reshape(-1, *[1] * (x.ndim - 1)) if per_row else maxabs(x, 0)
     bits = found.to(torch.bfloat16).view(torch.int16).long()
     scale = scale_of_range[torch.where(found.isnan(), 0x7FC0, bits)]
     return cast_to_fp8(x, scale, dtype, full_scale), scale, found
 
 
 def cast_from_fp8(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return (x.float() * spread(scale, x).float()).to(dtype)
+    return (x.float() * broadcast_scale(scale, x).float()).to(dtype)
 
 
-def maxabs(x: torch.Tensor, per_token: bool) -> torch.Tensor:
+def maxabs(x: torch.Tensor, group: int) -> torch.Tensor:
+    shape = group_shape(x.shape, group)
     if x.numel() == 0:
-        return torch.zeros((*x.shape[:-1], 1) if per_token else (1,), dtype=torch.float32, device=x.device)
+        return torch.zeros(shape, dtype=torch.float32, device=x.device)
     magnitudes = x.abs()
-    return (magnitudes.amax(dim=-1, keepdim=True) if per_token else magnitudes.amax().reshape(1)).float()
+    if group == 0:
+        return magnitudes.amax().reshape(1).float()
+    if group > 0 and x.ndim:
+        filled = F.pad(magnitudes, (0, shape[-1] * group - x.shape[-1]))
+        return filled.unflatten(-1, (shape[-1], group)).amax(dim=-1).float()
+    return magnitudes.amax(dim=-1, keepdim=True).reshape(shape).float()
 
 
 def dynamic_scale(
-    x: torch.Tensor,
-    per_token: bool,
-    divisor: float,
-    rounding: str,
-    fp8_config: str,
-    target: str,
-    hp_dtype: torch.dtype,
+    x: torch.Tensor, group: int, divisor: float, rounding: str, fp8_config: str, target: str, hp_dtype: torch.dtype
 ) -> torch.Tensor:
     fmt = number_format(fp8_config, target)
+    ranges = maxabs(x, group).to(x.dtype)
     if x.numel() == 0:
-        return torch.ones((*x.shape[:-1], 1) if per_token else (1,), dtype=torch.float32, device=x.device)
-    ranges = maxabs(x, per_token).to(x.dtype)
-    return scale_from_maxabs(ranges, divisor, rounding, fmt, hp_dtype, reciprocal=fmt.is_gaudi and not per_token)
+        return torch.ones_like(ranges, dtype=torch.float32)
+    return scale_from_maxabs(ranges, divisor, rounding, fmt, hp_dtype, reciprocal=fmt.is_gaudi and group == 0)
 
 
-def linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    input_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    full_scale: float,
-    arithmetic: str,
-) -> torch.Tensor:
-    _check_operands(x, weight, input_scale, bias)
-    return _apply(F.linear, x, weight, weight_scale, input_scale, bias, full_scale, arithmetic, channel_dim=-1)
+def linear(call: LinearCall) -> torch.Tensor:
+    _check_linear(call)
+    return _apply(F.linear, call, call.weight_scale.reshape(-1), lambda per_channel: per_channel.reshape(-1))
 
 
-def _check_operands(
-    x: torch.Tensor, weight: torch.Tensor, input_scale: torch.Tensor | None, bias: torch.Tensor | None
-) -> None:
+def conv(call: ConvCall) -> torch.Tensor:
+    check_conv(call)
+
+    def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return convolve(call, x, weight, bias)
+
+    return _apply(product, call, channel_scale(call), lambda per_channel: along_channels(call, per_channel))
+
+
+def convolve(call: ConvCall, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """torch's own convolution of `x` and `weight` with the geometry of `call`."""
+    batched = x if x.ndim == weight.ndim else x.unsqueeze(0)
+    geometry = (call.stride, call.padding, call.dilation, call.transposed, call.output_padding, call.groups)
+    result = torch.convolution(batched, weight, bias, *geometry)
+    return result if x.ndim == weight.ndim else result.squeeze(0)
+
+
+def channel_scale(call: ConvCall) -> torch.Tensor:
+    """The weight's scale for each output channel, `(1,)` or `(out,)`: groups of a transposed convolution share it."""
+    scale = call.weight_scale.reshape(-1)
+    return scale.repeat(call.groups) if call.transposed and scale.numel() > 1 else scale
+
+
+def along_channels(call: ConvCall, per_channel: torch.Tensor) -> torch.Tensor:
+    """`(1,)` or `(out,)` laid along the output's channels."""
+    return per_channel.reshape(-1, *[1] * (call.weight.ndim - 2))
+
+
+def _check_dtypes(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
+    if is_fp8(x.dtype) or not x.is_floating_point() or not is_fp8(weight.dtype):
+        raise FP8OperandError(
+            f"{op}: an input in {x.dtype} and a weight in {weight.dtype}: expected an input in high precision and a "
+            "weight in FP8 (codes that are held as bytes are seen as FP8 by .view(dtype))"
+        )
+
+
+def _check_bias(op: str, bias: torch.Tensor | None, weight: torch.Tensor, out: int) -> None:
+    if bias is not None and bias.shape != (out,):
+        raise FP8OperandError(
+            f"{op}: a bias of shape {tuple(bias.shape)} for a weight of shape {tuple(weight.shape)}: expected "
+            f"({out},), one value for each output"
+        )
+
+
+def _check_linear(call: LinearCall) -> None:
     """Refuse operands of a linear layer that do not belong together.
 
     Raises:
         FP8OperandError: names what was found and expected.
-        FP8ScaleError: the input's scale does not fit it.
+        FP8ScaleError: a scale does not fit the weight, or the input.
     """
-    if is_fp8(x.dtype) or not x.is_floating_point() or not is_fp8(weight.dtype):
-        raise FP8OperandError(
-            f"linear: an input in {x.dtype} and a weight in {weight.dtype}: expected an input in high precision and a "
-            "weight in FP8 (codes that are held as bytes are seen as FP8 by .view(dtype))"
-        )
+    x, weight, scale = call.x, call.weight, call.input_scale
+    _check_dtypes("linear", x, weight)
     if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         raise FP8OperandError(
             f"linear: an input of shape {tuple(x.shape)} and a weight of shape {tuple(weight.shape)}: expected "
             "(…, in) and (out, in); a weight stored as (in, out) has to be transposed"
         )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise FP8OperandError(
-            f"linear: a bias of shape {tuple(bias.shape)} for a weight of shape {tuple(weight.shape)}: expected "
-            f"({weight.shape[0]},), one value for each output"
-        )
-    if input_scale is not None and input_scale.numel() != 1 and input_scale.shape != (*x.shape[:-1], 1):
+    _check_bias("linear", call.bias, weight, weight.shape[0])
+    check_weight_scale(call.weight_scale, weight)
+    if scale is not None and scale.numel() != 1 and scale.shape != (*x.shape[:-1], 1) and not group_of(scale, x):
         raise FP8ScaleError(
-            f"linear: an input scale of shape {tuple(input_scale.shape)} for an input of shape {tuple(x.shape)}: "
-            f"expected (1,) or {(*x.shape[:-1], 1)}, one for each row"
+            f"linear: an input scale of shape {tuple(scale.shape)} for an input of shape {tuple(x.shape)}: "
+            f"expected (1,) or {(*x.shape[:-1], 1)}, one for each row, or one for each 128 or 32 values of a row"
         )
 
 
-def linears(
-    x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    weight_scales: Sequence[torch.Tensor],
-    input_scales: Sequence[torch.Tensor | None],
-    biases: Sequence[torch.Tensor | None],
-    full_scale: float,
-    arithmetic: str,
-) -> list[torch.Tensor]:
-    each = zip(weights, weight_scales, input_scales, biases, strict=True)
-    return [linear(x, *one, full_scale, arithmetic) for one in each]
+def check_conv(call: ConvCall) -> None:
+    """Refuse operands of a convolution that do not belong together.
 
-
-def conv2d(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    input_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    full_scale: float,
-    arithmetic: str,
-) -> torch.Tensor:
-    def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-
-    return _apply(convolve, x, weight, weight_scale, input_scale, bias, full_scale, arithmetic, channel_dim=-3)
+    Raises:
+        FP8OperandError: names what was found and expected.
+        FP8ScaleError: a scale does not fit the weight, or the input's is not one for all.
+    """
+    x, weight, transposed = call.x, call.weight, call.transposed
+    _check_dtypes("conv", x, weight)
+    channels = weight.shape[0] if transposed else weight.shape[1] * call.groups if weight.ndim > 1 else 0
+    if (
+        not 3 <= weight.ndim <= 5
+        or x.ndim not in (weight.ndim - 1, weight.ndim)
+        or x.shape[1 - weight.ndim] != channels
+    ):
+        raise FP8OperandError(
+            f"conv: an input of shape {tuple(x.shape)} and a weight of shape {tuple(weight.shape)} in {call.groups} "
+            f"groups: expected (N, C, …) or (C, …) with {channels} channels, and a weight of 1 to 3 spatial dimensions"
+        )
+    _check_bias("conv", call.bias, weight, weight.shape[1] * call.groups if transposed else weight.shape[0])
+    scale, ones = call.weight_scale, (1,) * (weight.ndim - 2)
+    wanted = (1, weight.shape[1], *ones) if transposed else (weight.shape[0], 1, *ones)
+    if scale.numel() != 1 and scale.shape != wanted and (transposed or not is_per_channel(scale, weight)):
+        raise FP8ScaleError(
+            f"conv: a scale of shape {tuple(scale.shape)} does not fit a weight of shape {tuple(weight.shape)}: "
+            f"expected (1,) or {wanted}, one for each output channel"
+        )
+    if call.input_scale is not None and call.input_scale.numel() != 1:
+        raise FP8ScaleError(f"conv: an input scale of shape {tuple(call.input_scale.shape)}: expected (1,)")
 
 
 def _apply(
     product: Callable[..., torch.Tensor],
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    input_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    full_scale: float,
-    arithmetic: str,
-    channel_dim: int,
+    call: Product,
+    channel_scale: torch.Tensor,
+    along_channels: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """Round the operands, multiply them with `product`, and round the result where `arithmetic` says."""
+    """Round the operands, multiply them with `product`, and round the result where `arithmetic` says.
+
+    A scale that changes along what is summed over is multiplied with its codes in float32, before the product; all
+    others with the product's result.
+    """
+    x, weight, weight_scale, input_scale, bias, arithmetic = *call[:5], call.arithmetic
     if arithmetic not in ARITHMETICS:
         raise FP8ConfigError(f"arithmetic={arithmetic!r} is unknown: {nearest(arithmetic, ARITHMETICS)}")
     if arithmetic == "qdq":
         if input_scale is not None:
-            x = cast_from_fp8(cast_to_fp8(x, input_scale, weight.dtype, full_scale), input_scale, x.dtype)
+            x = cast_from_fp8(cast_to_fp8(x, input_scale, weight.dtype, call.full_scale), input_scale, x.dtype)
         return product(x, cast_from_fp8(weight, weight_scale, x.dtype), None if bias is None else bias.to(x.dtype))
-    codes, values = x.float(), weight.float()
-    if is_blocked(weight_scale, weight):
-        values, scale = values * spread(weight_scale, weight), torch.ones(1, device=weight.device)
-    else:
-        scale = _along(weight_scale, channel_dim)
+    codes, values, scale = x.float(), weight.float(), along_channels(channel_scale)
+    if is_along_input(weight_scale, weight):
+        values, scale = values * broadcast_scale(weight_scale, weight), torch.ones(1, device=weight.device)
     if input_scale is not None:
-        codes = cast_to_fp8(x, input_scale, weight.dtype, full_scale).float()
-        scale = input_scale * scale
+        codes = cast_to_fp8(x, input_scale, weight.dtype, call.full_scale).float()
+        if group_of(input_scale, x):
+            codes = codes * broadcast_scale(input_scale, x)
+        else:
+            scale = input_scale * scale
     return with_bias(
-        product(codes, values) * scale, None if bias is None else _along(bias, channel_dim), x.dtype, arithmetic
+        product(codes, values) * scale, None if bias is None else along_channels(bias), x.dtype, arithmetic
     )
 
 
@@ -209,36 +237,3 @@ def with_bias(result: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtyp
     if arithmetic == "gaudi":
         return result.to(dtype) + bias.to(dtype)
     return (result + bias.float()).to(dtype)
-
-
-def is_blocked(scale: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether a weight's scale is by blocks, `(⌈out/128⌉, ⌈in/128⌉)`, rather than per tensor or output channel.
-
-    Raises:
-        FP8ScaleError: it is none of these.
-    """
-    count, out = scale.numel(), weight.shape[0]
-    if count == 1 or (count == out and scale.shape[0] == out):
-        return False
-    blocks = tuple(-(-size // BLOCK) for size in weight.shape)
-    if weight.ndim == 2 and tuple(scale.shape) == blocks:
-        return True
-    raise FP8ScaleError(
-        f"a scale of shape {tuple(scale.shape)} does not fit a weight of shape {tuple(weight.shape)}: expected (1,), "
-        f"({out}, 1, …) or, by blocks of {BLOCK}, {blocks}"
-    )
-
-
-def spread(scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """`scale` so that it broadcasts to `x`, and to no more: scales by blocks are repeated over their blocks."""
-    if scale.numel() == 1:
-        return scale.reshape([1] * x.ndim)
-    fits = all(size in (1, full) for size, full in zip(reversed(scale.shape), reversed(x.shape), strict=False))
-    if fits or not is_blocked(scale, x):
-        return scale
-    return scale.repeat_interleave(BLOCK, 0)[: x.shape[0]].repeat_interleave(BLOCK, 1)[:, : x.shape[1]]
-
-
-def _along(per_channel: torch.Tensor, channel_dim: int) -> torch.Tensor:
-    """`(1,)`, `(out,)` or `(out, 1, …)` laid along the output's channel dimension (counted from the end)."""
-    return per_channel.reshape(-1, *[1] * (-channel_dim - 1))

@@ -21,33 +21,17 @@ import torch
 
 from ..errors import FP8ConfigError, FP8ScaleError, nearest
 from ..formats import is_fp8
+from .arguments import AttentionCall, AttentionWeightsCall, MatmulCall
 from .reference import cast_from_fp8, cast_to_fp8
 
 DATAFLOWS = ("fused", "unfused", "qdq")
 _BLOCK = 2048  # positions of a cache that are converted at a time
 
 
-def attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    q_scale: torch.Tensor | None,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
-    p_scale: torch.Tensor | None,
-    output_scale: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    scaling: float,
-    softcap: float,
-    dtype: torch.dtype,
-    full_scale: float,
-    dataflow: str,
-) -> torch.Tensor:
-    probabilities = _probabilities(
-        query, key, q_scale, k_scale, p_scale, mask, sinks, scaling, softcap, dtype, full_scale, dataflow
-    )
-    values, scale = _operand(value, v_scale, query.dtype, dtype, full_scale, dataflow)
+def attention(call: AttentionCall) -> torch.Tensor:
+    p_scale, output_scale, dataflow = call.p_scale, call.output_scale, call.dataflow
+    probabilities = _probabilities(call)
+    values, scale = _operand(call.value, call.v_scale, call)
     result = _weighted_sum(probabilities, values, scale)
     if p_scale is not None and dataflow != "qdq":
         result = result * p_scale
@@ -55,41 +39,20 @@ def attention(
         result = result * _of_key_heads(scale, result.dtype)
     result = result.flatten(1, 2).transpose(1, 2).contiguous()
     if output_scale is not None and dataflow == "fused":
-        result = cast_from_fp8(cast_to_fp8(result, output_scale, dtype, full_scale), output_scale, torch.float32)
-    return result.to(query.dtype)
+        codes = cast_to_fp8(result, output_scale, call.dtype, call.full_scale)
+        result = cast_from_fp8(codes, output_scale, torch.float32)
+    return result.to(call.query.dtype)
 
 
-def attention_weights(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    q_scale: torch.Tensor | None,
-    k_scale: torch.Tensor | None,
-    p_scale: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    scaling: float,
-    softcap: float,
-    dtype: torch.dtype,
-    full_scale: float,
-    dataflow: str,
-) -> torch.Tensor:
-    probabilities = _probabilities(
-        query, key, q_scale, k_scale, p_scale, mask, sinks, scaling, softcap, dtype, full_scale, dataflow
-    )
-    if p_scale is not None and dataflow != "qdq":
-        probabilities = probabilities * p_scale
-    return probabilities.flatten(1, 2).to(query.dtype)
+def attention_weights(call: AttentionWeightsCall) -> torch.Tensor:
+    probabilities = _probabilities(call)
+    if call.p_scale is not None and call.dataflow != "qdq":
+        probabilities = probabilities * call.p_scale
+    return probabilities.flatten(1, 2).to(call.query.dtype)
 
 
-def matmul(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    a_scale: torch.Tensor | None,
-    b_scale: torch.Tensor | None,
-    dtype: torch.dtype,
-    full_scale: float,
-    arithmetic: str,
-) -> torch.Tensor:
+def matmul(call: MatmulCall) -> torch.Tensor:
+    a, b, a_scale, b_scale, dtype, full_scale, arithmetic = call
     if arithmetic == "qdq":
         operands = ((a, a_scale), (b, b_scale))
         return torch.matmul(*(_dequantized(x, scale, a.dtype, dtype, full_scale) for x, scale in operands))
@@ -120,59 +83,41 @@ def _product(left: torch.Tensor, right: torch.Tensor, row_scale: torch.Tensor | 
     return reduce(torch.add, (part @ values(block, scale) for part, block, scale in parts))
 
 
-def _probabilities(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    q_scale: torch.Tensor | None,
-    k_scale: torch.Tensor | None,
-    p_scale: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    scaling: float,
-    softcap: float,
-    dtype: torch.dtype,
-    full_scale: float,
-    dataflow: str,
-) -> torch.Tensor:
+def _probabilities(call: AttentionCall | AttentionWeightsCall) -> torch.Tensor:
     """Softmax rounded to FP8, `[B, Hkv, H / Hkv, S, T]`, as codes in float32 (in "qdq" times their scale)."""
+    query, key_heads, p_scale, dataflow = call.query, call.key.shape[1], call.p_scale, call.dataflow
     if dataflow not in DATAFLOWS:
         raise FP8ConfigError(f"dataflow={dataflow!r} is unknown: {nearest(dataflow, DATAFLOWS)}")
-    queries, query_scale = _operand(query, q_scale, query.dtype, dtype, full_scale, dataflow)
-    keys, key_scale = _operand(key, k_scale, query.dtype, dtype, full_scale, dataflow)
-    grouped = _grouped(queries, key.shape[1])
-    scores = _scores(grouped, keys)
+    queries, query_scale = _operand(query, call.q_scale, call)
+    keys, key_scale = _operand(call.key, call.k_scale, call)
+    scores = _scores(_grouped(queries, key_heads), keys)
     if query_scale is not None:
-        scores = scores * _grouped_scale(query_scale, key.shape[1])
+        scores = scores * _grouped_scale(query_scale, key_heads)
     if key_scale is not None:
         scores = scores * (_of_key_heads(key_scale, scores.dtype) if key_scale.ndim <= 3 else _per_key(key_scale))
     if dataflow != "fused":
         scores = scores.to(query.dtype)
-    scores = _capped(scores * scaling, softcap)
-    if mask is not None:
-        scores = _masked(scores, mask, key.shape[1])
-    probabilities = _softmax(scores, sinks, key.shape[1])
+    scores = _capped(scores * call.scaling, call.softcap)
+    if call.mask is not None:
+        scores = _masked(scores, call.mask, key_heads)
+    probabilities = _softmax(scores, call.sinks, key_heads)
     if dataflow != "fused":
         probabilities = probabilities.to(query.dtype)
     if p_scale is None:
         return _wide(probabilities)
-    codes = cast_to_fp8(probabilities, p_scale, dtype, full_scale)
+    codes = cast_to_fp8(probabilities, p_scale, call.dtype, call.full_scale)
     return _wide(cast_from_fp8(codes, p_scale, query.dtype) if dataflow == "qdq" else codes)
 
 
 def _operand(
-    x: torch.Tensor,
-    scale: torch.Tensor | None,
-    hp_dtype: torch.dtype,
-    dtype: torch.dtype,
-    full_scale: float,
-    dataflow: str,
+    x: torch.Tensor, scale: torch.Tensor | None, call: AttentionCall | AttentionWeightsCall
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What a product takes: FP8 codes and the scale to multiply its result with, or values and None."""
     if scale is None:
         return _unscaled(x), None
-    if dataflow == "qdq":
-        return _dequantized(x, scale, hp_dtype, dtype, full_scale), None
-    return _rounded(x, scale, dtype, full_scale), scale
+    if call.dataflow == "qdq":
+        return _dequantized(x, scale, call.query.dtype, call.dtype, call.full_scale), None
+    return _rounded(x, scale, call.dtype, call.full_scale), scale
 
 
 def _dequantized(

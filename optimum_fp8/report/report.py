@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
 
 from .. import ops
 from ..formats import is_fp8
-from ..modules import FP8Module, fp8_modules
-from ..selection import QUANTIZABLE
-from ..state import state_of
-from .attention import AttentionReport, attention_lines, attention_reports, counted, counts, extremes, table, written
+from ..lifecycle import FP8State, Phase, state_of
+from ..modules.handler import Row, converted_modules, find_all
+from .attention import AttentionReport, attention_lines, attention_report
+from .table import call_counts, counts, format_range, min_max, table
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class ModuleReport:
         input_scale: the static scale, or None.
         kernels: calls by backend.
         fallbacks: calls that a backend refused, by "backend: reason".
+        scheme: how it is scaled and computed; empty in high precision.
     """
 
     name: str
@@ -41,6 +42,7 @@ class ModuleReport:
     input_scale: float | None = None
     kernels: dict[str, int] = field(default_factory=dict)
     fallbacks: dict[str, int] = field(default_factory=dict)
+    scheme: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,11 @@ class QuantizationReport:
         return {"phase": self.phase, "share": self.share, "modules": modules, **attention}
 
     def __str__(self) -> str:
+        mixed = len({module.scheme for module in self.quantized}) > 1
         header = ("module", "type", "FP8", "activations", "weight scale", "input scale", "kernels", "reason")
-        lines = table([header, *(_row(module) for module in self.modules)])
-        missing = ops.missing("cpu")
-        if missing and "reference" in self.kernels:
+        lines = table([(*header, "scheme") if mixed else header, *(_cells(module, mixed) for module in self.modules)])
+        missing = ops.why_reference() if "reference" in self.kernels else None
+        if missing:
             lines.append(f"the reference runs, which is slow: {missing}")
         if self.attention:
             lines += ["", *attention_lines(self.attention)]
@@ -104,24 +107,34 @@ class QuantizationReport:
 def quantization_report(model: nn.Module) -> QuantizationReport:
     """Report on every candidate module of `model`, quantized or not; calls are counted since the conversion."""
     model = getattr(model, "_orig_mod", model)  # what torch.compile was given
-    state, modules = state_of(model), dict(model.named_modules())
-    converted = fp8_modules(model)
+    state = state_of(model)
     if state is None:
-        named = {name: module for name, module in modules.items() if isinstance(module, QUANTIZABLE)}
-        rows = [ModuleReport(name, type(module).__name__, False, "not prepared") for name, module in named.items()]
-        rows += [_fp8_report(name, type(module).__name__, module) for name, module in converted.items()]
-        phase = "converted" if converted else "high precision"
-        return QuantizationReport(rows, phase, attention_reports(model, None), _share_in_fp8(model))
-    rows = []
-    for decision in state.decisions:
-        module = modules.get(decision.name)
-        if isinstance(module, FP8Module):
-            row = _fp8_report(decision.name, decision.type, module)
-            rows.append(replace(row, activations="measuring") if state.phase == "measuring" else row)
+        return _without_state(model)
+    modules, phase = dict(model.named_modules()), state.phase.value
+    rows: list[ModuleReport] = []
+    attention: list[AttentionReport] = []
+    for each in state.decisions:
+        module = modules.get(each.name)
+        row = each.handler.row(module) if module is not None else None
+        if each.handler.family.replaced:
+            rows.append(_module_report(each.name, each.type, each.reason, row, state))
         else:
-            reason = "measuring" if decision.selected else decision.reason
-            rows.append(ModuleReport(decision.name, decision.type, False, reason))
-    return QuantizationReport(rows, state.phase, attention_reports(model, state), _share_in_fp8(model))
+            attention.append(attention_report(each.name, each.type, each.reason, row, phase))
+    return QuantizationReport(rows, phase, attention, _share_in_fp8(model))
+
+
+def _without_state(model: nn.Module) -> QuantizationReport:
+    """A model that nothing was done to, or a part of one."""
+    converted = {name: entry for name, entry in converted_modules(model).items() if entry[1].family.replaced}
+    rows = [
+        ModuleReport(name, type(module).__name__, False, "not prepared")
+        for name, (module, handler) in find_all(model).items()
+        if handler.family.replaced and name not in converted
+    ]
+    for name, (module, handler) in converted.items():
+        rows.append(_module_report(name, type(module).__name__, "selected", handler.row(module), None))
+    phase = "converted" if converted else "high precision"
+    return QuantizationReport(rows, phase, [], _share_in_fp8(model))
 
 
 def _share_in_fp8(model: nn.Module) -> float:
@@ -129,24 +142,29 @@ def _share_in_fp8(model: nn.Module) -> float:
     return sum(size for size, in_fp8 in sizes if in_fp8) / max(1, sum(size for size, _ in sizes))
 
 
-def _fp8_report(name: str, kind: str, module: FP8Module) -> ModuleReport:
-    kernels, fallbacks = counted(module.owner)
+def _module_report(name: str, type_name: str, reason: str, row: Row | None, state: FP8State | None) -> ModuleReport:
+    measuring = state is not None and state.phase is Phase.MEASURING
+    if row is None:
+        return ModuleReport(name, type_name, False, "measuring" if reason == "selected" else reason)
+    kernels, fallbacks = call_counts(row.record)
+    scales = {key: min_max(scale) for key, scale in row.scales.items()}
     return ModuleReport(
         name,
-        kind,
+        type_name,
         True,
         "selected",
-        module.activations,
-        extremes(module.weight_scale),
-        None if module.input_scale is None else extremes(module.input_scale)[0],
+        "measuring" if measuring else row.activations,
+        scales.get("weight_scale"),
+        scales["input_scale"][0] if "input_scale" in scales else None,
         kernels,
         fallbacks,
+        row.scheme,
     )
 
 
-def _row(module: ModuleReport) -> tuple[str, ...]:
-    weight_scale = "" if module.weight_scale is None else written(module.weight_scale)
-    return (
+def _cells(module: ModuleReport, with_scheme: bool) -> tuple[str, ...]:
+    weight_scale = "" if module.weight_scale is None else format_range(module.weight_scale)
+    cells = (
         module.name,
         module.type,
         "yes" if module.quantized else "no",
@@ -156,3 +174,4 @@ def _row(module: ModuleReport) -> tuple[str, ...]:
         counts(module.kernels),
         "" if module.quantized else module.reason,
     )
+    return (*cells, module.scheme) if with_scheme else cells

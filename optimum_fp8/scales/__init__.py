@@ -1,18 +1,48 @@
-"""From ranges to scales: pure functions that know nothing of modules."""
+"""From ranges to scales: pure functions that know nothing of modules, and the values that say how one is scaled."""
 
-from .activation import activation_divisor, activation_scale, fixed_scale
-from .methods import SCALE_METHODS, ScaleMethod, ScaleRule, scale_method
-from .weight import quantized_weight, weight_maxabs, weight_scale
+from importlib import import_module
+from pkgutil import iter_modules
+
+from .activation import activation_divisor, activation_scale, dynamic_scale, scale_of_range
+from .check import is_sound, unsound
+from .granularity import Granularity, PerBlock, PerChannel, PerGroup, PerHead, PerTensor, PerToken
+from .methods import SCALE_METHODS, ScaleMethod, register_method, scale_method
+from .rule import VALUES, ScaleRule, ScaleValue, register_value
+from .scheme import DYNAMIC, STATIC, WEIGHT_ONLY, Scheme
+from .weight import quantize_weight, quantized_weight, scale_of_weight, weight_maxabs, weight_scale
+
+for _file in iter_modules(__path__):  # each registers what it defines
+    import_module(f".{_file.name}", __name__)
 
 __all__ = [
+    "DYNAMIC",
     "SCALE_METHODS",
+    "STATIC",
+    "VALUES",
+    "WEIGHT_ONLY",
+    "Granularity",
+    "PerBlock",
+    "PerChannel",
+    "PerGroup",
+    "PerHead",
+    "PerTensor",
+    "PerToken",
     "ScaleMethod",
     "ScaleRule",
+    "ScaleValue",
+    "Scheme",
     "activation_divisor",
     "activation_scale",
-    "fixed_scale",
+    "dynamic_scale",
+    "is_sound",
+    "quantize_weight",
     "quantized_weight",
+    "register_method",
+    "register_value",
     "scale_method",
+    "scale_of_range",
+    "scale_of_weight",
+    "unsound",
     "weight_maxabs",
     "weight_scale",
 ]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from ..errors import FP8ConfigError, FP8ScaleError
+from .. import ops
+from ..errors import FP8ScaleError
 from ..formats import NumberFormat, hp_torch_dtype, number_format
-from ..rounding import scale_from_maxabs
-from .methods import DYNAMIC_BACKOFF, ScaleRule, scale_method
+from .methods import scale_method
+from .rule import ScaleRule, checked_scale, value_of
 
 
 def activation_scale(
@@ -42,7 +43,18 @@ def activation_scale(
         FP8ScaleError: a range that is negative, NaN or infinite.
         FP8ConfigError: an unknown method, target, format or dtype.
     """
-    fmt, rule = number_format(fp8_config, target), scale_method(method).activation
+    rule = scale_method(method).activation.with_backoff(backoff, dynamic=dynamic)
+    return scale_of_range(maxabs, rule, number_format(fp8_config, target), hp_torch_dtype(hp_dtype))
+
+
+def scale_of_range(
+    maxabs: torch.Tensor | float, rule: ScaleRule, fmt: NumberFormat, hp_dtype: torch.dtype
+) -> torch.Tensor:
+    """`activation_scale` by a rule.
+
+    Raises:
+        FP8ScaleError: a range that is negative, NaN or infinite.
+    """
     ranges = torch.as_tensor(maxabs, dtype=torch.float32 if not torch.is_tensor(maxabs) else None)
     ranges = ranges.reshape(1) if ranges.ndim == 0 else ranges
     if not bool(torch.isfinite(ranges).all()) or bool((ranges < 0).any()):
@@ -50,39 +62,22 @@ def activation_scale(
             f"maxabs={ranges.flatten()[:4].tolist()} is not a range: expected finite values >= 0; "
             "look for NaN or Inf in the calibration data or in the layer before"
         )
-    fixed = fixed_scale(rule, fmt)
-    if fixed is not None:
-        return torch.full(ranges.shape, fixed, dtype=torch.float32, device=ranges.device)
-    divisor = activation_divisor(rule, fmt, backoff=backoff, dynamic=dynamic)
-    reciprocal = fmt.is_gaudi and rule.granularity == "tensor"
-    return scale_from_maxabs(ranges, divisor, rule.rounding, fmt, hp_torch_dtype(hp_dtype), reciprocal=reciprocal)
+    return checked_scale(value_of(rule).of_range(ranges, rule, fmt, hp_dtype), tuple(ranges.shape), rule)
+
+
+def dynamic_scale(x: torch.Tensor, rule: ScaleRule, fmt: NumberFormat, hp_dtype: torch.dtype) -> torch.Tensor:
+    """The scale of `x` `[…, features]` from its own range: float32 `(1,)`, `[…, 1]` or `[…, groups]` by the rule."""
+    return ops.dynamic_scale(
+        x,
+        group=rule.granularity.group,
+        divisor=rule.divisor(fmt),
+        rounding=rule.rounding,
+        fp8_config=fmt.name,
+        target=fmt.target,
+        hp_dtype=hp_dtype,
+    )
 
 
 def activation_divisor(rule: ScaleRule, fmt: NumberFormat, *, backoff: float | None, dynamic: bool) -> float:
     """The FP8 value that the largest activation is mapped to: full scale times backoff."""
-    return full_scale_part(fmt, backoff, DYNAMIC_BACKOFF if dynamic else rule.backoff)
-
-
-def full_scale_part(fmt: NumberFormat, backoff: float | None, default: float) -> float:
-    """The full scale times `backoff` (or the `default` where it is None).
-
-    Raises:
-        FP8ConfigError: the backoff is not above 0 and at most 1.
-    """
-    backoff = default if backoff is None else backoff
-    if not 0.0 < backoff <= 1.0:
-        raise FP8ConfigError(f"backoff={backoff} is out of range: expected 0 < backoff <= 1")
-    return fmt.full_scale * backoff
-
-
-def fixed_scale(rule: ScaleRule, fmt: NumberFormat) -> float | None:
-    """The scale of a rule that looks at no data, or None.
-
-    Off Gaudi there is no table whose first scale could be taken: there the single scale is 1.0, which the hardware
-    applies for free and which E4M3's range around 1 suits best.
-    """
-    if rule.value == "unit":
-        return 1.0
-    if rule.value == "first_hardware":
-        return fmt.hardware_scales.descending()[0] if fmt.is_gaudi else 1.0
-    return None
+    return rule.with_backoff(backoff, dynamic=dynamic).divisor(fmt)

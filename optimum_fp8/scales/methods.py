@@ -10,60 +10,56 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import FP8ConfigError, nearest
-
-DYNAMIC_BACKOFF = 0.5  # a dynamic scale sees the very tensor it scales, so it needs less headroom
-
-
-@dataclass(frozen=True)
-class ScaleRule:
-    """How one scale is found.
-
-    Attributes:
-        granularity: "tensor" (one scale), "channel" (one an output channel) or "token" (one a row of activations).
-        value: "maxabs" (from the range), "search" (least squared error over candidates), "unit" (1.0) or
-            "first_hardware" (the first of the target's hardware scales).
-        rounding: "identity", "pow2" or "hardware".
-        backoff: part of the full scale that the largest value is mapped to.
-    """
-
-    granularity: str
-    value: str
-    rounding: str
-    backoff: float = 1.0
-
-    @property
-    def needs_range(self) -> bool:
-        """Whether the value depends on the data at all."""
-        return self.value in ("maxabs", "search")
+from ..rounding import check_rounding
+from .granularity import PerChannel, PerTensor, PerToken
+from .rule import DYNAMIC_BACKOFF, ScaleRule, value_of
 
 
 @dataclass(frozen=True)
 class ScaleMethod:
-    """A named pair of rules; `dynamic_only` methods scale every token by its own range and cannot be calibrated."""
+    """A named pair of rules; `dynamic_only` methods scale tokens or groups by their own range and are never calibrated.
+
+    Raises:
+        FP8ConfigError: a granularity that weights or activations do not have, or activations scaled by tokens or groups
+            in a method that is not `dynamic_only`.
+    """
 
     name: str
     weight: ScaleRule
     activation: ScaleRule
     dynamic_only: bool = False
 
+    def __post_init__(self) -> None:
+        for what, granularity, fits in (
+            ("weights", self.weight.granularity, self.weight.granularity.of_weights),
+            ("activations", self.activation.granularity, self.activation.granularity.of_activations),
+        ):
+            if not fits:
+                raise FP8ConfigError(f"scale_method {self.name!r} scales {what} {granularity}, which {what} cannot be")
+        if self.activation.granularity.group and not self.dynamic_only:
+            raise FP8ConfigError(
+                f"scale_method {self.name!r} scales activations {self.activation.granularity}: such scales follow from "
+                "the very tensor and cannot be calibrated; say dynamic_only=True"
+            )
 
-_UNIT = ScaleRule("tensor", "unit", "identity")
-_FIRST_HARDWARE = ScaleRule("tensor", "first_hardware", "hardware")
+
+_UNIT = ScaleRule(PerTensor(), "unit", "identity")
+_FIRST_HARDWARE = ScaleRule(PerTensor(), "first_hardware", "hardware")
 
 _WEIGHT = {
-    "hw": ScaleRule("tensor", "maxabs", "hardware", 0.5),
-    "pow2": ScaleRule("tensor", "maxabs", "pow2", 0.5),
-    "arbitrary": ScaleRule("tensor", "maxabs", "identity", 0.5),
-    "opt_hw": ScaleRule("tensor", "search", "hardware", 0.5),
-    "opt_pow2": ScaleRule("tensor", "search", "pow2", 0.5),
-    "pcs_pow2": ScaleRule("channel", "maxabs", "pow2", 0.5),
-    "pcs_opt_pow2": ScaleRule("channel", "search", "pow2", 0.5),
+    "hw": ScaleRule(PerTensor(), "maxabs", "hardware", 0.5),
+    "pow2": ScaleRule(PerTensor(), "maxabs", "pow2", 0.5),
+    "arbitrary": ScaleRule(PerTensor(), "maxabs", "identity", 0.5),
+    "opt_hw": ScaleRule(PerTensor(), "search", "hardware", 0.5),
+    "opt_pow2": ScaleRule(PerTensor(), "search", "pow2", 0.5),
+    "pcs_pow2": ScaleRule(PerChannel(), "maxabs", "pow2", 0.5),
+    "pcs_opt_pow2": ScaleRule(PerChannel(), "search", "pow2", 0.5),
 }
 _ACTIVATION = {
-    "hw": ScaleRule("tensor", "maxabs", "hardware", 0.25),
-    "pow2": ScaleRule("tensor", "maxabs", "pow2", 0.25),
-    "arbitrary": ScaleRule("tensor", "maxabs", "identity", 0.25),
-    "token_pow2": ScaleRule("token", "maxabs", "pow2", DYNAMIC_BACKOFF),
+    "hw": ScaleRule(PerTensor(), "maxabs", "hardware", 0.25),
+    "pow2": ScaleRule(PerTensor(), "maxabs", "pow2", 0.25),
+    "arbitrary": ScaleRule(PerTensor(), "maxabs", "identity", 0.25),
+    "token_pow2": ScaleRule(PerToken(), "maxabs", "pow2", DYNAMIC_BACKOFF),
 }
 
 SCALE_METHODS: dict[str, ScaleMethod] = {
@@ -88,6 +84,21 @@ SCALE_METHODS: dict[str, ScaleMethod] = {
 }
 
 
+def register_method(method: ScaleMethod) -> None:
+    """Make a method known by its name, in lower case; one of the same name is replaced.
+
+    Checkpoints name their method: it has to be registered, as it was, before they are loaded.
+
+    Raises:
+        FP8ConfigError: a value rule or a rounding that is not known, or a backoff out of range.
+    """
+    for rule in (method.weight, method.activation):
+        value_of(rule)
+        check_rounding(rule.rounding)
+        rule.with_backoff(None)
+    SCALE_METHODS[method.name.lower()] = method
+
+
 def scale_method(name: str) -> ScaleMethod:
     """The method called `name` (any case).
 
@@ -96,5 +107,8 @@ def scale_method(name: str) -> ScaleMethod:
     """
     method = SCALE_METHODS.get(str(name).lower())
     if method is None:
-        raise FP8ConfigError(f"scale_method={name!r} is unknown: {nearest(name, SCALE_METHODS)}")
+        raise FP8ConfigError(
+            f"scale_method={name!r} is unknown: {nearest(name, SCALE_METHODS)}; a method of your own has to be "
+            "registered first"
+        )
     return method

@@ -1,4 +1,4 @@
-"""Scales of weights: from the range of the tensor or of each output channel, or by a search for the least error."""
+"""Scales of weights: from the range of the tensor or of its parts, or by a search for the least error."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import torch
 
 from .. import ops
 from ..errors import FP8ScaleError
-from ..formats import MAX_EXPONENT, MIN_EXPONENT, NumberFormat, hp_torch_dtype, number_format
-from ..rounding import round_scale, scale_from_maxabs
-from .activation import fixed_scale, full_scale_part
-from .methods import ScaleRule, scale_method
-from .search import search_channel_scales, search_tensor_scale
+from ..formats import NumberFormat, hp_torch_dtype, number_format
+from .granularity import Granularity, PerChannel, PerTensor
+from .methods import scale_method
+from .rule import ScaleRule, checked_scale, value_of
 
 
 def weight_scale(
@@ -42,21 +41,17 @@ def weight_scale(
         FP8ScaleError: the weight holds NaN or Inf, or nothing at all.
         FP8ConfigError: an unknown method, target, format or dtype.
     """
-    fmt, rule = number_format(fp8_config, target), scale_method(method).weight
+    rule = scale_method(method).weight.with_backoff(backoff)
+    return scale_of_weight(weight, rule, number_format(fp8_config, target), hp_torch_dtype(hp_dtype))
+
+
+def scale_of_weight(weight: torch.Tensor, rule: ScaleRule, fmt: NumberFormat, hp_dtype: torch.dtype) -> torch.Tensor:
+    """`weight_scale` by a rule: float32 of the rule's granularity, `(1,)` where the value is fixed."""
     weight = weight.detach()
     if weight.dtype == torch.float16:
         weight = weight.to(torch.bfloat16)
     maxabs = weight_maxabs(weight, rule.granularity)
-    fixed = fixed_scale(rule, fmt)
-    if fixed is not None:
-        return torch.full((1,), fixed, dtype=torch.float32, device=weight.device)
-    divisor = full_scale_part(fmt, backoff, rule.backoff)
-    if rule.value == "maxabs":
-        return _scale_from_range(maxabs, divisor, rule, fmt, hp_torch_dtype(hp_dtype))
-    if rule.granularity == "tensor":
-        return search_tensor_scale(weight, rule.rounding, fmt, hp_torch_dtype(hp_dtype))
-    reference = round_scale(_raw_channel_scale(maxabs, divisor), "pow2", fmt)
-    return search_channel_scales(weight, reference, fmt).clamp(2.0**MIN_EXPONENT, 2.0**MAX_EXPONENT)
+    return checked_scale(value_of(rule).of_weight(weight, maxabs, rule, fmt, hp_dtype), tuple(maxabs.shape), rule)
 
 
 def quantized_weight(
@@ -68,43 +63,52 @@ def quantized_weight(
     hp_dtype: str = "bf16",
     backoff: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`quantize_weight` by a method's name; arguments as for `weight_scale`."""
+    rule = scale_method(method).weight.with_backoff(backoff)
+    return quantize_weight(weight, rule, number_format(fp8_config, target), hp_torch_dtype(hp_dtype))
+
+
+def quantize_weight(
+    weight: torch.Tensor, rule: ScaleRule, fmt: NumberFormat, hp_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A weight in FP8: where its scale follows from a range of 16 bits, in one pass over memory.
 
-    Args: those of `weight_scale`.
+    Args:
+        weight: `[out, in, …]`, a floating-point dtype.
+        rule: how its scale is found.
+        fmt: the number format.
+        hp_dtype: dtype of per-tensor arithmetic.
 
     Returns:
-        contiguous codes of the weight's shape; `weight_scale`'s scale; max|w| in float32, one or one a channel.
+        contiguous codes of the weight's shape; the float32 scale; max|w| in float32, one or one a channel.
 
-    Raises: what `weight_scale` raises.
+    Raises:
+        FP8ScaleError: the weight holds NaN or Inf, or nothing at all.
     """
-    fmt, rule, weight = number_format(fp8_config, target), scale_method(method).weight, weight.detach()
-    if rule.value == "maxabs" and weight.dtype in (torch.bfloat16, torch.float16) and weight.numel():
-        divisor = full_scale_part(fmt, backoff, rule.backoff)
-        scales, per_row = _scale_of_range(divisor, rule, fmt, hp_torch_dtype(hp_dtype)), rule.granularity == "channel"
+    weight, by_range = weight.detach(), value_of(rule).only_range and weight.dtype in (torch.bfloat16, torch.float16)
+    if by_range and weight.numel() and isinstance(rule.granularity, (PerTensor, PerChannel)):
         codes, scale, maxabs = ops.cast_to_fp8_by_range(
-            weight, scales.to(weight.device), per_row=per_row, dtype=fmt.dtype, full_scale=fmt.full_scale
+            weight,
+            _scale_of_bfloat16(rule, fmt, hp_dtype).to(weight.device),
+            per_row=isinstance(rule.granularity, PerChannel),
+            dtype=fmt.dtype,
+            full_scale=fmt.full_scale,
         )
         _refuse_unsound(maxabs)
         return codes, scale, maxabs
-    scale = weight_scale(
-        weight, method=method, target=target, fp8_config=fp8_config, hp_dtype=hp_dtype, backoff=backoff
-    )
+    scale = scale_of_weight(weight, rule, fmt, hp_dtype)
     return ops.cast_to_fp8(weight, scale, fmt.dtype, fmt.full_scale).contiguous(), scale, ops.maxabs(weight)
 
 
-def weight_maxabs(weight: torch.Tensor, granularity: str = "tensor") -> torch.Tensor:
-    """max|w| in the weight's dtype: `(1,)` per tensor, `(out, 1, …)` per channel; no copy of the weight is made.
+def weight_maxabs(weight: torch.Tensor, granularity: Granularity | None = None) -> torch.Tensor:
+    """max|w| in the weight's dtype at a granularity (by default per tensor, `(1,)`); no copy of the weight is made.
 
     Raises:
         FP8ScaleError: the weight holds NaN or Inf, or nothing at all.
     """
     if weight.numel() == 0:
         raise FP8ScaleError(f"the weight of shape {tuple(weight.shape)} is empty: it has no range to scale by")
-    if granularity == "channel":
-        maxabs = ops.maxabs(weight.flatten(1), per_token=True).reshape(-1, *[1] * (weight.ndim - 1))
-    else:
-        maxabs = ops.maxabs(weight)
-    maxabs = maxabs.to(weight.dtype)
+    maxabs = (granularity or PerTensor()).maxabs(weight).to(weight.dtype)
     _refuse_unsound(maxabs)
     return maxabs
 
@@ -114,21 +118,9 @@ def _refuse_unsound(maxabs: torch.Tensor) -> None:
         raise FP8ScaleError("the weight holds NaN or Inf: expected finite values; check the checkpoint")
 
 
-def _scale_from_range(
-    maxabs: torch.Tensor, divisor: float, rule: ScaleRule, fmt: NumberFormat, hp_dtype: torch.dtype
-) -> torch.Tensor:
-    if rule.granularity == "channel":
-        return round_scale(_raw_channel_scale(maxabs, divisor), rule.rounding, fmt)
-    return scale_from_maxabs(maxabs, divisor, rule.rounding, fmt, hp_dtype, reciprocal=fmt.is_gaudi)
-
-
-def _raw_channel_scale(maxabs: torch.Tensor, divisor: float) -> torch.Tensor:
-    """Per-channel scales keep the plain division, and give a channel of zeros the smallest scale, as INC does."""
-    return (maxabs / divisor).clamp(min=2.0**MIN_EXPONENT)
-
-
 @cache
-def _scale_of_range(divisor: float, rule: ScaleRule, fmt: NumberFormat, hp_dtype: torch.dtype) -> torch.Tensor:
+def _scale_of_bfloat16(rule: ScaleRule, fmt: NumberFormat, hp_dtype: torch.dtype) -> torch.Tensor:
     """The scale of every bfloat16 range, by its bits, float32 `[32768]`."""
     ranges = torch.arange(1 << 15, dtype=torch.int16, device="cpu").view(torch.bfloat16)
-    return _scale_from_range(ranges, divisor, rule, fmt, hp_dtype)
+    scales = value_of(rule).of_weight(ranges, ranges, rule, fmt, hp_dtype)
+    return checked_scale(scales.expand(ranges.shape).contiguous(), tuple(ranges.shape), rule)

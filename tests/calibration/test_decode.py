@@ -10,7 +10,7 @@ from tiny_models import tiny_bert, tiny_llama
 from optimum_fp8 import FP8Config, calibrate, prepare
 from optimum_fp8.calibration.decode import decodes, decoding_inputs
 from optimum_fp8.errors import FP8CalibrationError, FP8ConfigError
-from optimum_fp8.state import state_of
+from optimum_fp8.lifecycle.state import state_of
 
 IDS = torch.arange(3, 17).view(2, 7)
 
@@ -19,7 +19,7 @@ def counts(model, steps, inputs, **options):
     """How many queries each attention module was measured on."""
     config = FP8Config(dataset=[inputs], decode_steps=steps, attention=True, **options)
     measured = state_of(calibrate(prepare(model, config))).measurements.tensors
-    return {name: int(value.count) for (name, kind), value in measured.items() if kind == "q"}
+    return {name: int(value.statistics()["count"]) for (name, kind), value in measured.items() if kind == "q"}
 
 
 @pytest.mark.core

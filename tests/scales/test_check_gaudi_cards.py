@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from check_gaudi_cards import main
+from scales.check_gaudi_cards import main
 
 ROWS = [["gaudi3", "activation", 14.0625, 0.125], ["gaudi2", "weight", 0.47265625, 0.0625]]
 

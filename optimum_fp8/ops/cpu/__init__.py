@@ -6,48 +6,57 @@ Each variant of the native library (AVX-512 with byte permutation, AVX2, portabl
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
-from .. import dispatch
+from ..dispatch import Kernel, note_missing, register_kernel
 from .attention import Attention
-from .kernels import CpuKernels
+from .casts import Casts
+from .conv import Conv
 from .library import VARIANTS, Library, load, threads
 from .linear import Linear
 
-OPERATORS = (
-    "cast_to_fp8",
-    "cast_to_fp8_by_range",
-    "cast_to_fp8_with_maxabs",
-    "cast_from_fp8",
-    "maxabs",
-    "dynamic_scale",
-    "conv2d",
-)
-
-__all__ = ["OPERATORS", "backends", "read_memory", "register"]
+__all__ = ["backends", "read_memory", "register"]
 
 
 def register() -> None:
     """Register a backend for each variant this processor runs; without the native library, note why there is none."""
     library = load()
     if not isinstance(library, Library):
-        for name in ("cpu", *(f"cpu_{variant}" for variant in VARIANTS)):
-            dispatch.note_missing(name, library)
+        note_missing("cpu", library, device=True)
+        for variant in VARIANTS:
+            note_missing(f"cpu_{variant}", library)
         return
     for variant in library.too_new:
-        dispatch.note_missing(f"cpu_{variant}", f"this processor has not all of the instructions of {variant}")
+        note_missing(f"cpu_{variant}", f"this processor has not all of the instructions of {variant}")
     for variant in sorted(library.variants, key=lambda variant: variant == library.best):  # the last is asked first
-        kernels = CpuKernels(library, variant)
         devices = ("cpu",) if variant == library.best else ()
-        for operator in OPERATORS:
-            refuses = getattr(kernels, f"refuses_{operator.removesuffix('_with_maxabs')}")
-            kernel = dispatch.Kernel(f"cpu_{variant}", devices, getattr(kernels, operator), refuses)
-            dispatch.register_kernel(operator, kernel)
-        linear, attention = Linear(kernels), Attention(kernels)
-        for operator in ("linear", "linears"):
-            run, refuses, prepare = (getattr(linear, f"{what}{operator}") for what in ("", "refuses_", "prepare_"))
-            dispatch.register_kernel(operator, dispatch.Kernel(f"cpu_{variant}", devices, run, refuses, prepare))
-        dispatch.register_kernel("attention", dispatch.Kernel(f"cpu_{variant}", devices, attention, attention.refuses))
+        for operator, kernel in _kernels(f"cpu_{variant}", devices, Casts(library, variant)).items():
+            register_kernel(operator, kernel)
+
+
+def _kernels(backend: str, devices: tuple[str, ...], casts: Casts) -> dict[str, Kernel]:
+    linear, conv, attention = Linear(casts), Conv(casts), Attention(casts)
+    one_by_one: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+        "cast_to_fp8": (casts.cast_to_fp8, casts.refuses_cast_to_fp8),
+        "cast_to_fp8_by_range": (casts.cast_to_fp8_by_range, casts.refuses_cast_to_fp8_by_range),
+        "cast_from_fp8": (casts.cast_from_fp8, casts.refuses_cast_from_fp8),
+        "maxabs": (casts.maxabs, casts.refuses_maxabs),
+    }
+    kernels = {name: Kernel(backend, devices, _of_call(run), _of_call(no)) for name, (run, no) in one_by_one.items()}
+    return kernels | {
+        "dynamic_scale": Kernel(backend, devices, casts.dynamic_scale, casts.refuses_dynamic_scale),
+        "linear": Kernel(backend, devices, linear.run, linear.refuses, linear.prepare),
+        "conv": Kernel(backend, devices, conv.run, conv.refuses),
+        "attention": Kernel(backend, devices, attention.run, attention.refuses),
+    }
+
+
+def _of_call(function: Callable[..., Any]) -> Callable[[Any], Any]:
+    """A function of the operator's arguments as one of the call."""
+    return lambda call: function(*call)
 
 
 def backends() -> list[str]:

@@ -4,59 +4,77 @@ from __future__ import annotations
 
 import torch
 
-from .attention_call import FORMATS, TYPES, Call, Options, row_size
+from ..arguments import AttentionCall
+from ..operands import refuses_format
+from .attention_call import pack, rounds_probabilities, row_size
 from .attention_prefill import many_queries
-from .kernels import CpuKernels, refuses_format
-from .library import check
+from .casts import Casts
+from .library import FORMATS, TYPES, check
 
 _DATAFLOWS = ("fused", "unfused")
 FEW_QUERIES = 16  # up to so many, reading keys and values takes longest; beyond, multiplying does
 
 
-def refuses_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    q_scale: torch.Tensor | None,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
-    p_scale: torch.Tensor | None,
-    output_scale: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    scaling: float,
-    softcap: float,
-    dtype: torch.dtype,
-    full_scale: float,
-    dataflow: str,
-) -> str | None:
-    """Why the native library cannot run this call, or None."""
-    if dataflow not in _DATAFLOWS:
-        return f"dataflow {dataflow!r}"
-    if query.dtype not in TYPES or dtype not in FORMATS:
-        return f"queries in {query.dtype}, rounded to {dtype}"
-    if reason := refuses_format(dtype, full_scale):
-        return reason
-    for name, x, scale in (("keys", key, k_scale), ("values", value, v_scale)):
-        if scale is None:
-            return f"{name} in {x.dtype} without a scale"
-        if x.dtype not in FORMATS and x.dtype not in TYPES:
-            return f"{name} in {x.dtype}"
-    if _misfit(query, key, value):
-        return f"queries {tuple(query.shape)}, keys {tuple(key.shape)}, values {tuple(value.shape)}"
-    if mask is not None and (reason := _refuses_mask(mask, (*query.shape[:3], key.shape[2]))):
-        return reason
-    if sinks is not None and (
-        sinks.dtype not in TYPES or tuple(sinks.shape) not in ((query.shape[1],), (*query.shape[:3], 1))
-    ):
-        return f"sinks in {sinks.dtype} of shape {tuple(sinks.shape)}"
-    for name, scale, x in (("queries", q_scale, query), ("keys", k_scale, key), ("values", v_scale, value)):
-        if scale is not None and not _fits(scale, x):
-            return f"scales of {name} in {scale.dtype} of shape {tuple(scale.shape)} for {tuple(x.shape)}"
-    for scale in (p_scale, output_scale):
-        if scale is not None and (scale.dtype != torch.float32 or scale.numel() != 1):
-            return f"a scale in {scale.dtype} of shape {tuple(scale.shape)} for probabilities or the output"
-    return None
+class Attention:
+    """The operator `attention` on one variant of the library, whose other kernels do the casts."""
+
+    def __init__(self, casts: Casts):
+        self.casts = casts
+
+    def refuses(self, call: AttentionCall) -> str | None:
+        query, key, value, mask, sinks = call.query, call.key, call.value, call.mask, call.sinks
+        if call.dataflow not in _DATAFLOWS:
+            return f"dataflow {call.dataflow!r}"
+        if query.dtype not in TYPES or call.dtype not in FORMATS:
+            return f"queries in {query.dtype}, rounded to {call.dtype}"
+        if reason := refuses_format(call.dtype, call.full_scale):
+            return reason
+        for name, x, scale in (("keys", key, call.k_scale), ("values", value, call.v_scale)):
+            if scale is None:
+                return f"{name} in {x.dtype} without a scale"
+            if x.dtype not in FORMATS and x.dtype not in TYPES:
+                return f"{name} in {x.dtype}"
+        if _misfit(query, key, value):
+            return f"queries {tuple(query.shape)}, keys {tuple(key.shape)}, values {tuple(value.shape)}"
+        if mask is not None and (reason := _refuses_mask(mask, (*query.shape[:3], key.shape[2]))):
+            return reason
+        if sinks is not None and (
+            sinks.dtype not in TYPES or tuple(sinks.shape) not in ((query.shape[1],), (*query.shape[:3], 1))
+        ):
+            return f"sinks in {sinks.dtype} of shape {tuple(sinks.shape)}"
+        return _refuses_scales(call)
+
+    def run(self, call: AttentionCall) -> torch.Tensor:
+        query, mask, sinks = call.query, call.mask, call.sinks
+        assert call.k_scale is not None and call.v_scale is not None  # or it was refused
+        rows = (*query.shape[:3], 1)
+        call = call._replace(
+            query=query if query.stride(3) == 1 else query.contiguous(),
+            key=self._codes(call.key, call.k_scale, call),
+            value=self._codes(call.value, call.v_scale, call),
+            k_scale=_packed(call.k_scale),
+            v_scale=_packed(call.v_scale),
+            output_scale=call.output_scale if call.dataflow == "fused" else None,
+            mask=None if mask is None else _expanded_mask(mask, (*rows[:3], call.key.shape[2])),
+            sinks=sinks.reshape(1, -1, 1, 1).expand(rows) if sinks is not None and sinks.ndim == 1 else sinks,
+        )
+        return self._few_queries(call) if query.shape[2] <= FEW_QUERIES else many_queries(self.casts, call)
+
+    def _codes(self, x: torch.Tensor, scale: torch.Tensor, call: AttentionCall) -> torch.Tensor:
+        if x.dtype not in FORMATS:
+            by_head = scale.expand(*x.shape[:2], 1, 1) if scale.ndim == 3 else scale
+            x = self.casts.cast_to_fp8(x, by_head, call.dtype, call.full_scale)
+        return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+
+    def _few_queries(self, call: AttentionCall) -> torch.Tensor:
+        batch, heads, queries, _ = call.query.shape
+        scores = None
+        if rounds_probabilities(call):
+            shape = (batch * heads * queries, row_size(call.key.shape[2]))
+            scores = call.query.new_empty(shape, dtype=torch.float32)
+        output = call.query.new_empty((batch, queries, heads, call.value.shape[3]))
+        check(self.casts.library.attention(pack(call, self.casts.variant, scores, output)), "attention")
+        return output
 
 
 def _misfit(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
@@ -83,69 +101,15 @@ def _fits(scale: torch.Tensor, x: torch.Tensor) -> bool:
     return shape == (1,) or shape == (x.shape[1], 1, 1) or shape == (*x.shape[:3], 1)
 
 
-class Attention:
-    """`attention` on one variant of the library, whose other kernels do the casts."""
-
-    def __init__(self, kernels: CpuKernels):
-        self.kernels = kernels
-
-    refuses = staticmethod(refuses_attention)
-
-    def __call__(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        q_scale: torch.Tensor | None,
-        k_scale: torch.Tensor,
-        v_scale: torch.Tensor,
-        p_scale: torch.Tensor | None,
-        output_scale: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        sinks: torch.Tensor | None,
-        scaling: float,
-        softcap: float,
-        dtype: torch.dtype,
-        full_scale: float,
-        dataflow: str,
-    ) -> torch.Tensor:
-        call = Call(
-            query=query if query.stride(3) == 1 else query.contiguous(),
-            key=self._codes(key, k_scale, dtype, full_scale),
-            value=self._codes(value, v_scale, dtype, full_scale),
-            q_scale=q_scale,
-            k_scale=_packed(k_scale),
-            v_scale=_packed(v_scale),
-            p_scale=p_scale,
-            output_scale=output_scale if dataflow == "fused" else None,
-            mask=None if mask is None else _expanded_mask(mask, (*query.shape[:3], key.shape[2])),
-            sinks=None
-            if sinks is None
-            else sinks.reshape(1, -1, 1, 1).expand(*query.shape[:3], 1)
-            if sinks.ndim == 1
-            else sinks,
-            options=Options(scaling, softcap, dtype, full_scale, dataflow),
-        )
-        if query.shape[2] <= FEW_QUERIES:
-            return self._few_queries(call)
-        return many_queries(self.kernels, call.expanded())
-
-    def _codes(self, x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, full_scale: float) -> torch.Tensor:
-        if x.dtype not in FORMATS:
-            by_head = scale.expand(*x.shape[:2], 1, 1) if scale.ndim == 3 else scale
-            x = self.kernels.cast_to_fp8(x, by_head, dtype, full_scale)
-        return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
-
-    def _few_queries(self, call: Call) -> torch.Tensor:
-        batch, heads, queries, _ = call.query.shape
-        scores = None
-        if call.rounds_probabilities():
-            shape = (batch * heads * queries, row_size(call.key.shape[2]))
-            scores = call.query.new_empty(shape, dtype=torch.float32)
-        output = call.query.new_empty((batch, queries, heads, call.value.shape[3]))
-        arguments = call.pack(self.kernels.variant, scores, output)
-        check(self.kernels.library.attention(arguments), "attention")
-        return output
+def _refuses_scales(call: AttentionCall) -> str | None:
+    operands = (("queries", call.q_scale, call.query), ("keys", call.k_scale, call.key))
+    for name, scale, x in (*operands, ("values", call.v_scale, call.value)):
+        if scale is not None and not _fits(scale, x):
+            return f"scales of {name} in {scale.dtype} of shape {tuple(scale.shape)} for {tuple(x.shape)}"
+    for scale in (call.p_scale, call.output_scale):
+        if scale is not None and (scale.dtype != torch.float32 or scale.numel() != 1):
+            return f"a scale in {scale.dtype} of shape {tuple(scale.shape)} for probabilities or the output"
+    return None
 
 
 def _packed(scale: torch.Tensor) -> torch.Tensor:

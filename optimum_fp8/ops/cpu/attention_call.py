@@ -1,16 +1,20 @@
-"""One call of attention: its tensors, and how they become the native library's arguments."""
+"""A call of attention as the native library takes it: expanded, cut into parts, and packed.
+
+Calls here have gone through `Attention.run`: keys and values are FP8 codes with scales, last dimensions are contiguous,
+scales per position are contiguous along the positions, mask and sinks have their full shapes `[B, H, S, T]` and
+`[B, H, S, 1]`. A generated token makes one such call a layer, with caches gone cold in between: what happens here is
+kept short.
+"""
 
 from __future__ import annotations
 
 from struct import Struct
-from typing import NamedTuple
 
 import torch
 
-from .library import threads
+from ..arguments import AttentionCall
+from .library import FORMATS, TYPES, threads
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-FORMATS = {torch.float8_e4m3fn: 0, torch.float8_e5m2: 1}
 _BOOLEAN = 3
 _ARGUMENTS = Struct("=54q3d")
 _NO_MASK, _NO_SINKS = (0,) * 6, (0,) * 5
@@ -22,103 +26,62 @@ def row_size(keys: int) -> int:
     return -(-keys // _WIDEST) * _WIDEST
 
 
-class Options(NamedTuple):
-    """What is the same for all positions, as the operator takes it."""
+def expanded(call: AttentionCall) -> AttentionCall:
+    """The same with scales as views of their full shapes."""
+    rows, positions = (*call.query.shape[:3], 1), (*call.key.shape[:3], 1)
+    return call._replace(
+        q_scale=None if call.q_scale is None else call.q_scale.expand(rows),
+        k_scale=None if call.k_scale is None else call.k_scale.expand(positions),
+        v_scale=None if call.v_scale is None else call.v_scale.expand(positions),
+    )
 
-    scaling: float
-    softcap: float
-    dtype: torch.dtype
-    full_scale: float
-    dataflow: str
+
+def part(call: AttentionCall, batch: int, key_head: int, queries: slice, keys: int) -> AttentionCall:
+    """Of an expanded call: the queries `queries` of one sequence that share a head of keys, and its first `keys`
+    positions."""
+    group = call.query.shape[1] // call.key.shape[1]
+    one, heads, first = slice(batch, batch + 1), slice(key_head * group, (key_head + 1) * group), slice(keys)
+    rows, positions = (one, heads, queries), (one, slice(key_head, key_head + 1), first)
+    return call._replace(
+        query=call.query[rows],
+        key=call.key[positions],
+        value=call.value[positions],
+        q_scale=None if call.q_scale is None else call.q_scale[rows],
+        k_scale=None if call.k_scale is None else call.k_scale[positions],
+        v_scale=None if call.v_scale is None else call.v_scale[positions],
+        mask=None if call.mask is None else call.mask[(*rows, first)],
+        sinks=None if call.sinks is None else call.sinks[rows],
+    )
 
 
-class Call(NamedTuple):
-    """The operands, with a contiguous last dimension.
+def rounds_probabilities(call: AttentionCall) -> bool:
+    """Whether their sum must be known before they are multiplied with values: then all scores are kept."""
+    return call.p_scale is not None or call.dataflow != "fused"
 
-    A generated token makes one such call a layer, with caches gone cold in between: what happens here is kept short.
 
-    Attributes:
-        query: `[B, H, S, D]`, high precision.
-        key: FP8 codes `[B, Hkv, T, D]`.
-        value: FP8 codes `[B, Hkv, T, Dv]`.
-        q_scale: `(1,)`, `(H, 1, 1)`, `[B, H, S, 1]` or None.
-        k_scale: `(1,)`, `(Hkv, 1, 1)` or `[B, Hkv, T, 1]`; along T it is contiguous.
-        v_scale: the same.
-        p_scale: `(1,)` or None.
-        output_scale: `(1,)` or None.
-        mask: `[B, H, S, T]` or None.
-        sinks: `[B, H, S, 1]` or None.
-        options: the rest.
-    """
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    q_scale: torch.Tensor | None
-    k_scale: torch.Tensor
-    v_scale: torch.Tensor
-    p_scale: torch.Tensor | None
-    output_scale: torch.Tensor | None
-    mask: torch.Tensor | None
-    sinks: torch.Tensor | None
-    options: Options
-
-    def expanded(self) -> Call:
-        """The same with scales as views of their full shapes."""
-        rows, positions = (*self.query.shape[:3], 1), (*self.key.shape[:3], 1)
-        return self._replace(
-            q_scale=None if self.q_scale is None else self.q_scale.expand(rows),
-            k_scale=self.k_scale.expand(positions),
-            v_scale=self.v_scale.expand(positions),
-        )
-
-    def part(self, batch: int, key_head: int, queries: slice, keys: int) -> Call:
-        """Of an expanded call: the queries `queries` of one sequence that share a head of keys, and its first `keys`
-        positions."""
-        group = self.query.shape[1] // self.key.shape[1]
-        one, heads, first = slice(batch, batch + 1), slice(key_head * group, (key_head + 1) * group), slice(keys)
-        rows, positions = (one, heads, queries), (one, slice(key_head, key_head + 1), first)
-        return Call(
-            query=self.query[rows],
-            key=self.key[positions],
-            value=self.value[positions],
-            q_scale=None if self.q_scale is None else self.q_scale[rows],
-            k_scale=self.k_scale[positions],
-            v_scale=self.v_scale[positions],
-            p_scale=self.p_scale,
-            output_scale=self.output_scale,
-            mask=None if self.mask is None else self.mask[(*rows, first)],
-            sinks=None if self.sinks is None else self.sinks[rows],
-            options=self.options,
-        )
-
-    def rounds_probabilities(self) -> bool:
-        """Whether their sum must be known before they are multiplied with values: then all scores are kept."""
-        return self.p_scale is not None or self.options.dataflow != "fused"
-
-    def pack(self, variant: int, scores: torch.Tensor | None, output: torch.Tensor | None) -> bytes:
-        """The arguments; `scores` is scratch, float32 `[B · H · S, row_size(T)]`, where all scores are kept."""
-        query, key, value, options, mask, sinks = *self[:3], self.options, self.mask, self.sinks
-        batch, heads, queries, dim = query.shape
-        _, key_heads, keys, value_dim = value.shape
-        return _ARGUMENTS.pack(
-            *(variant, threads(), batch, heads, key_heads, queries, keys, dim, value_dim),
-            *(TYPES[query.dtype], FORMATS[options.dtype]),
-            *(query.data_ptr(), *query.stride()[:3]),
-            *(key.data_ptr(), FORMATS[key.dtype], *key.stride()[:3]),
-            *(value.data_ptr(), FORMATS[value.dtype], *value.stride()[:3]),
-            *_scale(self.q_scale),
-            *_scale(self.k_scale),
-            *_scale(self.v_scale),
-            0 if self.p_scale is None else self.p_scale.data_ptr(),
-            0 if self.output_scale is None else self.output_scale.data_ptr(),
-            *(_NO_MASK if mask is None else _mask(mask)),
-            *(_NO_SINKS if sinks is None else (sinks.data_ptr(), TYPES[sinks.dtype], *sinks.stride()[:3])),
-            *((0, 0) if scores is None else (scores.data_ptr(), scores.stride(0))),
-            0 if output is None else output.data_ptr(),
-            options.dataflow != "fused",
-            *(options.full_scale, options.scaling, options.softcap),
-        )
+def pack(call: AttentionCall, variant: int, scores: torch.Tensor | None, output: torch.Tensor | None) -> bytes:
+    """The arguments; `scores` is scratch, float32 `[B · H · S, row_size(T)]`, where all scores are kept."""
+    query, key, value, mask, sinks = call.query, call.key, call.value, call.mask, call.sinks
+    batch, heads, queries, dim = query.shape
+    _, key_heads, keys, value_dim = value.shape
+    return _ARGUMENTS.pack(
+        *(variant, threads(), batch, heads, key_heads, queries, keys, dim, value_dim),
+        *(TYPES[query.dtype], FORMATS[call.dtype]),
+        *(query.data_ptr(), *query.stride()[:3]),
+        *(key.data_ptr(), FORMATS[key.dtype], *key.stride()[:3]),
+        *(value.data_ptr(), FORMATS[value.dtype], *value.stride()[:3]),
+        *_scale(call.q_scale),
+        *_scale(call.k_scale),
+        *_scale(call.v_scale),
+        0 if call.p_scale is None else call.p_scale.data_ptr(),
+        0 if call.output_scale is None else call.output_scale.data_ptr(),
+        *(_NO_MASK if mask is None else _mask(mask)),
+        *(_NO_SINKS if sinks is None else (sinks.data_ptr(), TYPES[sinks.dtype], *sinks.stride()[:3])),
+        *((0, 0) if scores is None else (scores.data_ptr(), scores.stride(0))),
+        0 if output is None else output.data_ptr(),
+        call.dataflow != "fused",
+        *(call.full_scale, call.scaling, call.softcap),
+    )
 
 
 def _scale(scale: torch.Tensor | None) -> tuple[int, ...]:

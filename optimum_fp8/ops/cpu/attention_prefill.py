@@ -10,85 +10,86 @@ from itertools import product
 
 import torch
 
-from .attention_call import Call, row_size
-from .kernels import CpuKernels
+from ..arguments import AttentionCall
+from .attention_call import expanded, pack, part, row_size
+from .casts import Casts
 from .library import check
 
 _SCORES = 1 << 19  # of a block: 2 MiB
 _LEAST_QUERIES, _MOST_QUERIES = 16, 256  # of a block
 
 
-def many_queries(kernels: CpuKernels, call: Call) -> torch.Tensor:
+def many_queries(casts: Casts, call: AttentionCall) -> torch.Tensor:
     """`[B, S, H, Dv]`, contiguous, in the query's dtype."""
+    call = expanded(call)
     batch, heads, queries, _ = call.query.shape
     key_heads, keys, value_dim = call.value.shape[1:]
     group = heads // key_heads
     size = min(max(_SCORES // (group * keys), _LEAST_QUERIES), _MOST_QUERIES)
     blocks = [slice(start, min(start + size, queries)) for start in range(0, queries, size)]
-    rows = _queries(kernels, call)
+    rows = _queries(casts, call)
     output = call.query.new_empty((batch, queries, heads, value_dim))
     scores = rows.new_empty(group * min(size, queries) * row_size(keys))
     seen = _seen(call, blocks) if _is_finite(call, rows) else [[keys] * len(blocks)] * batch
     for sequence, head in product(range(batch), range(key_heads)):
-        key, value = (_values(kernels, x[sequence, head]) for x in (call.key, call.value))
+        key, value = (_values(casts, x[sequence, head]) for x in (call.key, call.value))
         finite = bool(value.sum().isfinite()) and bool(key.sum().isfinite())
         for block, visible in zip(blocks, seen[sequence], strict=True):
-            part = call.part(sequence, head, block, visible if finite else keys)
+            some = part(call, sequence, head, block, visible if finite else keys)
             first = rows[sequence, head * group : (head + 1) * group, block].flatten(0, 1)
-            result = _block(kernels, part, first, key, value, scores)
+            result = _block(casts, some, first, key, value, scores)
             output[sequence, block, head * group : (head + 1) * group] = result.unflatten(0, (group, -1)).transpose(
                 0, 1
             )
     return output
 
 
-def _queries(kernels: CpuKernels, call: Call) -> torch.Tensor:
+def _queries(casts: Casts, call: AttentionCall) -> torch.Tensor:
     """The first operand of the first product, in float32: codes where there is a scale."""
     if call.q_scale is None:
         return call.query.float()
     scale = call.q_scale.contiguous()
-    codes = kernels.cast_to_fp8(call.query, scale, call.options.dtype, call.options.full_scale)
-    return _values(kernels, codes)
+    codes = casts.cast_to_fp8(call.query, scale, call.dtype, call.full_scale)
+    return _values(casts, codes)
 
 
-def _values(kernels: CpuKernels, codes: torch.Tensor) -> torch.Tensor:
+def _values(casts: Casts, codes: torch.Tensor) -> torch.Tensor:
     one = torch.ones(1, dtype=torch.float32, device=codes.device)
-    return kernels.cast_from_fp8(codes, one, torch.float32)
+    return casts.cast_from_fp8(codes, one, torch.float32)
 
 
 def _block(
-    kernels: CpuKernels,
-    part: Call,
+    casts: Casts,
+    some: AttentionCall,
     rows: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     room: torch.Tensor,
 ) -> torch.Tensor:
     """A block of queries over one head of keys: `[rows, Dv]`."""
-    count, keys = rows.shape[0], part.key.shape[2]
+    count, keys = rows.shape[0], some.key.shape[2]
     stride = row_size(keys)
     padded = room[: count * stride].view(count, stride)
     scores = padded[:, :keys]
     torch.mm(rows, key[:keys].t(), out=scores)
-    check(kernels.library.softmax(part.pack(kernels.variant, padded, None)), "attention")
+    check(casts.library.softmax(pack(some, casts.variant, padded, None)), "attention")
     result = scores @ value[:keys]
-    if part.p_scale is not None:
-        result.mul_(part.p_scale)
-    if part.v_scale.stride(2) == 0:  # one a position was multiplied with the probabilities
-        result.mul_(part.v_scale[0, 0, 0])
-    if part.output_scale is not None:
-        options = part.options
-        codes = kernels.cast_to_fp8(result, part.output_scale, options.dtype, options.full_scale)
-        result = kernels.cast_from_fp8(codes, part.output_scale, torch.float32)
+    if some.p_scale is not None:
+        result.mul_(some.p_scale)
+    if some.v_scale is not None and some.v_scale.stride(2) == 0:  # one a position was multiplied with probabilities
+        result.mul_(some.v_scale[0, 0, 0])
+    if some.output_scale is not None:
+        codes = casts.cast_to_fp8(result, some.output_scale, some.dtype, some.full_scale)
+        result = casts.cast_from_fp8(codes, some.output_scale, torch.float32)
     return result
 
 
-def _is_finite(call: Call, rows: torch.Tensor) -> bool:
+def _is_finite(call: AttentionCall, rows: torch.Tensor) -> bool:
     """Whether no query and no scale is NaN or infinite."""
     return all(bool(x.sum().isfinite()) for x in (rows, call.q_scale, call.k_scale, call.v_scale) if x is not None)
 
 
-def _seen(call: Call, blocks: list[slice]) -> list[list[int]]:
+def _seen(call: AttentionCall, blocks: list[slice]) -> list[list[int]]:
     """For each sequence and block, so many first positions that all behind are masked for all of its queries: their
     probabilities are exactly 0. All positions, where a query may attend to none."""
     keys, batch = call.key.shape[2], call.query.shape[0]

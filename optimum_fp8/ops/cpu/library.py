@@ -14,6 +14,8 @@ PATH = Path(__file__).with_name("libfp8cpu.so")
 ABI = 4
 VARIANTS = ("avx512bf16", "avx512vbmi", "avx512", "avx2", "portable")
 _OUT_OF_MEMORY = 1
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # how `fp8cpu.h` numbers them
+FORMATS = {torch.float8_e4m3fn: 0, torch.float8_e5m2: 1}
 
 
 class Library:

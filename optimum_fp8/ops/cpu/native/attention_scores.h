@@ -1,8 +1,8 @@
-/* Dot products of rows of queries with rows of keys. */
+/* Products of queries and keys, q k^T: dot products of rows of queries with rows of keys. */
 #ifndef FP8CPU_ATTENTION_SCORES_H
 #define FP8CPU_ATTENTION_SCORES_H
 
-#include "attention.h"
+#include "attention_job.h"
 #include "attention_units.h"
 #include "lanes.h"
 
@@ -13,7 +13,7 @@ enum {
 };
 
 /* Whether queries fit in bfloat16. */
-INLINE int makes_pairs(const fp8cpu_attention_args *a) {
+INLINE int uses_bf16_pairs(const fp8cpu_attention_args *a) {
 #if defined(__AVX512BF16__)
     return a->q_scale || a->type == FP8CPU_BFLOAT16;
 #else
@@ -22,13 +22,13 @@ INLINE int makes_pairs(const fp8cpu_attention_args *a) {
 #endif
 }
 
-/* A row of queries, on the FP8 grid where it has a scale, in the order of units. Rows that share their keys lie side by
- * side: [batch, key_heads][step][unit][row][lane]. */
-INLINE void lay_out_query(const attention_job *job, int64_t number) {
+/* Packs a row of queries, on the FP8 grid where it has a scale, in the order of units. Rows that share their keys lie
+ * side by side: [batch, key_heads][step][unit][row][lane]. */
+INLINE void pack_query(const attention_job *job, int64_t number) {
     const fp8cpu_attention_args *a = job->args;
-    const place at = place_of(a, number);
+    const index3 at = index_of_row(a, number);
     const int64_t size = value_size(a->type);
-    const int pairs = makes_pairs(a), units = pairs ? 2 : 4;
+    const int pairs = uses_bf16_pairs(a), units = pairs ? 2 : 4;
     const char *q = (const char *)a->q + offset_of(a->q_stride, at) * size;
     const vf reciprocal = splat(1.0f / scale_at(a->q_scale, a->q_scale_stride, at));
     float *out = job->q + number / job->rows * job->rows * job->q_size + number % job->rows * LANES;
@@ -54,17 +54,17 @@ INLINE void dot_step(const attention_job *job, kind k, int q_rows, const uint8_t
                      const float *q, vf *sums) {
     vf unit[4];
     UNROLL for (int r = 0; r < KEY_ROWS; r++) {
-        __builtin_prefetch(row[r] + job->k_ahead + at);
+        __builtin_prefetch(row[r] + job->k_prefetch + at);
         decode_codes(load_codes(row[r] + at, left), k, unit);
-        const float *from = again(q);
+        const float *from = optimizer_barrier(q);
         UNROLL for (int i = 0; i < units_of(k); i++, from += job->rows * LANES) UNROLL for (int c = 0; c < q_rows; c++)
             sums[r * q_rows + c] = multiply_add_at(sums[r * q_rows + c], unit[i], from + c * LANES, k);
     }
 }
 
-/* LANES rows of keys, of which `count` are there, times `q_rows` rows of queries. */
-INLINE void dot_tile(const attention_job *job, kind k, int q_rows, const uint8_t *keys, int64_t count, const float *q,
-                     float *out, int64_t out_stride) {
+/* The microkernel: LANES rows of keys, of which `count` are there, times `q_rows` rows of queries. */
+INLINE void dot_microkernel(const attention_job *job, kind k, int q_rows, const uint8_t *keys, int64_t count,
+                            const float *q, float *out, int64_t out_stride) {
     const int64_t dim = job->args->key_dim, stride = job->args->k_stride[2], q_step = units_of(k) * job->rows * LANES;
     vf blocks[QUERY_ROWS][KEY_BLOCKS];
     for (int b = 0; b < KEY_BLOCKS; b++) {
@@ -83,7 +83,7 @@ INLINE void dot_tile(const attention_job *job, kind k, int q_rows, const uint8_t
 }
 
 /* All rows of queries that share these keys, in parts as even as can be. */
-INLINE void dot_rows(const attention_job *job, kind k, const span *keys, float *out, int64_t out_stride) {
+INLINE void dot_rows(const attention_job *job, kind k, const key_range *keys, float *out, int64_t out_stride) {
     const fp8cpu_attention_args *a = job->args;
     const uint8_t *codes = (const uint8_t *)a->k + offset_of(a->k_stride, keys->first);
     for (int64_t t = 0; t < keys->count; t += LANES, codes += LANES * a->k_stride[2], out += LANES)
@@ -92,10 +92,10 @@ INLINE void dot_rows(const attention_job *job, kind k, const span *keys, float *
             const float *q = job->q + keys->head * job->rows * job->q_size + row * LANES;
             float *to = out + row * out_stride;
             switch (next - row) {
-                case 1: dot_tile(job, k, 1, codes, keys->count - t, q, to, out_stride); break;
-                case 2: dot_tile(job, k, 2, codes, keys->count - t, q, to, out_stride); break;
-                case 3: dot_tile(job, k, 3, codes, keys->count - t, q, to, out_stride); break;
-                default: dot_tile(job, k, 4, codes, keys->count - t, q, to, out_stride); break;
+                case 1: dot_microkernel(job, k, 1, codes, keys->count - t, q, to, out_stride); break;
+                case 2: dot_microkernel(job, k, 2, codes, keys->count - t, q, to, out_stride); break;
+                case 3: dot_microkernel(job, k, 3, codes, keys->count - t, q, to, out_stride); break;
+                default: dot_microkernel(job, k, 4, codes, keys->count - t, q, to, out_stride); break;
             }
         }
 }

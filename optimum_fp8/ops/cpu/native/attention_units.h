@@ -46,7 +46,7 @@ INLINE vf multiply_add(vf sum, vf a, vf b, kind k) {
     return sum + a * b;
 }
 
-/* sum + a * what p points to. With the few registers of AVX2, GCC would load it first, and move sums to memory and back. */
+/* sum + a * what p points to. With the few registers of AVX2, GCC would load it first, and spill sums. */
 INLINE vf multiply_add_at(vf sum, vf a, const float *p, kind k) {
 #if LANES == 8
     typedef float unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -58,9 +58,9 @@ INLINE vf multiply_add_at(vf sum, vf a, const float *p, kind k) {
 #endif
 }
 
-/* The same pointer, though the compiler does not know: what it points to is read again, as an operand, where it would
- * otherwise be kept, and registers run out. */
-INLINE const float *again(const float *p) {
+/* The same pointer, hidden from the optimizer: what it points to is read again, as an operand, where it would otherwise
+ * be kept, and registers run out. */
+INLINE const float *optimizer_barrier(const float *p) {
     __asm__("" : "+r"(p));
     return p;
 }

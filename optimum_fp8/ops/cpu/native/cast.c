@@ -1,4 +1,4 @@
-/* Casts to FP8 and back, and the largest magnitude of what is cast, row by row in parallel. */
+/* Casts to FP8 and back, and maxabs of what is cast: rows, cut into tiles, in parallel. */
 #include <math.h>
 
 #include "pairs.h"
@@ -6,26 +6,26 @@
 #include "units.h"
 #include "variant.h"
 
-enum { CHUNK = 1 << 14 }; /* elements a task: long enough to be worth handing out, short enough to balance */
+enum { TILE = 1 << 14 }; /* elements a task: long enough to be worth handing out, short enough to balance */
 
 typedef struct {
     const fp8cpu_cast_args *args;
-    int64_t chunk, chunks; /* elements a row is cut into, and how many such */
+    int64_t tile_size, tiles; /* elements of a tile, and tiles of a row */
 } cast_job;
 
 typedef struct {
-    int64_t row, start, count, at; /* at: of all elements */
-} piece;
+    int64_t row, start, count, offset; /* start in the row, offset in all elements */
+} tile;
 
-INLINE piece piece_of(const cast_job *job, int64_t task) {
-    const int64_t row = task / job->chunks, start = task % job->chunks * job->chunk, left = job->args->cols - start;
-    return (piece){row, start, left < job->chunk ? left : job->chunk, row * job->args->cols + start};
+INLINE tile tile_of(const cast_job *job, int64_t task) {
+    const int64_t row = task / job->tiles, start = task % job->tiles * job->tile_size, left = job->args->cols - start;
+    return (tile){row, start, left < job->tile_size ? left : job->tile_size, row * job->args->cols + start};
 }
 
-INLINE const float *scale_of(const fp8cpu_cast_args *a, piece p) {
+INLINE const float *scale_of(const fp8cpu_cast_args *a, tile t) {
     const float *scale = (const float *)a->scale;
-    if (!a->block) return scale + p.row * a->scale_step;
-    return scale + p.row / a->block * ((a->cols + a->block - 1) / a->block) + p.start / a->block;
+    if (!a->block) return scale + t.row * a->scale_step;
+    return scale + t.row / a->block * ((a->cols + a->block - 1) / a->block) + t.start / a->block;
 }
 
 /* --- values to FP8 ------------------------------------------------------------------------------------------------ */
@@ -40,8 +40,8 @@ static float largest_lane(vi magnitudes) {
     return value;
 }
 
-/* maxabs = max(maxabs, value) among threads; bits of non-negative floats are ordered as integers. */
-static void raise_to(float *maxabs, float value) {
+/* maxabs = max(maxabs, value), atomically; bits of non-negative floats are ordered as integers. */
+static void atomic_max(float *maxabs, float value) {
     int32_t bits, seen;
     memcpy(&bits, &value, sizeof bits);
     __atomic_load((int32_t *)maxabs, &seen, __ATOMIC_RELAXED);
@@ -74,8 +74,8 @@ INLINE float largest_of(magnitudes m, int64_t type) {
     return largest_lane(lanes);
 }
 
-/* Bytes fetched ahead: across the pages' borders, at which the processor's own guesses end. */
-enum { AHEAD = 1 << 12 };
+/* Across the pages' borders, at which the processor's own prefetching ends. */
+enum { PREFETCH_BYTES = 1 << 12 };
 
 /* What can go in pairs, as far as it fills vectors; returns how many values that are. */
 INLINE int64_t encode_in_pairs(const char *x, uint8_t *y, int64_t count, float reciprocal, float full_scale,
@@ -83,7 +83,7 @@ INLINE int64_t encode_in_pairs(const char *x, uint8_t *y, int64_t count, float r
     int64_t i = 0;
     for (; i + 2 * LANES <= count; i += 2 * LANES) {
         const vi pairs = load_bits(x + 2 * i);
-        __builtin_prefetch(x + 2 * i + AHEAD);
+        __builtin_prefetch(x + 2 * i + PREFETCH_BYTES);
         if (wants_maxabs) largest->pairs = larger_pairs(largest->pairs, magnitudes_of(pairs));
         if (wants_codes) {
             const vhalf codes = encode_pairs(pairs, splat(reciprocal), full_scale, format);
@@ -109,14 +109,14 @@ INLINE void encode_range(const char *x, uint8_t *y, int64_t count, int64_t type,
         if (maxabs) largest.lanes = larger_of((vi)value & 0x7FFFFFFF, largest.lanes);
         if (wants_codes) store_codes(y + i, encode(value * splat(reciprocal), full_scale, format), count - i);
     }
-    if (maxabs) raise_to(maxabs, largest_of(largest, type));
+    if (maxabs) atomic_max(maxabs, largest_of(largest, type));
 }
 
 /* Codes with a scale, the largest magnitude, or both: what is not wanted is NULL. */
-static void encode_piece(const fp8cpu_cast_args *a, piece p, const float *scale, float *maxabs) {
-    const int64_t type = a->value_type, count = p.count;
-    const char *x = (const char *)a->x + p.at * value_size(type);
-    uint8_t *y = (uint8_t *)a->y + p.at;
+static void encode_tile(const fp8cpu_cast_args *a, tile t, const float *scale, float *maxabs) {
+    const int64_t type = a->value_type, count = t.count;
+    const char *x = (const char *)a->x + t.offset * value_size(type);
+    uint8_t *y = (uint8_t *)a->y + t.offset;
     const float reciprocal = scale ? 1.0f / *scale : 1.0f, full_scale = (float)a->full_scale;
 #define ENCODE(TYPE)                                                                                    \
     if (type == TYPE) {                                                                                 \
@@ -137,13 +137,13 @@ static void encode_piece(const fp8cpu_cast_args *a, piece p, const float *scale,
 static void encode_task(void *context, int64_t task, int64_t thread) {
     const cast_job *job = context;
     const fp8cpu_cast_args *a = job->args;
-    const piece p = piece_of(job, task);
+    const tile t = tile_of(job, task);
     (void)thread;
-    encode_piece(a, p, a->y ? scale_of(a, p) : NULL, a->maxabs ? (float *)a->maxabs + p.row * a->maxabs_step : NULL);
+    encode_tile(a, t, a->y ? scale_of(a, t) : NULL, a->maxabs ? (float *)a->maxabs + t.row * a->maxabs_step : NULL);
 }
 
-/* Finds a range's scale, and keeps it. */
-static void take_scale(const fp8cpu_cast_args *a, int64_t row) {
+/* Stores the scale of a row's range, found in the table by its bits in bfloat16. */
+static void store_scale(const fp8cpu_cast_args *a, int64_t row) {
     const float range = ((const float *)a->maxabs)[row * a->maxabs_step];
     uint32_t bits = 0x7FC00000;
     if (range == range) memcpy(&bits, &range, sizeof bits);
@@ -151,14 +151,14 @@ static void take_scale(const fp8cpu_cast_args *a, int64_t row) {
     ((float *)a->scale)[row * a->scale_step] = ((const float *)a->scale_of_range)[bits];
 }
 
-/* A row's range, its scale, and, while the row is in a cache, its codes. */
+/* Dynamic quantization of a row: its range, its scale, and, while the row is in a cache, its codes. */
 static void encode_row_task(void *context, int64_t row, int64_t thread) {
     const fp8cpu_cast_args *a = ((const cast_job *)context)->args;
-    const piece whole = {row, 0, a->cols, row * a->cols};
+    const tile whole = {row, 0, a->cols, row * a->cols};
     (void)thread;
-    encode_piece(a, whole, NULL, (float *)a->maxabs + row);
-    take_scale(a, row);
-    if (a->y) encode_piece(a, whole, (const float *)a->scale + row, NULL);
+    encode_tile(a, whole, NULL, (float *)a->maxabs + row);
+    store_scale(a, row);
+    if (a->y) encode_tile(a, whole, (const float *)a->scale + row, NULL);
 }
 
 /* --- FP8 to values ------------------------------------------------------------------------------------------------ */
@@ -170,7 +170,7 @@ INLINE vi load_codes(const uint8_t *x) {
 }
 
 #if defined(__AVX512BW__)
-enum { TABLE_PAYS = 256 }; /* values: it has 128 entries, which cost as much each */
+enum { MIN_TABLE_VALUES = 256 }; /* to be worth a table: it has 128 entries, which cost as much each */
 
 /* Values of 16 bits by their codes' magnitudes, in registers: as many values as fill vectors. Returns how many. */
 INLINE int64_t decode_by_table(const uint8_t *x, char *y, int64_t count, int64_t type, vf scale, fp8_format format) {
@@ -184,7 +184,7 @@ INLINE int64_t decode_by_table(const uint8_t *x, char *y, int64_t count, int64_t
     int64_t i = 0;
     for (; i + 32 <= count; i += 32) {
         const __m512i code = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(x + i)));
-        __builtin_prefetch(x + i + AHEAD);
+        __builtin_prefetch(x + i + PREFETCH_BYTES);
         const __m512i low = _mm512_permutex2var_epi16(first, code, second); /* by the last six bits */
         const __m512i high = _mm512_permutex2var_epi16(third, code, fourth);
         const __mmask32 is_high = _mm512_test_epi16_mask(code, _mm512_set1_epi16(0x40));
@@ -204,17 +204,17 @@ INLINE int exponent_of(float scale) {
     return (bits & 0x7FFFFF) == 0 && exponent >= -MOST && exponent <= MOST ? exponent : 0;
 }
 
-/* Times a power of two, whose exponent `raise` has in the place of theirs; NaN becomes bfloat16's own. */
-INLINE vi raised(vi pairs, vpairs raise) {
+/* bfloat16 times a power of two, whose exponent stands in `exponents` where theirs do; NaN becomes bfloat16's own. */
+INLINE vi times_power_of_two(vi pairs, vpairs exponents) {
     const vpairs sizes = magnitudes_of(pairs), is_number = (sizes > 0) & (sizes < 0x7F80), is_nan = sizes > 0x7F80;
-    return (vi)((((vpairs)pairs + (raise & is_number)) & ~(is_nan & 0x003F)) | (is_nan & 0x0040));
+    return (vi)((((vpairs)pairs + (exponents & is_number)) & ~(is_nan & 0x003F)) | (is_nan & 0x0040));
 }
 
 /* As many values as fill steps; returns how many. */
 INLINE int64_t decode_steps(const uint8_t *x, char *y, int64_t count, int64_t type, vf scale, int e5m2) {
     const int64_t size = value_size(type);
     const int exponent = exponent_of(scale[0]);
-    const vpairs raise = splat_pairs((int16_t)(exponent << 7));
+    const vpairs exponents = splat_pairs((int16_t)(exponent << 7));
     const int by_exponent = type == FP8CPU_BFLOAT16 && (exponent != 0 || scale[0] == 1);
     int64_t i = 0;
     for (; i + STEP <= count; i += STEP) {
@@ -222,10 +222,10 @@ INLINE int64_t decode_steps(const uint8_t *x, char *y, int64_t count, int64_t ty
         const vi codes = (vi)_mm256_permute4x64_epi64((__m256i)load_bits(x + i), 0xD8);
         vi pairs[2];
         vhalf halves[4];
-        __builtin_prefetch(x + i + AHEAD);
+        __builtin_prefetch(x + i + PREFETCH_BYTES);
         bfloat16_of_halves(codes, lookup_of(e5m2), pairs);
         if (by_exponent) {
-            const vi values[2] = {raised(pairs[0], raise), raised(pairs[1], raise)};
+            const vi values[2] = {times_power_of_two(pairs[0], exponents), times_power_of_two(pairs[1], exponents)};
             memcpy(y + i * size, values, sizeof values);
             continue;
         }
@@ -240,7 +240,7 @@ INLINE int64_t decode_steps(const uint8_t *x, char *y, int64_t count, int64_t ty
 INLINE void decode_range(const uint8_t *x, char *y, int64_t count, int64_t type, vf scale, fp8_format format) {
     int64_t i = 0;
 #if defined(__AVX512BW__)
-    if (type != FP8CPU_FLOAT32 && count >= TABLE_PAYS) i = decode_by_table(x, y, count, type, scale, format);
+    if (type != FP8CPU_FLOAT32 && count >= MIN_TABLE_VALUES) i = decode_by_table(x, y, count, type, scale, format);
 #elif defined(__AVX2__)
     i = decode_steps(x, y, count, type, scale, format.mantissa == 2);
 #endif
@@ -256,11 +256,11 @@ INLINE void decode_range(const uint8_t *x, char *y, int64_t count, int64_t type,
 static void decode_task(void *context, int64_t task, int64_t thread) {
     const cast_job *job = context;
     const fp8cpu_cast_args *a = job->args;
-    const piece p = piece_of(job, task);
-    const int64_t count = p.count;
-    const uint8_t *x = (const uint8_t *)a->x + p.at;
-    char *y = (char *)a->y + p.at * value_size(a->value_type);
-    const vf scale = splat(*scale_of(a, p));
+    const tile t = tile_of(job, task);
+    const int64_t count = t.count;
+    const uint8_t *x = (const uint8_t *)a->x + t.offset;
+    char *y = (char *)a->y + t.offset * value_size(a->value_type);
+    const vf scale = splat(*scale_of(a, t));
     (void)thread;
 #define DECODE(TYPE)                                         \
     if (a->value_type == TYPE) {                             \
@@ -274,30 +274,30 @@ static void decode_task(void *context, int64_t task, int64_t thread) {
     DECODE(FP8CPU_FLOAT16)
 }
 
-/* --- the whole ---------------------------------------------------------------------------------------------------- */
+/* --- launch ------------------------------------------------------------------------------------------------------- */
 
 enum { WHOLE_ROWS = 0 };
 
-static void run(fp8cpu_task task, const fp8cpu_cast_args *args, int64_t chunk) {
-    const int64_t chunks = chunk == WHOLE_ROWS ? 1 : (args->cols + chunk - 1) / chunk;
+static void run(fp8cpu_task task, const fp8cpu_cast_args *args, int64_t tile_size) {
+    const int64_t tiles = tile_size == WHOLE_ROWS ? 1 : (args->cols + tile_size - 1) / tile_size;
     const int64_t elements = args->rows * args->cols;
-    cast_job job = {args, chunk, chunks};
+    cast_job job = {args, tile_size, tiles};
     /* Waking threads takes longer than casting a few thousand elements. */
-    fp8cpu_parallel(task, &job, args->rows * chunks, elements < CHUNK ? 1 : args->threads);
+    fp8cpu_parallel(task, &job, args->rows * tiles, elements < TILE ? 1 : args->threads);
 }
 
-/* One range for all: two passes over memory. */
+/* Dynamic quantization with one range for all: two passes over memory. */
 static void encode_by_one_range(const fp8cpu_cast_args *args) {
     fp8cpu_cast_args ranges = *args, codes = *args;
     ranges.y = codes.maxabs = 0;
-    run(encode_task, &ranges, CHUNK);
-    take_scale(args, 0);
-    if (args->y) run(encode_task, &codes, CHUNK);
+    run(encode_task, &ranges, TILE);
+    store_scale(args, 0);
+    if (args->y) run(encode_task, &codes, TILE);
 }
 
 int FP8CPU_NAME(encode)(const fp8cpu_cast_args *args) {
     if (!args->scale_of_range)
-        run(encode_task, args, args->block ? args->block : CHUNK);
+        run(encode_task, args, args->block ? args->block : TILE);
     else if (args->rows == 1)
         encode_by_one_range(args);
     else
@@ -306,6 +306,6 @@ int FP8CPU_NAME(encode)(const fp8cpu_cast_args *args) {
 }
 
 int FP8CPU_NAME(decode)(const fp8cpu_cast_args *args) {
-    run(decode_task, args, args->block ? args->block : CHUNK);
+    run(decode_task, args, args->block ? args->block : TILE);
     return FP8CPU_OK;
 }

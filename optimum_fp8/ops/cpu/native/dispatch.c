@@ -1,4 +1,4 @@
-/* The exported functions: each hands over to the variant the caller chose. */
+/* The exported functions, dispatched at run time: each calls the variant the caller chose. */
 #include "fp8cpu.h"
 #include "parallel.h"
 
@@ -68,8 +68,8 @@ int fp8cpu_best(void) {
     return index;
 }
 
-#define HAND_OVER(operation)                                                                     \
-    if (args->variant < 0 || args->variant >= VARIANTS) return FP8CPU_NO_VARIANT;                \
+#define DISPATCH(operation)                                                       \
+    if (args->variant < 0 || args->variant >= VARIANTS) return FP8CPU_NO_VARIANT; \
     return variants[args->variant].kernels.operation(args);
 
 /* Codes are read from end to end with every token: huge pages, where the system gives them, spare the look-ups. Asked
@@ -86,15 +86,15 @@ static void ask_for_huge_pages(int64_t memory, int64_t size) {
 
 int fp8cpu_encode(const fp8cpu_cast_args *args) {
     if (args->y) ask_for_huge_pages(args->y, args->rows * args->cols);
-    HAND_OVER(encode)
+    DISPATCH(encode)
 }
-int fp8cpu_decode(const fp8cpu_cast_args *args) { HAND_OVER(decode) }
+int fp8cpu_decode(const fp8cpu_cast_args *args) { DISPATCH(decode) }
 int fp8cpu_linear(const fp8cpu_linear_args *args, int64_t count) {
     if (args->variant < 0 || args->variant >= VARIANTS) return FP8CPU_NO_VARIANT;
     return variants[args->variant].kernels.linear(args, count);
 }
-int fp8cpu_attention(const fp8cpu_attention_args *args) { HAND_OVER(attention) }
-int fp8cpu_softmax(const fp8cpu_attention_args *args) { HAND_OVER(softmax) }
+int fp8cpu_attention(const fp8cpu_attention_args *args) { DISPATCH(attention) }
+int fp8cpu_softmax(const fp8cpu_attention_args *args) { DISPATCH(softmax) }
 
 /* --- reading memory ------------------------------------------------------------------------------------------------ */
 
@@ -113,7 +113,7 @@ static void read_task(void *context, int64_t task, int64_t thread) {
     int64_t sums[16] = {0};
     (void)thread;
     for (int64_t i = 0; i + 16 <= count / 8; i += 16) {
-        __builtin_prefetch(words + i + 512); /* across the pages' borders, at which the processor's own guesses end */
+        __builtin_prefetch(words + i + 512); /* across pages, where the processor's own prefetching ends */
         __builtin_prefetch(words + i + 520);
         for (int j = 0; j < 16; j++) sums[j] ^= words[i + j];
     }

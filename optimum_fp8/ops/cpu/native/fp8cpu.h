@@ -99,7 +99,7 @@ FP8CPU_EXPORT int fp8cpu_decode(const fp8cpu_cast_args *);
 /* `count` products; neighbours with the same x share the work of laying it out, and one set of threads. */
 FP8CPU_EXPORT int fp8cpu_linear(const fp8cpu_linear_args *, int64_t count);
 FP8CPU_EXPORT int fp8cpu_attention(const fp8cpu_attention_args *);
-/* Of attention, what lies between the two products: `scores`, in place, from the one to the operand of the other. */
+/* Attention's softmax alone, in place: `scores` from products q k^T to probabilities that v is multiplied with. */
 FP8CPU_EXPORT int fp8cpu_softmax(const fp8cpu_attention_args *);
 /* Reads every byte once, as fast as it can (to measure memory bandwidth); returns their xor in 8-byte words. */
 FP8CPU_EXPORT int64_t fp8cpu_read(const void *bytes, int64_t count, int64_t threads);

@@ -4,16 +4,16 @@
 
 #include "vector.h"
 
-#define LEAST_POWER -87.3f
+#define MIN_POWER -87.3f /* e to it is about the smallest normal float */
 
 /* e^x for x <= 0; 0 where that is no normal float. */
 INLINE vf exp_of(vf x) {
     const vf shift = splat(0x1.8p23f); /* added to a float, it leaves no room for fractions: rounds to an integer */
 #if defined(__AVX512F__)
-    const __mmask16 is_normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(LEAST_POWER), _CMP_NLT_UQ);
-    const vf bounded = (vf)_mm512_max_ps(_mm512_set1_ps(LEAST_POWER), (__m512)x); /* of a NaN and a number: the second */
+    const __mmask16 is_normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(MIN_POWER), _CMP_NLT_UQ);
+    const vf bounded = (vf)_mm512_max_ps(_mm512_set1_ps(MIN_POWER), (__m512)x); /* of a NaN and a number: the second */
 #else
-    const vi is_nan = x != x, underflows = x < LEAST_POWER;
+    const vi is_nan = x != x, underflows = x < MIN_POWER;
     const vf bounded = (vf)pick(underflows, splat_bits(0), (vi)x);
 #endif
     const vf moved = bounded * 0x1.715476p+0f + shift, whole = moved - shift;

@@ -1,43 +1,44 @@
-/* y = x w^T with FP8 weights as they lie in memory, [n, k]: codes become floats in registers, never in memory (few rows
- * of x), or in panels that stay in cache (many rows). */
+/* Matrix products y = x w^T with FP8 weights as they lie in memory, [n, k]. Few rows of x: dot products, for which
+ * codes become floats in registers, never in memory. Many rows: a packed GEMM, with panels of decoded weights that stay
+ * in cache. */
 #include "linear_dot.h"
 #include "linear_panel.h"
 #include "variant.h"
 
 typedef struct {
-    fp8cpu_task lay_out_dot, dot, lay_out_panel, panel;
+    fp8cpu_task pack_dot, dot, pack_panel, panel;
     int64_t dot_rows; /* of x: more are multiplied in panels */
 } stages;
 
-/* The job with the weight that a task is about, and the task counted from that weight's first. */
-static linear_job part_of(const linear_job *job, int64_t *task) {
-    linear_job part = *job;
-    int64_t p = 0;
-    while (*task >= job->first_task[p + 1]) p++;
-    part.args = job->parts + p;
-    *task -= job->first_task[p];
-    return part;
+/* The job with the weight that a task multiplies, and the task counted from that weight's first. */
+static linear_job job_of_task(const linear_job *job, int64_t *task) {
+    linear_job own = *job;
+    int64_t w = 0;
+    while (*task >= job->first_task[w + 1]) w++;
+    own.args = job->weights + w;
+    *task -= job->first_task[w];
+    return own;
 }
 
 /* The four stages with `kind` a constant in each, so that the compiler leaves out what a kind does not need. */
-#define STAGES(suffix, dot_rows, ...)                                                                           \
-    static void lay_out_dot_##suffix(void *job, int64_t task, int64_t thread) {                                 \
-        const linear_job *j = job;                                                                              \
-        lay_out_steps(j, (kind)__VA_ARGS__, task, j->scratch + thread * j->scratch_size);                       \
-    }                                                                                                           \
-    static void dot_##suffix(void *job, int64_t task, int64_t thread) {                                         \
-        const linear_job part = part_of(job, &task);                                                            \
-        dot_task(&part, (kind)__VA_ARGS__, task, thread);                                                       \
-    }                                                                                                           \
-    static void lay_out_panel_##suffix(void *job, int64_t task, int64_t thread) {                               \
-        const linear_job *j = job;                                                                              \
-        lay_out_tile(j, (kind)__VA_ARGS__, task, j->scratch + thread * j->scratch_size);                        \
-    }                                                                                                           \
-    static void panel_##suffix(void *job, int64_t task, int64_t thread) {                                       \
-        const linear_job part = part_of(job, &task);                                                            \
-        panel_task(&part, (kind)__VA_ARGS__, task, thread);                                                     \
-    }                                                                                                           \
-    static const stages suffix = {lay_out_dot_##suffix, dot_##suffix, lay_out_panel_##suffix, panel_##suffix,  \
+#define STAGES(suffix, dot_rows, ...)                                                                   \
+    static void pack_dot_##suffix(void *job, int64_t task, int64_t thread) {                            \
+        const linear_job *j = job;                                                                      \
+        pack_steps(j, (kind)__VA_ARGS__, task, j->scratch + thread * j->scratch_size);                  \
+    }                                                                                                   \
+    static void dot_##suffix(void *job, int64_t task, int64_t thread) {                                 \
+        const linear_job own = job_of_task(job, &task);                                                 \
+        dot_task(&own, (kind)__VA_ARGS__, task, thread);                                                \
+    }                                                                                                   \
+    static void pack_panel_##suffix(void *job, int64_t task, int64_t thread) {                          \
+        const linear_job *j = job;                                                                      \
+        pack_tile(j, (kind)__VA_ARGS__, task, j->scratch + thread * j->scratch_size);                   \
+    }                                                                                                   \
+    static void panel_##suffix(void *job, int64_t task, int64_t thread) {                               \
+        const linear_job own = job_of_task(job, &task);                                                 \
+        panel_task(&own, (kind)__VA_ARGS__, task, thread);                                              \
+    }                                                                                                   \
+    static const stages suffix = {pack_dot_##suffix, dot_##suffix, pack_panel_##suffix, panel_##suffix, \
                                   dot_rows};
 
 STAGES(float_e4m3, DOT_ROWS, {0, 0, 0})
@@ -66,8 +67,8 @@ static int64_t task_cols_for(int64_t n, int64_t threads, int few_rows) {
     return cols;
 }
 
-/* Whether x is laid out alike for both: then the second can go along with the first. */
-static int goes_along(const fp8cpu_linear_args *a, const fp8cpu_linear_args *b) {
+/* Whether both multiply the same packed x: then they are one job. */
+static int shares_input(const fp8cpu_linear_args *a, const fp8cpu_linear_args *b) {
     if (a->x != b->x || a->m != b->m || a->k != b->k || !a->block != !b->block || a->w_format != b->w_format) return 0;
     if (!a->x_scale || !b->x_scale) return !a->x_scale && !b->x_scale;
     if (a->x_scale == b->x_scale && a->x_scale_step == b->x_scale_step) return 1;
@@ -76,16 +77,16 @@ static int goes_along(const fp8cpu_linear_args *a, const fp8cpu_linear_args *b) 
 
 static void plan_tasks(linear_job *job, int few_rows) {
     int64_t n = 0;
-    for (int64_t part = 0; part < job->count; part++) n += job->parts[part].n;
+    for (int64_t w = 0; w < job->count; w++) n += job->weights[w].n;
     job->task_cols = task_cols_for(n, job->args->threads, few_rows);
-    for (int64_t part = 0; part < job->count; part++)
-        job->first_task[part + 1] = job->first_task[part] + divide_up(job->parts[part].n, job->task_cols);
+    for (int64_t w = 0; w < job->count; w++)
+        job->first_task[w + 1] = job->first_task[w] + divide_up(job->weights[w].n, job->task_cols);
 }
 
 static int multiply(const fp8cpu_linear_args *a, int64_t count) {
     const stages *run = stages_for(a);
     const int few_rows = a->m <= run->dot_rows;
-    linear_job job = {.args = a, .parts = a, .count = count, .steps = divide_up(a->k, STEP)};
+    linear_job job = {.args = a, .weights = a, .count = count, .steps = divide_up(a->k, STEP)};
     const int64_t padded_k = job.steps * STEP, pass = few_rows ? a->m : smaller(a->m, PASS_ROWS);
     plan_tasks(&job, few_rows);
     const int64_t sums = pass * job.task_cols, more = few_rows ? sums * LANES : TILE_COLS * PANEL_UNITS;
@@ -100,7 +101,7 @@ static int multiply(const fp8cpu_linear_args *a, int64_t count) {
     for (; job.first_row < a->m; job.first_row += job.rows) {
         job.rows = smaller(pass, a->m - job.first_row);
         const int64_t threads = job.rows * padded_k < 1 << 14 ? 1 : a->threads;
-        fp8cpu_parallel(few_rows ? run->lay_out_dot : run->lay_out_panel, &job,
+        fp8cpu_parallel(few_rows ? run->pack_dot : run->pack_panel, &job,
                         few_rows ? job.rows : parts_of(&job, TILE_ROWS), threads);
         fp8cpu_parallel(few_rows ? run->dot : run->panel, &job, job.first_task[count], a->threads);
     }
@@ -111,8 +112,8 @@ static int multiply(const fp8cpu_linear_args *a, int64_t count) {
 
 int FP8CPU_NAME(linear)(const fp8cpu_linear_args *args, int64_t count) {
     for (int64_t first = 0, next; first < count; first = next) {
-        for (next = first + 1; next < count && next < first + MOST_PARTS; next++)
-            if (!goes_along(args + first, args + next)) break;
+        for (next = first + 1; next < count && next < first + MAX_WEIGHTS; next++)
+            if (!shares_input(args + first, args + next)) break;
         if (args[first].m == 0) continue;
         const int status = multiply(args + first, next - first);
         if (status != FP8CPU_OK) return status;

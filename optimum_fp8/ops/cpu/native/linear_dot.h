@@ -1,10 +1,10 @@
-/* Few rows of x: dot products, with weights used as they are decoded. */
+/* Few rows of x (GEMV and a little more): dot products, with weights used as they are decoded. */
 #ifndef FP8CPU_LINEAR_DOT_H
 #define FP8CPU_LINEAR_DOT_H
 
 #include "linear_job.h"
 
-enum { MOST_SUMS = 16 }; /* in registers at a time */
+enum { MAX_SUMS = 16 }; /* in registers at a time */
 
 /* Rows of x, and the span of k at hand. */
 typedef struct {
@@ -13,11 +13,11 @@ typedef struct {
     int64_t from, to;
 } span;
 
-/* What to fetch while a tile is multiplied, a vector for each that is read. Tiles are too short for the processor to
+/* What to prefetch while a tile is multiplied, a vector for each that is read. Tiles are too short for the processor to
  * see by itself that the next ones will be needed. */
 typedef struct {
     int64_t ahead, row, step; /* bytes from the first codes of the tile; from row to row, from step to step */
-} fetching;
+} prefetch;
 
 INLINE decoder decoder_for(kind k) {
 #if defined(__AVX512BF16__)
@@ -60,7 +60,7 @@ INLINE void dot_step(const vi *codes, kind k, decoder d, const float *scales, in
 }
 
 /* `w_rows` rows of w from n on, times `x_rows` rows of x, over a span; added to sums. */
-INLINE void dot_steps(const linear_job *job, kind k, int w_rows, int x_rows, int64_t n, span s, fetching f, vf *sums) {
+INLINE void dot_steps(const linear_job *job, kind k, int w_rows, int x_rows, int64_t n, span s, prefetch f, vf *sums) {
     const fp8cpu_linear_args *a = job->args;
     const int64_t size = a->k, whole = smaller(s.to, size / STEP);
     const int apart = apart_for(k, w_rows, x_rows);
@@ -96,10 +96,10 @@ INLINE void store_sums(int w_rows, int x_rows, const vf *sums, float *out, int64
 }
 
 /* As dot_steps; sums are kept from span to span, and stored after the last. */
-INLINE void dot_rows(const linear_job *job, kind k, int w_rows, int x_rows, int64_t n, span s, fetching f, vf *kept,
+INLINE void dot_rows(const linear_job *job, kind k, int w_rows, int x_rows, int64_t n, span s, prefetch f, vf *kept,
                      float *out) {
     const int count = w_rows * x_rows, apart = apart_for(k, w_rows, x_rows);
-    vf sums[MOST_SUMS];
+    vf sums[MAX_SUMS];
     UNROLL for (int i = 0; i < count; i++) sums[i] = s.from ? kept[i] : splat(0);
     UNROLL for (int i = 0; i < apart; i++) sums[apart + i] = splat(0);
     dot_steps(job, k, w_rows, x_rows, n, s, f, sums);
@@ -110,18 +110,18 @@ INLINE void dot_rows(const linear_job *job, kind k, int w_rows, int x_rows, int6
         store_sums(w_rows, x_rows, sums, out, job->task_cols);
 }
 
-/* What a tile of weights fetches. Groups pass over the same weights: each fetches a part of the next span's. A single
+/* What a tile of weights prefetches. Groups pass over the same weights: each takes a part of the next span's. A single
  * group fetches rows to come along with its own; and where it reads rows from end to end, it is done so soon that memory
  * has to be read in order to keep up. */
-INLINE fetching fetching_for(const linear_job *job, kind k, span s, int64_t cols, int w_rows, int64_t tile,
+INLINE prefetch prefetch_for(const linear_job *job, kind k, span s, int64_t cols, int w_rows, int64_t tile,
                              int64_t group) {
     const int64_t size = job->args->k, groups = parts_of(job, GROUP_ROWS);
     if (groups > 1) {
         const int64_t next = s.to < job->steps ? (s.to - s.from) * STEP : cols * size - s.from * STEP;
-        return (fetching){tile % groups == group ? next : 0, size, STEP};
+        return (prefetch){tile % groups == group ? next : 0, size, STEP};
     }
-    if (job->rows <= 4 && s.to - s.from == job->steps) return (fetching){4 * size, STEP, w_rows * STEP};
-    return (fetching){(k.bf16 ? 8 : 4) * size, size, STEP};
+    if (job->rows <= 4 && s.to - s.from == job->steps) return (prefetch){4 * size, STEP, w_rows * STEP};
+    return (prefetch){(k.bf16 ? 8 : 4) * size, size, STEP};
 }
 
 /* Rows of w that are multiplied at a time, so that their sums with `x_rows` rows of x stay in registers. */
@@ -135,7 +135,7 @@ INLINE void dot_group(const linear_job *job, kind k, int x_rows, int64_t group, 
     const int w_rows = w_rows_for(k, x_rows);
     s.x_step = x_rows * units_of(k) * LANES;
     for (int64_t i = 0; i + w_rows <= cols; i += w_rows)
-        dot_rows(job, k, w_rows, x_rows, first + i, s, fetching_for(job, k, s, cols, w_rows, i / w_rows, group),
+        dot_rows(job, k, w_rows, x_rows, first + i, s, prefetch_for(job, k, s, cols, w_rows, i / w_rows, group),
                  kept + i * x_rows, out + i);
 }
 
@@ -148,7 +148,7 @@ static __attribute__((noinline)) void dot_rest(const linear_job *job, kind k, in
         for (int64_t c = 0; c < x_rows; c++) {
             span row = s;
             row.x += c * units_of(k) * LANES;
-            dot_rows(job, k, 1, 1, first + i, row, (fetching){0, 0, STEP}, kept + i * x_rows + c,
+            dot_rows(job, k, 1, 1, first + i, row, (prefetch){0, 0, STEP}, kept + i * x_rows + c,
                      out + c * job->task_cols + i);
         }
 }
@@ -184,7 +184,7 @@ INLINE void dot_task(const linear_job *job, kind k, int64_t task, int64_t thread
             dot_rest(job, k, x_rows, first, cols, s, group_kept, out);
         }
     }
-    finish(job, k.blocked, sums, job->task_cols, first, cols);
+    epilogue(job, k.blocked, sums, job->task_cols, first, cols);
 }
 
 #endif

@@ -1,8 +1,8 @@
-/* What all stages of a product share: the job, how weights are decoded, how x is laid out, how sums become outputs.
+/* What all stages of a matrix product share: the job, how weights are decoded, how x is packed, and the epilogue.
  *
  * Weights are read as vectors of 4 LANES codes, one "step" along k. A "unit" is what one lane multiplies at a time: a
  * float, or a pair of bfloat16, where the processor multiplies pairs and x fits in bfloat16. A step has 4 units of
- * floats, or 2 of pairs. x is laid out once a call to match the order in which codes become units.
+ * floats, or 2 of pairs. x is packed once a call to match the order in which codes become units.
  */
 #ifndef FP8CPU_LINEAR_JOB_H
 #define FP8CPU_LINEAR_JOB_H
@@ -19,9 +19,9 @@ enum {
     TILE_ROWS = LANES == 16 ? 12 : 6,     /* rows of x, and */
     TILE_COLS = 2 * LANES,                /* rows of w, whose sums are in registers at a time */
     PANEL_UNITS = 256,                    /* units along k in a panel: TILE_COLS floats each, 32 KiB at 16 lanes */
-    FETCHES = PANEL_UNITS / TILE_COLS,    /* units of a tile for each row of the next panel */
+    PREFETCHES = PANEL_UNITS / TILE_COLS, /* units of a tile for each row of the next panel */
     TASK_COLS = 128,                      /* rows of w a task takes on */
-    PASS_ROWS = 512,                      /* rows of x that are laid out at a time */
+    PASS_ROWS = 512,                      /* rows of x that are packed at a time */
 };
 
 typedef struct {
@@ -30,16 +30,16 @@ typedef struct {
     int e5m2;
 } kind;
 
-enum { MOST_PARTS = 8 };
+enum { MAX_WEIGHTS = 8 };
 
 typedef struct {
     const fp8cpu_linear_args *args;
-    const fp8cpu_linear_args *parts; /* several weights that are multiplied with the same x, one behind the other */
-    int64_t count, first_task[MOST_PARTS + 1];
+    const fp8cpu_linear_args *weights; /* several products of the same x, one behind the other */
+    int64_t count, first_task[MAX_WEIGHTS + 1];
     int64_t first_row, rows; /* of x, in this pass */
     int64_t steps;           /* ceil(k / STEP) */
     int64_t task_cols;
-    float *x;                /* laid out in units, in panels or in steps */
+    float *x;                /* packed: in units, in panels or in steps */
     float *scratch;
     int64_t scratch_size; /* floats a thread */
 } linear_job;
@@ -47,7 +47,7 @@ typedef struct {
 INLINE int units_of(kind k) { return k.bf16 ? 2 : 4; }
 INLINE int64_t codes_of(int64_t units, kind k) { return k.bf16 ? 2 * units : units; }
 
-/* --- multiplying units ---------------------------------------------------------------------------------------------- */
+/* --- multiplying units -------------------------------------------------------------------------------------------- */
 
 INLINE vf multiply_add(vf sum, vf a, vf b, kind k) {
 #if defined(__AVX512BF16__)
@@ -61,7 +61,7 @@ INLINE float block_scale(const fp8cpu_linear_args *a, int64_t n, int64_t k) {
     return ((const float *)a->w_scale)[n / a->block * divide_up(a->k, a->block) + k / a->block];
 }
 
-/* --- laying out x --------------------------------------------------------------------------------------------------- */
+/* --- packing x ---------------------------------------------------------------------------------------------------- */
 
 /* Row m of x as floats, on the FP8 grid where it has a scale, with zeros up to a whole number of steps. */
 INLINE void read_row(const linear_job *job, kind k, int64_t m, float *row) {
@@ -95,7 +95,7 @@ INLINE __m512i neighbours(const float *row) {
 #endif
 
 /* For dot products: [group][step][row of the group][unit][lane], a unit's lanes in the order of `decode_units`. */
-INLINE void lay_out_steps(const linear_job *job, kind k, int64_t m, float *row) {
+INLINE void pack_steps(const linear_job *job, kind k, int64_t m, float *row) {
     const int units = units_of(k);
     int64_t group = 0;
     while (part_start(job, group + 1, GROUP_ROWS) <= m) group++;
@@ -117,7 +117,7 @@ INLINE void lay_out_steps(const linear_job *job, kind k, int64_t m, float *row) 
 }
 
 /* For tiles: [panel along k][tile][unit along k][row of the tile]. */
-INLINE void lay_out_tile(const linear_job *job, kind k, int64_t tile, float *row) {
+INLINE void pack_tile(const linear_job *job, kind k, int64_t tile, float *row) {
     const int64_t first = part_start(job, tile, TILE_ROWS), height = part_start(job, tile + 1, TILE_ROWS) - first;
     const int64_t all_units = job->steps * STEP / 4 * units_of(k);
     for (int64_t m = 0; m < height; m++) {
@@ -137,10 +137,11 @@ INLINE void lay_out_tile(const linear_job *job, kind k, int64_t tile, float *row
     }
 }
 
-/* --- from sums to the output ---------------------------------------------------------------------------------------- */
+/* --- epilogue ----------------------------------------------------------------------------------------------------- */
 
-/* sums[m][n - first]: times scales, plus bias, rounded; for `cols` rows of w from `first` on. */
-static void finish(const linear_job *job, int blocked, const float *sums, int64_t stride, int64_t first, int64_t cols) {
+/* sums[m][n - first] to outputs: times scales, plus bias, rounded; for `cols` rows of w from `first` on. */
+static void epilogue(const linear_job *job, int blocked, const float *sums, int64_t stride, int64_t first,
+                     int64_t cols) {
     const fp8cpu_linear_args *a = job->args;
     const int64_t type = a->x_type, size = value_size(type), bias_type = a->bias_type;
     const float *w_scale = (const float *)a->w_scale, *x_scale = (const float *)a->x_scale;
@@ -168,4 +169,5 @@ static void finish(const linear_job *job, int blocked, const float *sums, int64_
         }
     }
 }
+
 #endif

@@ -1,4 +1,5 @@
-/* Many rows of x: panels of decoded weights, which stay in cache, times tiles of x, whose sums stay in registers. */
+/* Many rows of x: a packed GEMM. Panels of decoded weights, which stay in cache, times tiles of x, whose sums stay in
+ * registers. */
 #ifndef FP8CPU_LINEAR_PANEL_H
 #define FP8CPU_LINEAR_PANEL_H
 
@@ -41,15 +42,15 @@ INLINE void fill_panel_step(const linear_job *job, kind k, int64_t n, int64_t st
     }
 }
 
-/* A tile of `height` rows of x (a constant) by TILE_COLS rows of w, over `count` units; added to sums where told.
- * Meanwhile, the weights of the next panel are fetched: TILE_COLS rows from `next` on. */
-INLINE void multiply_tile(kind k, int height, const float *x, const float *panel, int64_t count, int add, float *sums,
-                          int64_t stride, const uint8_t *next, int64_t row_size) {
+/* The microkernel: a tile of `height` rows of x (a constant) by TILE_COLS rows of w, over `count` units; added to sums
+ * where told. Meanwhile, the weights of the next panel are prefetched: TILE_COLS rows from `next` on. */
+INLINE void panel_microkernel(kind k, int height, const float *x, const float *panel, int64_t count, int add,
+                              float *sums, int64_t stride, const uint8_t *next, int64_t row_size) {
     vf tile[2 * TILE_ROWS];
     UNROLL for (int m = 0; m < 2 * height; m++) tile[m] = splat(0);
     for (int64_t unit = 0; unit < count; unit++, x += height, panel += TILE_COLS) {
         const vf left = load_floats(panel), right = load_floats(panel + LANES);
-        if (next) __builtin_prefetch(next + unit / FETCHES * row_size + codes_of(unit % FETCHES, k) * TILE_COLS);
+        if (next) __builtin_prefetch(next + unit / PREFETCHES * row_size + codes_of(unit % PREFETCHES, k) * TILE_COLS);
         UNROLL for (int m = 0; m < height; m++) {
             const vf values = splat(x[m]);
             tile[2 * m] = multiply_add(tile[2 * m], values, left, k);
@@ -64,14 +65,14 @@ INLINE void multiply_tile(kind k, int height, const float *x, const float *panel
 }
 
 /* Never inlined: what else is in registers around it, above all the tables of a decoder, would crowd out sums. */
-#define TILE_OF(name, ...)                                                                                            \
-    static __attribute__((noinline)) void name(int64_t height, const float *x, const float *panel, int64_t count,    \
-                                               int add, float *sums, int64_t stride, const uint8_t *next,            \
-                                               int64_t row_size) {                                                   \
-        switch (height) { HEIGHTS(__VA_ARGS__) }                                                                     \
+#define MICROKERNEL(name, ...)                                                                                    \
+    static __attribute__((noinline)) void name(int64_t height, const float *x, const float *panel, int64_t count, \
+                                               int add, float *sums, int64_t stride, const uint8_t *next,         \
+                                               int64_t row_size) {                                                \
+        switch (height) { HEIGHTS(__VA_ARGS__) }                                                                  \
     }
 #define HEIGHT(rows, ...) \
-    case rows: multiply_tile((kind)__VA_ARGS__, rows, x, panel, count, add, sums, stride, next, row_size); break;
+    case rows: panel_microkernel((kind)__VA_ARGS__, rows, x, panel, count, add, sums, stride, next, row_size); break;
 #define HEIGHTS_TO_6(...)                                                                                             \
     HEIGHT(1, __VA_ARGS__) HEIGHT(2, __VA_ARGS__) HEIGHT(3, __VA_ARGS__) HEIGHT(4, __VA_ARGS__)                       \
     HEIGHT(5, __VA_ARGS__) HEIGHT(6, __VA_ARGS__)
@@ -82,9 +83,9 @@ INLINE void multiply_tile(kind k, int height, const float *x, const float *panel
 #else
 #define HEIGHTS HEIGHTS_TO_6
 #endif
-TILE_OF(multiply_floats, {0, 0, 0})
+MICROKERNEL(multiply_floats, {0, 0, 0})
 #if defined(__AVX512BF16__)
-TILE_OF(multiply_pairs, {1, 0, 0})
+MICROKERNEL(multiply_pairs, {1, 0, 0})
 #else
 #define multiply_pairs multiply_floats
 #endif
@@ -112,7 +113,7 @@ INLINE void panel_task(const linear_job *job, kind k, int64_t task, int64_t thre
             }
         }
     }
-    finish(job, k.blocked, sums, job->task_cols, first, cols);
+    epilogue(job, k.blocked, sums, job->task_cols, first, cols);
 }
 
 #endif

@@ -48,9 +48,9 @@ INLINE vpairs magnitudes_of(vi x) { return (vpairs)(x & 0x7FFF7FFF); }
 INLINE vhalf encode_pairs(vi x, vf factor, float full_scale, fp8_format format) {
     const int drop = 23 - format.mantissa, high_half = (int32_t)0xFFFF0000;
     const vi magnitudes = (vi)magnitudes_of(x);
-    const vi even = (vi)lifted((vf)(magnitudes << 16) * factor, format);
-    const vi odd = (vi)lifted((vf)(magnitudes & high_half) * factor, format);
-    const int32_t most = ((vi)lifted(splat(full_scale), format))[0];
+    const vi even = (vi)plus_magic((vf)(magnitudes << 16) * factor, format);
+    const vi odd = (vi)plus_magic((vf)(magnitudes & high_half) * factor, format);
+    const int32_t most = ((vi)plus_magic(splat(full_scale), format))[0];
     const vpairs exponents = (vpairs)pick(splat_bits(high_half), odd, (vi)((vu)even >> 16));
     const vpairs steps = (vpairs)pick(splat_bits(high_half), odd << 16, even);
     const vpairs limit = splat_pairs((int16_t)((most >> drop) + most));

@@ -1,3 +1,4 @@
+/* A parallel loop over tasks, with OpenMP's "guided" schedule, on an OpenMP runtime that is handed in at run time. */
 #include "parallel.h"
 
 #include "fp8cpu.h"
@@ -16,9 +17,9 @@ typedef struct {
     int64_t count, threads, next_task, next_thread;
 } work;
 
-/* Half of a fair share of what is left, in one piece: neighbouring tasks read neighbouring memory, which is fetched
- * ahead; and pieces that shrink towards the end let all threads finish together, whoever was held up. */
-static int64_t take_some(work *shared, int64_t *first) {
+/* Claims a chunk of half a fair share of what is left: neighbouring tasks read neighbouring memory, which is
+ * prefetched; and chunks that shrink towards the end let all threads finish together, whoever was held up. */
+static int64_t claim_chunk(work *shared, int64_t *first) {
     int64_t next = __atomic_load_n(&shared->next_task, __ATOMIC_RELAXED), count;
     do {
         const int64_t left = shared->count - next;
@@ -31,11 +32,11 @@ static int64_t take_some(work *shared, int64_t *first) {
     return count;
 }
 
-static void take_tasks(void *data) {
+static void run_chunks(void *data) {
     work *shared = data;
     const int64_t thread = __atomic_fetch_add(&shared->next_thread, 1, __ATOMIC_RELAXED);
     int64_t first, count;
-    while ((count = take_some(shared, &first)) > 0)
+    while ((count = claim_chunk(shared, &first)) > 0)
         for (int64_t task = first; task < first + count; task++) shared->run(shared->context, task, thread);
 }
 
@@ -43,7 +44,7 @@ void fp8cpu_parallel(fp8cpu_task run, void *context, int64_t count, int64_t thre
     if (threads > count) threads = count;
     work shared = {run, context, count, threads < 1 ? 1 : threads, 0, 0};
     if (threads > 1 && start_threads)
-        start_threads(take_tasks, &shared, (unsigned)threads, 0);
+        start_threads(run_chunks, &shared, (unsigned)threads, 0);
     else
-        take_tasks(&shared);
+        run_chunks(&shared);
 }

@@ -1,4 +1,4 @@
-/* Tasks 0 ... count - 1 shared among threads; each thread takes the next one that is free. */
+/* A parallel loop over tasks 0 ... count - 1 with dynamic scheduling: each thread takes the next ones that are free. */
 #ifndef FP8CPU_PARALLEL_H
 #define FP8CPU_PARALLEL_H
 

@@ -3,15 +3,15 @@
 
 #include <math.h>
 
-#include "attention.h"
+#include "attention_index.h"
 #include "lanes.h"
 #include "parallel.h"
 
-static const float LEAST[] = {-0x1.fffffep127f, -0x1.fep127f, -65504.0f}; /* of each type, in its order */
+static const float LOWEST[] = {-0x1.fffffep127f, -0x1.fep127f, -65504.0f}; /* finite value of each type, in its order */
 
 score_row score_row_of(const fp8cpu_attention_args *a, int64_t number) {
-    const place at = place_of(a, number), keys = keys_of(a, at);
-    const float *of_keys = (const float *)a->k_scale, *of_values = (const float *)a->v_scale;
+    const index3 at = index_of_row(a, number), keys = key_head_of(a, at);
+    const float *k_scale = (const float *)a->k_scale, *v_scale = (const float *)a->v_scale;
     const int64_t rounds_to = a->rounds_scores ? a->type : FP8CPU_FLOAT32;
     float sink = -INFINITY;
     if (a->sinks) {
@@ -20,27 +20,27 @@ score_row score_row_of(const fp8cpu_attention_args *a, int64_t number) {
     }
     return (score_row){
         .args = a,
-        .of_query = scale_at(a->q_scale, a->q_scale_stride, at),
-        .of_keys = of_keys ? of_keys + offset_of(a->k_scale_stride, keys) : NULL,
-        .of_values = of_values && a->v_scale_stride[2] ? of_values + offset_of(a->v_scale_stride, keys) : NULL,
+        .q_scale = scale_at(a->q_scale, a->q_scale_stride, at),
+        .k_scale = k_scale ? k_scale + offset_of(a->k_scale_stride, keys) : NULL,
+        .v_scale = v_scale && a->v_scale_stride[2] ? v_scale + offset_of(a->v_scale_stride, keys) : NULL,
         .mask = a->mask ? (const char *)a->mask + offset_of(a->mask_stride, at) * a->mask_size : NULL,
         .sink = sink,
         .rounds_to = rounds_to,
     };
 }
 
-/* --- scores --------------------------------------------------------------------------------------------------------- */
+/* --- scores ------------------------------------------------------------------------------------------------------- */
 
 /* Each step is a loop of its own, and is skipped only where it changes nothing. */
 
 INLINE void scale_scores(const score_row *row, int64_t type, float *x, int64_t first, int64_t count) {
     const fp8cpu_attention_args *a = row->args;
-    const vf of_query = splat(row->of_query), scaling = splat((float)a->scaling);
-    const int each = row->of_keys && a->k_scale_stride[2];
-    const vf of_all = splat(row->of_keys && !each ? *row->of_keys : 1);
+    const vf q_scale = splat(row->q_scale), scaling = splat((float)a->scaling);
+    const int per_position = row->k_scale && a->k_scale_stride[2];
+    const vf shared = splat(row->k_scale && !per_position ? *row->k_scale : 1);
     for (int64_t at = 0; at < count; at += LANES) {
-        const vf of_keys = each ? load_up_to(row->of_keys + first + at, FP8CPU_FLOAT32, count - at) : of_all;
-        const vf product = load_floats(x + at) * of_query * of_keys;
+        const vf k_scale = per_position ? load_up_to(row->k_scale + first + at, FP8CPU_FLOAT32, count - at) : shared;
+        const vf product = load_floats(x + at) * q_scale * k_scale;
         store_floats(x + at, round_to(round_to(product, type) * scaling, type));
     }
 }
@@ -52,7 +52,7 @@ INLINE void cap_scores(float softcap, int64_t type, float *x, int64_t count) {
     }
 }
 
-INLINE vf some_bytes(const char *p, int64_t count) { /* as -1 where they are not 0 */
+INLINE vf load_boolean_mask(const char *p, int64_t count) { /* as -1 where they are not 0 */
     vquarter bytes = {0};
     memcpy(&bytes, p, (size_t)smaller(count, LANES));
     return (vf)(widen_bytes(bytes) != 0);
@@ -64,7 +64,7 @@ INLINE void mask_scores(const score_row *row, int64_t type, float *x, int64_t fi
     for (int64_t at = 0; at < count; at += LANES) {
         vf score = load_floats(x + at);
         if (mask_type == FP8CPU_BOOLEAN) {
-            score = (vf)pick((vi)some_bytes(mask + at, count - at), (vi)score, (vi)splat(LEAST[type]));
+            score = (vf)pick((vi)load_boolean_mask(mask + at, count - at), (vi)score, (vi)splat(LOWEST[type]));
         } else {
             const vf added = load_up_to(mask + at * value_size(mask_type), mask_type, count - at);
             score = round_to(score + round_to(added, type), type);
@@ -95,16 +95,16 @@ float make_scores(const score_row *row, float *x, int64_t first, int64_t count) 
     }
 }
 
-/* --- probabilities ---------------------------------------------------------------------------------------------------- */
+/* --- probabilities ------------------------------------------------------------------------------------------------ */
 
 INLINE void probabilities_in(const score_row *row, int64_t type, fp8_format format, float *x, int64_t first,
                              int64_t count, float sum) {
     const fp8cpu_attention_args *a = row->args;
-    const vf reciprocal = splat(1.0f / single(a->p_scale));
+    const vf reciprocal = splat(1.0f / scale_per_tensor(a->p_scale));
     for (int64_t at = 0; at < count; at += LANES) {
         vf p = round_to(load_floats(x + at) / sum, type);
         if (a->p_scale) p = to_grid(p * reciprocal, (float)a->full_scale, format);
-        if (row->of_values) p *= load_up_to(row->of_values + first + at, FP8CPU_FLOAT32, count - at);
+        if (row->v_scale) p *= load_up_to(row->v_scale + first + at, FP8CPU_FLOAT32, count - at);
         store_floats(x + at, p);
     }
 }
@@ -124,16 +124,16 @@ void make_probabilities(const score_row *row, float *x, int64_t first, int64_t c
 #undef PROBABILITIES
 }
 
-/* --- whole rows ------------------------------------------------------------------------------------------------------- */
+/* --- whole rows --------------------------------------------------------------------------------------------------- */
 
 static void softmax_row(void *context, int64_t number, int64_t thread) {
     const fp8cpu_attention_args *a = context;
     const score_row row = score_row_of(a, number);
     float *x = (float *)a->scores + number * a->scores_stride;
-    const float found = make_scores(&row, x, 0, a->keys), largest = found > row.sink ? found : row.sink;
-    const float sum = sum_of_lanes(make_powers(x, x, a->keys, largest));
+    const float found = make_scores(&row, x, 0, a->keys), max_score = found > row.sink ? found : row.sink;
+    const float sum = sum_of_lanes(exponentiate(x, x, a->keys, max_score));
     (void)thread;
-    make_probabilities(&row, x, 0, a->keys, sum + exp_of(splat(row.sink - largest))[0]);
+    make_probabilities(&row, x, 0, a->keys, sum + exp_of(splat(row.sink - max_score))[0]);
 }
 
 int FP8CPU_NAME(softmax)(const fp8cpu_attention_args *a) {

@@ -140,7 +140,7 @@ typedef struct {
     int32_t mask, bias;
     int32_t min_normal, special; /* magnitudes below the first are subnormal, from the second on NaN or Inf */
     float subnormal_step;
-    float lift; /* see `lifted` */
+    float magic; /* see `plus_magic` */
 } fp8_format;
 
 static const fp8_format E4M3 = {4, 3, (int32_t)0x87F00000, 120 << 23, 0x08, 0x7F, 0x1p-9f, 0x1p20f + 152 / 8};
@@ -186,12 +186,12 @@ INLINE int any_exceptional(vi codes, fp8_format format) {
 }
 
 /* --- float32 to FP8 ------------------------------------------------------------------------------------------------
- * Round to nearest even, clamped to +-full_scale; NaN stays NaN.
+ * Round to nearest even by adding a magic number, clamped to +-full_scale; NaN stays NaN.
  *
  * Floats without sign are ordered as the integers that their bits are. Beside 2^(23 - mantissa bits) times its own power
  * of two (for subnormals: the smallest normal's), float32 has as many bits left for a float as FP8 has: the addition
  * rounds it. Of the sum, the last bits count FP8 steps above that power of two's 0, and the exponent, moved to them,
- * counts the steps below. What is to be taken off, because exponents start elsewhere, is 0 in the last byte: `lift` is
+ * counts the steps below. What is to be taken off, because exponents start elsewhere, is 0 in the last byte: `magic` is
  * that little more than a power of two. */
 
 INLINE vf power_of_two(vf magnitude, fp8_format format) {
@@ -199,12 +199,14 @@ INLINE vf power_of_two(vf magnitude, fp8_format format) {
     return (vf)(larger_of((vi)magnitude, splat_bits(smallest_normal)) & 0x7F800000);
 }
 
-INLINE vf lifted(vf magnitude, fp8_format format) { return magnitude + power_of_two(magnitude, format) * format.lift; }
+INLINE vf plus_magic(vf magnitude, fp8_format format) {
+    return magnitude + power_of_two(magnitude, format) * format.magic;
+}
 
 /* Codes come out in the low byte of each lane. */
 INLINE vi encode(vf x, float full_scale, fp8_format format) {
     const vi magnitude = (vi)x & 0x7FFFFFFF, is_nan = magnitude > 0x7F800000;
-    const vi sum = smaller_of((vi)lifted((vf)magnitude, format), (vi)lifted(splat(full_scale), format));
+    const vi sum = smaller_of((vi)plus_magic((vf)magnitude, format), (vi)plus_magic(splat(full_scale), format));
     const vi code = (sum + (sum >> (23 - format.mantissa))) | is_nan;
     return pick(splat_bits(0x7F), code, (vi)((vu)(vi)x >> 24)); /* with x's sign */
 }
@@ -213,12 +215,11 @@ INLINE vi encode(vf x, float full_scale, fp8_format format) {
 INLINE vf to_grid(vf x, float full_scale, fp8_format format) {
     const vi magnitude = (vi)x & 0x7FFFFFFF, is_nan = magnitude > 0x7F800000;
     const vf clamped = (vf)smaller_of(magnitude, (vi)splat(full_scale));
-    const vf rounded = lifted(clamped, format) - power_of_two(clamped, format) * format.lift;
+    const vf rounded = plus_magic(clamped, format) - power_of_two(clamped, format) * format.magic;
     return (vf)(pick(splat_bits(0x7FFFFFFF), (vi)rounded, (vi)x) | is_nan);
 }
 
 /* --- bfloat16 and float16 ------------------------------------------------------------------------------------------ */
-
 
 INLINE vf from_half(vhalf v) {
 #if defined(__AVX512F__)

@@ -1,0 +1,114 @@
+"""Which modules compute attention, and how.
+
+Most of transformers' models hand over query, key and value to an attention function that is looked up by name; the
+others multiply and take the softmax in their own forward. Which one a class does is found in its source. Model files
+for Gaudi are written around helper modules, each of which is one operation of attention; those go by their class names.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Hashable
+from enum import Enum, auto
+from functools import cache
+from typing import Any, cast
+
+import transformers
+from torch import nn
+
+from ..modules.class_source import class_tree
+from .scale_module import AttentionScales
+
+LOOKED_UP = "looked up by name"
+_PRODUCTS = {"matmul", "bmm", "baddbmm"}
+_FUSED = "scaled_dot_product_attention"
+OTHER_STORAGE = ("KVCache", "VLLMKVCache")
+
+
+class Kind(Enum):
+    """How a module takes part in attention."""
+
+    INTERFACE = auto()  # calls an attention function that it looks up by name
+    FUNCTIONS = auto()  # computes attention by functions of torch itself
+    # Helper modules:
+    PRODUCT = auto()  # one product
+    SOFTMAX = auto()
+    FUSED = auto()  # attention as a whole
+    STORAGE = auto()  # of keys or of values
+
+
+HELPERS = {
+    "Matmul": Kind.PRODUCT,
+    "Softmax": Kind.SOFTMAX,
+    "ModuleFusedSDPA": Kind.FUSED,
+    "KVCache": Kind.STORAGE,
+}
+
+
+def attention_modules(model: nn.Module) -> dict[str, Kind]:
+    """Names of all modules that compute attention themselves, or store keys or values, and how each does it."""
+    modules = dict(model.named_modules())
+    kinds = {name: kind for name, module in modules.items() if (kind := attention_kind(module)) is not None}
+    helpers = {name for name, kind in kinds.items() if kind in HELPERS.values()}
+    left_out = {name for name in helpers if kinds[name] is Kind.SOFTMAX and not _beside_a_product(name, kinds)}
+    # A class derived from one of transformers' leaves the work to its helpers; one that multiplies sees what they do.
+    for name, kind in kinds.items():
+        inside = {helper for helper in helpers if helper.startswith(f"{name}.")}
+        if kind is Kind.INTERFACE and inside:
+            left_out.add(name)
+        elif kind is Kind.FUNCTIONS:
+            left_out |= {helper for helper in inside if kinds[helper] is not Kind.STORAGE}
+    return {name: kind for name, kind in kinds.items() if name not in left_out}
+
+
+def _beside_a_product(name: str, kinds: dict[str, Kind]) -> bool:
+    parent = name.rpartition(".")[0]
+    return any(kind is Kind.PRODUCT and other.rpartition(".")[0] == parent for other, kind in kinds.items())
+
+
+def attention_kind(module: nn.Module) -> Kind | None:
+    """How a module takes part in attention; None: it does not."""
+    kind = HELPERS.get(type(module).__name__)
+    whole = any(not isinstance(child, AttentionScales) for child in module.children())
+    if kind is None or isinstance(module, nn.Softmax) or whole:
+        return _kind_of(cast(Hashable, type(module)))
+    if kind is Kind.STORAGE and not (hasattr(module, "allocate") and hasattr(module, "update")):
+        return None
+    return kind
+
+
+@cache
+def _kind_of(owner: Hashable) -> Kind | None:
+    cls = cast(type, owner)
+    if issubclass(cls, (transformers.PreTrainedModel, nn.MultiheadAttention)):
+        return None
+    used: set[str] = set()
+    for base in inspect.getmro(cls):
+        if base not in nn.Module.__mro__:
+            used |= _names_used(base)
+    if LOOKED_UP in used:
+        return Kind.INTERFACE
+    computes = _FUSED in used or ("softmax" in used and used & _PRODUCTS)
+    named = any(word in cls.__name__.lower() for word in ("attention", "attn"))
+    return Kind.FUNCTIONS if computes and named else None
+
+
+@cache
+def _names_used(cls: Any) -> frozenset[str]:
+    """Names of the functions that a class calls, "matmul" for `@`, `LOOKED_UP` for a look-up of attention by name."""
+    tree = class_tree(cls)
+    used = set()
+    for node in ast.walk(tree) if tree is not None else ():
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
+            used.add("matmul")
+        if not isinstance(node, ast.Call | ast.Subscript):
+            continue
+        text = ast.unparse(node.func if isinstance(node, ast.Call) else node)
+        if text == "ALL_ATTENTION_FUNCTIONS.get_interface" or text.startswith("ALL_ATTENTION_FUNCTIONS[self."):
+            used.add(LOOKED_UP)
+        elif text.startswith("ALL_ATTENTION_FUNCTIONS["):  # always torch's own
+            used.add(_FUSED)
+        name = text.rpartition(".")[2]
+        used.add("softmax" if name.lower() == "softmax" else name)
+    return frozenset(used)

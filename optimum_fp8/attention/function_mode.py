@@ -1,0 +1,283 @@
+"""A mode of torch functions for attention modules that multiply themselves: their products are observed, or in FP8.
+
+Nothing is patched: hooks switch on torch's function overriding when such a module is entered and off when it is left,
+and only what is called in between, in that thread, is looked at.
+
+The first product before the softmax takes "q" and "k", the first after it "p" and "v"; further ones (relative
+positions, loops over chunks) are numbered, "q2" and "k2" for the second before the softmax. Each operand has a scale of
+its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
+
+from .. import ops
+from ..cache.fp8_tensor import FP8Tensor
+from ..scales import Scheme
+from .plan import AttentionPlan, plan_of
+from .scale_module import scale_of
+
+_PRODUCT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def enter_mode(module: nn.Module) -> None:
+    """Have `module` run in this mode from now on; its plan says what becomes of its products."""
+    leave_mode(module)
+    module.register_forward_pre_hook(_enter)
+    module.register_forward_hook(_leave, always_call=True)
+
+
+def leave_mode(module: nn.Module) -> None:
+    """Have `module` run without the mode again."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks, module._forward_hooks_always_called):
+        for key in [key for key, hook in hooks.items() if hook in (_enter, _leave)]:
+            del hooks[key]
+            module._forward_hooks_always_called.pop(key, None)
+
+
+def _enter(module: nn.Module, args: Any) -> None:
+    plan = plan_of(module)
+    if plan is not None:
+        AttentionMode(module, plan).__enter__()
+
+
+def _leave(module: nn.Module, args: Any, output: Any) -> None:
+    mode = _get_current_function_mode()
+    if isinstance(mode, AttentionMode) and mode.module is module:
+        mode.__exit__(None, None, None)
+
+
+class AttentionMode(TorchFunctionMode):
+    """The mode of torch functions while one attention module runs: its products are observed, or computed in FP8."""
+
+    def __init__(self, module: nn.Module, plan: AttentionPlan):
+        super().__init__()
+        self.module, self.plan = module, plan
+        self._after_softmax = False
+        self._products = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        handler = _HANDLERS.get(func)
+        if handler is None:
+            return func(*args, **(kwargs or {}))
+        return handler(self, partial(func, *args, **(kwargs or {})), *args, **(kwargs or {}))
+
+    def softmax(self, compute: Callable[[], torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The softmax: products that follow multiply probabilities with values."""
+        self._after_softmax, self._products = True, 0
+        return compute()
+
+    def product(self, compute: Callable[[], torch.Tensor], a: Any, b: Any, **kwargs: Any) -> torch.Tensor:
+        """a @ b: observed, or computed in FP8."""
+        if _is_weight(a) or _is_weight(b):  # a layer's product, as FalconLinear's
+            return compute()
+        names = self._next_names()
+        if self.plan.observe is not None:
+            self._observe(names, a, b)
+        elif self.plan.scheme is not None:
+            if kwargs:
+                ops.note_fallback(self.plan.record, "matmul", f"{', '.join(names)}: called with {', '.join(kwargs)}")
+                return compute()
+            found = self._rounded_product(names, a, b, self.plan.scheme)
+            if found is not None:
+                return found
+        return compute()
+
+    def reversed_product(self, compute: Callable[[], torch.Tensor], a: Any, b: Any) -> torch.Tensor:
+        return self.product(compute, b, a)
+
+    def cast(self, compute: Callable[[], torch.Tensor], x: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Tensor.to: codes of a cache stay codes in any dtype that a product is to be taken in."""
+        given = (*args, *kwargs.values())
+        if isinstance(x, FP8Tensor) and len(given) == 1 and any(given[0] is dtype for dtype in _PRODUCT_DTYPES):
+            return FP8Tensor(x.codes, x.scale, given[0])
+        return compute()
+
+    def added_product(
+        self,
+        compute: Callable[[], torch.Tensor],
+        added: Any,
+        batch1: Any,
+        batch2: Any,
+        *,
+        beta: Any = 1,
+        alpha: Any = 1,
+    ) -> torch.Tensor:
+        """beta · added + alpha · (batch1 @ batch2), the product rounded to its dtype before it is added."""
+        names = self._next_names()
+        if self.plan.observe is not None:
+            self._observe(names, batch1, batch2)
+        elif self.plan.scheme is not None:
+            found = self._rounded_product(names, batch1, batch2, self.plan.scheme)
+            if found is not None:
+                return alpha * found + (beta * added if beta else 0)
+        return compute()
+
+    def fused(
+        self,
+        compute: Callable[[], torch.Tensor],
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        """scaled_dot_product_attention: observed, or computed in FP8."""
+        plan, operands = self.plan, (("q", query), ("k", key), ("v", value))
+        if plan.observe is not None:
+            output = compute()
+            for kind, x in operands:
+                plan.observe(kind, x)
+            return output
+        cached = isinstance(key, FP8Tensor)
+        if plan.scheme is None or not (plan.scheme.rounds_attention or cached):
+            return compute()
+        if dropout_p:
+            ops.note_fallback(plan.record, "attention", f"a dropout of {dropout_p}")
+            return compute()
+        values = [name for name, x in operands if not isinstance(x, FP8Tensor)]
+        if self._unseen("attention", values, plan.scheme) and not cached:
+            return compute()
+        return self._rounded_attention(query, key, value, attn_mask, is_causal, scale, plan.scheme)
+
+    def _rounded_attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+        scheme: Scheme,
+    ) -> torch.Tensor:
+        shape = query.shape
+        length, positions = shape[-2], key.shape[-2]
+        if is_causal:
+            mask = torch.ones(length, positions, dtype=torch.bool, device=query.device).tril()
+        if query.ndim != 4:
+            heads = max(key.shape[-3] if key.ndim > 3 else 1, 1)
+            query, key, value = (x.reshape(-1, heads, *x.shape[-2:]) for x in (query, key, value))
+            mask = None if mask is None else mask.expand(*shape[:-1], positions).reshape(-1, heads, length, positions)
+        query, q_scale = self._operand("q", _values(query), scheme)
+        key, k_scale = self._operand("k", key, scheme)
+        value, v_scale = self._operand("v", value, scheme)
+        output = ops.attention(
+            query,
+            key,
+            value,
+            q_scale,
+            k_scale,
+            v_scale,
+            scale_of(self.module, "p_scale"),
+            scale_of(self.module, "output_scale"),
+            mask,
+            scaling=shape[-1] ** -0.5 if scale is None else scale,
+            dtype=scheme.fmt.dtype,
+            full_scale=scheme.fmt.full_scale,
+            dataflow=scheme.dataflow,
+            record=self.plan.record,
+        )
+        return output.transpose(1, 2).reshape(*shape[:-1], value.shape[-1])
+
+    def _next_names(self) -> tuple[str, str]:
+        self._products += 1
+        number = "" if self._products == 1 else str(self._products)
+        return (f"p{number}", f"v{number}") if self._after_softmax else (f"q{number}", f"k{number}")
+
+    def _observe(self, names: tuple[str, str], a: Any, b: Any) -> None:
+        assert self.plan.observe is not None
+        for name, x in zip(names, (a, b), strict=True):
+            if _fits(x):
+                self.plan.observe(name, x)
+
+    def _rounded_product(self, names: tuple[str, str], a: Any, b: Any, scheme: Scheme) -> torch.Tensor | None:
+        """The product of rounded operands, or with the codes of a cache; None where torch is to compute it."""
+        if not (_fits(a) and _fits(b)):
+            return None
+        if isinstance(a, FP8Tensor) and not isinstance(b, FP8Tensor):  # the operator takes codes on the right
+            turned = self._rounded_product(names[::-1], b.mT, a.mT, scheme)
+            return None if turned is None else turned.mT
+        cached = isinstance(b, FP8Tensor)
+        if not (scheme.rounds_attention or cached):
+            return None
+        if self._unseen("matmul", names[:1] if cached else names, scheme) and not cached:
+            return None
+        a, a_scale = self._operand(names[0], _values(a), scheme)
+        b, b_scale = self._operand(names[1], b, scheme, columns=not names[1].startswith("v"))
+        return ops.matmul(
+            a,
+            b,
+            a_scale,
+            b_scale,
+            dtype=scheme.fmt.dtype,
+            full_scale=scheme.fmt.full_scale,
+            arithmetic="qdq" if scheme.dataflow == "qdq" else "fused",
+            record=self.plan.record,
+        )
+
+    def _unseen(self, op: str, names: Sequence[str], scheme: Scheme) -> bool:
+        """Whether calibration has not seen some of the operands that are to be rounded; the report tells which."""
+        if not scheme.rounds_attention or not scheme.is_static:
+            return False
+        missing = [name for name in names if scale_of(self.module, f"{name}_scale") is None]
+        if missing:
+            ops.note_fallback(self.plan.record, op, f"{', '.join(missing)}: not seen by calibration")
+        return bool(missing)
+
+    def _operand(
+        self, name: str, x: torch.Tensor, scheme: Scheme, columns: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What an operator takes for `x`: the codes of a cache, or `x` and the scale to round it with (None: not).
+
+        Args:
+            columns: whether the tokens, which have dynamic scales of their own, are the columns of `x`, not its rows.
+        """
+        if isinstance(x, FP8Tensor):
+            return x.codes, x.scale
+        if not scheme.rounds_attention:
+            return x, None
+        if scheme.is_static:
+            return x, scale_of(self.module, f"{name}_scale")
+        rule = scheme.operands
+        return x, scheme.dynamic_scale(x.mT, rule).mT if columns else scheme.dynamic_scale(x, rule)
+
+
+def _values(x: torch.Tensor) -> torch.Tensor:
+    return x.dequantize() if isinstance(x, FP8Tensor) else x
+
+
+def _is_weight(x: Any) -> bool:
+    """Whether a tensor is a parameter or a view of one."""
+    return isinstance(x, torch.Tensor) and isinstance(x if x._base is None else x._base, nn.Parameter)
+
+
+def _fits(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim >= 2 and x.numel() > 0
+
+
+_HANDLERS: dict[Any, Callable[..., torch.Tensor]] = {
+    torch.matmul: AttentionMode.product,
+    torch.Tensor.matmul: AttentionMode.product,
+    torch.Tensor.__matmul__: AttentionMode.product,
+    torch.Tensor.__rmatmul__: AttentionMode.reversed_product,
+    torch.bmm: AttentionMode.product,
+    torch.Tensor.bmm: AttentionMode.product,
+    torch.baddbmm: AttentionMode.added_product,
+    torch.Tensor.baddbmm: AttentionMode.added_product,
+    torch.Tensor.to: AttentionMode.cast,
+    F.softmax: AttentionMode.softmax,
+    torch.softmax: AttentionMode.softmax,
+    torch.Tensor.softmax: AttentionMode.softmax,
+    F.scaled_dot_product_attention: AttentionMode.fused,
+}

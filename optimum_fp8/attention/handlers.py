@@ -1,0 +1,200 @@
+"""The handlers of models' own attention: modules that look up an attention function by name, and those that multiply
+themselves, as a whole or in helper modules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..cache import layer_index
+from ..modules.handler import Change, Reason, Surroundings, Target, Why, register_handler
+from ..scales import Scheme
+from .detect import OTHER_STORAGE, Kind, attention_kind
+from .function_mode import enter_mode, leave_mode
+from .handler import P_MAXABS, AttentionHandler, softmax_scale
+from .implementation import chosen_implementation, use_ours
+
+_OPERAND = re.compile(r"[qkpv]\d*$")
+
+
+class WholeAttention(AttentionHandler):
+    """Attention computed by one operator of ours: from query, key and value to the output."""
+
+    per_head = True
+
+    def scales_for(self, target: Target) -> dict[str, torch.Tensor]:
+        scheme, scales = target.scheme, dict[str, torch.Tensor]()
+        if not scheme.rounds_attention:
+            return scales
+        if scheme.is_static:
+            scales = {f"{kind}_scale": self.operand_scale(target, kind, per_head=True) for kind in "qkv"}
+            if scheme.dataflow == "fused":
+                scales["output_scale"] = self.operand_scale(target, "output")
+        return scales | {"p_scale": softmax_scale(scheme)}
+
+    def expected(self, scheme: Scheme) -> tuple[str, ...]:
+        if not scheme.rounds_attention:
+            return ()
+        if not scheme.is_static:
+            return ("p_scale",)
+        output = ("output_scale",) if scheme.dataflow == "fused" else ()
+        return ("p_scale", "q_scale", "k_scale", "v_scale", *output)
+
+
+class InterfaceHandler(WholeAttention):
+    """Modules that look up an attention function by name, as most of transformers' models do."""
+
+    kind, way, writes = "attention interface", Kind.INTERFACE, True
+
+    def refusal(self, module: Any, scheme: Scheme, around: Surroundings) -> Why | None:
+        chosen = chosen_implementation(module, around.implementations)
+        if chosen is not None:
+            return Why(Reason.IMPLEMENTATION_CHOSEN, f"attn_implementation={chosen!r} was chosen")
+        return super().refusal(module, scheme, around)
+
+    def around(self, model: nn.Module, modules: Mapping[str, nn.Module], others: Iterable[nn.Module]) -> list[Change]:
+        return use_ours(model, others) if modules else []
+
+    def scales_for(self, target: Target) -> dict[str, torch.Tensor]:
+        scales = super().scales_for(target)
+        return scales | scales_of_cache(target, scales, partial(self.operand_scale, target))
+
+    def expected(self, scheme: Scheme) -> tuple[str, ...]:
+        if scheme.caches and scheme.is_static and not scheme.rounds_attention:
+            return ("k_scale", "v_scale")
+        return super().expected(scheme)
+
+
+class ProductsHandler(AttentionHandler):
+    """Modules whose products of two activations are taken by torch's functions."""
+
+    fixed: str  # the operands that a scale needs no calibration for
+
+    def enter(self, module: Any) -> None:
+        enter_mode(module)
+
+    def leave(self, module: Any) -> None:
+        leave_mode(module)
+
+    def scales_for(self, target: Target) -> dict[str, torch.Tensor]:
+        scheme = target.scheme
+        if not (scheme.rounds_attention and scheme.is_static):
+            return {}
+        seen = sorted(kind for kind in target.ranges.kinds if _OPERAND.match(kind))
+        kinds = seen if scheme.needs_ranges else list(self.fixed)
+        return {f"{kind}_scale": self.operand_scale(target, kind) for kind in kinds}
+
+
+class FunctionsHandler(ProductsHandler):
+    """Modules that multiply and take the softmax in their own forward."""
+
+    kind, way, writes, fixed = "attention functions", Kind.FUNCTIONS, True, "qkv"
+
+    def reads_cache(self, module: Any, model: nn.Module) -> bool:
+        return layer_index(module) is not None
+
+    def missing(self, target: Target) -> Why | None:
+        why = super().missing(target)
+        unseen = target.scheme.needs_ranges and target.scheme.rounds_attention and "q" not in target.ranges.kinds
+        return why or (Why(Reason.NOT_SEEN) if unseen else None)
+
+    def scales_for(self, target: Target) -> dict[str, torch.Tensor]:
+        scales, scheme = super().scales_for(target), target.scheme
+        if scheme.is_static and scheme.rounds_attention:  # the first product after a softmax may take something else
+            p = target.ranges.of("p") if "p" in target.ranges.kinds else None
+            if p is None or bool(p <= P_MAXABS):
+                scales["p_scale"] = softmax_scale(scheme)
+        return scales | scales_of_cache(target, scales, partial(self.operand_scale, target))
+
+    def expected(self, scheme: Scheme) -> tuple[str, ...]:
+        return ()
+
+
+class ProductHandler(ProductsHandler):
+    """Helper modules that are one product, `Matmul` of model files for Gaudi."""
+
+    kind, way, fixed, types = "attention product", Kind.PRODUCT, "qk", ("Matmul",)
+
+    def reads_cache(self, module: Any, model: nn.Module) -> bool:
+        return stores_keys(model)
+
+    def tells(self, scheme: Scheme) -> tuple[str, ...]:
+        return ("q",) if scheme.rounds_attention else ()  # else only what comes out of a cache is in FP8
+
+    def expected(self, scheme: Scheme) -> tuple[str, ...]:
+        return ("q_scale", "k_scale") if scheme.rounds_attention and scheme.is_static else ()
+
+
+class UnsupportedHandler(AttentionHandler):
+    """Attention that is known and not covered: the report says why."""
+
+    why: str
+
+    def find(self, model: nn.Module) -> dict[str, Any]:
+        return {name: module for name, module in model.named_modules() if self.matches(module)}
+
+    def refusal(self, module: Any, scheme: Scheme, around: Surroundings) -> Why | None:
+        return Why(Reason.UNFIT, self.why)
+
+    def converted(self, model: nn.Module) -> dict[str, Any]:
+        return {}
+
+
+class TorchAttentionHandler(UnsupportedHandler):
+    """torch's own MultiheadAttention, and what is derived from it."""
+
+    kind, why = "torch attention", "torch's own attention is not covered"
+
+    def matches(self, module: nn.Module) -> bool:
+        return isinstance(module, nn.MultiheadAttention)
+
+
+class OtherStorageHandler(UnsupportedHandler):
+    """Modules called as those that store keys and values, and made otherwise."""
+
+    kind = "other attention storage"
+    why = "it stores keys and values in its own way: only a KVCache with allocate() and update() becomes FP8"
+
+    def matches(self, module: nn.Module) -> bool:
+        return type(module).__name__ in OTHER_STORAGE and attention_kind(module) is not Kind.STORAGE
+
+    def concerned(self, scheme: Scheme) -> bool:
+        return scheme.caches
+
+
+def stores_keys(model: nn.Module) -> bool:
+    """Whether a model has modules that store keys or values themselves."""
+    return any(attention_kind(module) is Kind.STORAGE for module in model.modules())
+
+
+def scales_of_cache(
+    target: Target, scales: Mapping[str, torch.Tensor], scale: Callable[..., torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What a static cache needs besides attention's own `scales`.
+
+    Nothing where attention gets just what is cached, so that both share one scale.
+    """
+    ranges = target.ranges
+    if not (target.scheme.caches and target.scheme.is_static):
+        return {}
+    if "k_cache" not in ranges.kinds:  # a module that does not cache, or a fixed scale
+        return {f"{kind}_scale": scale(kind, per_head=True) for kind in "kv" if not scales}
+    if not scales:
+        return {f"{kind}_scale": scale(f"{kind}_cache", per_head=True) for kind in "kv"}
+    same = all(f"{kind}_scale" in scales and ranges.of(kind) == ranges.of(f"{kind}_cache") for kind in "kv")
+    return {} if same else {f"{kind}_cache_scale": scale(f"{kind}_cache") for kind in "kv"}
+
+
+for _handler in (
+    TorchAttentionHandler(),
+    OtherStorageHandler(),
+    ProductHandler(),
+    FunctionsHandler(),
+    InterfaceHandler(),
+):
+    register_handler(_handler)

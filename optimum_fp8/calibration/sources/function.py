@@ -1,0 +1,37 @@
+"""Calibration by a function that runs the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from ...config import FP8Config
+from ...errors import FP8CalibrationError
+from ..source import Source, register_source
+
+
+@register_source
+class Function(Source):
+    """A callable that is given the model and calls it as it likes."""
+
+    expected = "a callable that is given the model"
+
+    def accepts(self, dataset: Any) -> bool:
+        return callable(dataset)
+
+    def batches(self, dataset: Any, config: FP8Config, name_or_path: str) -> Iterator[Any]:
+        raise FP8CalibrationError(
+            f"dataset of type {type(dataset).__name__} calls the model by itself and has no batches: pass an iterable "
+            "of batches where batches are needed"
+        )
+
+    def run(
+        self,
+        dataset: Callable[[nn.Module], Any],
+        model: nn.Module,
+        config: FP8Config,
+        forward: Callable[[Iterator[Any]], None],
+    ) -> None:
+        dataset(model)

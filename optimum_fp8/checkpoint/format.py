@@ -1,0 +1,146 @@
+"""Checkpoint formats: neutral records of a converted model, and what a format makes of them.
+
+A format is a class with four methods, `refuse`, `tensors`, `config` and `records`, registered by name. What handlers
+yield is the same for all formats: the tensors of each module in memory, under the names they have below it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ..config import FP8Config
+from ..errors import FP8CheckpointError, FP8ConfigError, FP8NotAvailableError, FP8StateError, nearest
+from ..lifecycle import Phase, state_of
+from ..modules.handler import converted_modules
+from ..scales import Scheme
+
+
+@dataclass(frozen=True)
+class Record:
+    """One converted module.
+
+    Attributes:
+        name: its qualified name.
+        kind: its handler's kind.
+        scheme: how it is scaled and computed.
+        tensors: codes, scales and what else it has, by name below the module, as they are in memory.
+    """
+
+    name: str
+    kind: str
+    scheme: Scheme | None
+    tensors: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint says of a model, whatever its format.
+
+    Attributes:
+        records: one a converted module.
+        selected: names and types of the converted modules.
+        left_out: names of modules that stay in high precision although the configuration is about their kind.
+        config: what the model was quantized with; None where a file does not say it.
+    """
+
+    records: list[Record]
+    selected: list[tuple[tuple[str, ...], tuple[str, ...]]]
+    left_out: list[str]
+    config: FP8Config | None
+
+
+class Format(Protocol):
+    """A checkpoint format; the same four names in each file."""
+
+    def refuse(self, checkpoint: Checkpoint) -> None:
+        """Raise FP8CheckpointError, naming module and feature, for what this format cannot express."""
+
+    def tensors(self, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+        """The tensors of the converted modules as they go to disk, by their full names there."""
+
+    def config(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """What `config.json` says under "quantization_config"."""
+
+    def records(self, files: Sequence[str]) -> Checkpoint:
+        """Read what is in the files of a checkpoint, without its data where that can be."""
+
+
+FORMATS: dict[str, Format] = {}
+
+
+def register_format(name: str, format: Format) -> None:
+    """Make a format known by `name`; one of the same name is replaced."""
+    FORMATS[name] = format
+
+
+def format_called(name: str) -> Format:
+    """The format called `name`.
+
+    Raises:
+        FP8ConfigError: there is none; the message names the nearest.
+    """
+    if name not in FORMATS:
+        raise FP8ConfigError(f"format={name!r} is unknown: {nearest(name, FORMATS)}")
+    return FORMATS[name]
+
+
+def checkpoint_of(model: nn.Module) -> Checkpoint:
+    """The records of a converted model.
+
+    Raises:
+        FP8StateError: the model is still being measured, or not converted.
+        FP8NotAvailableError: weights are offloaded.
+    """
+    state = state_of(model)
+    if state is not None and state.phase is Phase.MEASURING:
+        raise FP8StateError("the model is in measuring state: run your data, then convert(model), before it is saved")
+    records = []
+    schemes = {each.name: each.scheme for each in state.decisions} if state is not None else {}
+    for name, (module, handler) in converted_modules(model).items():
+        tensors = handler.state(module)
+        if any(tensor.is_meta for tensor in tensors.values()):
+            raise FP8NotAvailableError(f"{name} is offloaded: load the model without offloading, to save it")
+        records.append(Record(name, handler.kind, schemes.get(name), tensors))
+    if not records:
+        raise FP8StateError("the model is not converted to FP8: call convert(model, config) before it is saved")
+    decisions = state.decisions if state is not None else []
+    selected = [(each.names, each.types) for each in decisions if each.selected]
+    left_out = [each.name for each in decisions if not each.selected]
+    return Checkpoint(records, selected, left_out, None if state is None else state.config)
+
+
+def write(model: nn.Module, folder: str | os.PathLike[str], format: str) -> None:
+    """Write the converted modules of a model in a registered format: `model.safetensors` and `quantization.json`.
+
+    The folder is made beside its place and moved there, so it is whole or not there.
+
+    Raises:
+        FP8CheckpointError: the format cannot express the model, or the folder exists.
+    """
+    chosen, checkpoint = format_called(format), checkpoint_of(model)
+    chosen.refuse(checkpoint)
+    target = os.path.abspath(folder)
+    if os.path.exists(target):
+        raise FP8CheckpointError(f"{target} exists: choose another folder")
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    temporary = tempfile.mkdtemp(dir=os.path.dirname(target), prefix=".fp8-")
+    try:
+        tensors = {name: tensor.detach().contiguous() for name, tensor in chosen.tensors(checkpoint).items()}
+        if tensors:
+            save_file(tensors, os.path.join(temporary, "model.safetensors"), metadata={"format": "pt"})
+        with open(os.path.join(temporary, "quantization.json"), "w", encoding="utf-8") as file:
+            json.dump(chosen.config(checkpoint), file, indent=2)
+        os.chmod(temporary, 0o755)
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

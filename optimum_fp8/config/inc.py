@@ -1,0 +1,162 @@
+"""Intel Neural Compressor's side of the configuration: its older names, what of it has no counterpart, its files."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from ..errors import FP8ConfigError, FP8NotAvailableError, nearest
+
+logger = logging.getLogger(__name__)
+
+ALIASES = {"whitelist": "allowlist", "blacklist": "blocklist", "device_for_scales": "target"}
+MODES_NOT_THERE = ("shape", "none")
+OBSERVERS_NOT_THERE = ("maxabs_per_channel", "save", "shape")
+# Switches that have no counterpart (yet): off is how things are, on is an error.
+_SWITCHES_NOT_THERE = ("fake_quant", "row_parallel_linear_allreduce_quantization", "calibration_sample_interval")
+_SCALE_PARAMS = ("input_backoff", "weight_backoff")
+_RETIRED = ("method", "quantize_weight", "dump_stats_xlsx_path")
+# INC's own bookkeeping, and switches about its files and devices, which have no counterpart here.
+_BOOKKEEPING = [
+    "_json_file",
+    "non_tunable_params",
+    "white_list",
+    "mod_dict",
+    "world_size",
+    "local_rank",
+    "global_rank",
+    "device_type",
+    "shape_file",
+    "measure_on_hpu",
+    "recalc_scales",
+    "seperate_measure_files",
+    "int_dtype",
+]
+# Class names of INC's module table that stand for operations not covered (yet).
+INC_TYPES_NOT_THERE = frozenset(
+    [
+        "Matmul",
+        "B2BMatmul",
+        "ParallelLMHead",
+        "RowParallelLinear",
+        "ColumnParallelLinear",
+        "MergedColumnParallelLinear",
+        "QKVParallelLinear",
+        "ReplicatedLinear",
+        "KVCache",
+        "VLLMKVCache",
+        "LoRACompatibleLinear",
+        "LoRACompatibleConv",
+        "Softmax",
+        "BlockSoftmaxConstMax",
+        "ModuleFusedSDPA",
+        "MoeMatmul",
+        "MoeFP8Matmul",
+        "GaudiFP8Linear",
+        "FusedMoE",
+        "SharedFusedMoE",
+        "GaudiMixtralSparseMoeBlock",
+        "GaudiDeepseekV3MoE",
+        "VllmMixtureOfExpertsOp",
+        "VllmMixtureOfExpertsOpFP8",
+        "VllmMixtureOfExpertsOpFP8PerChannel",
+        "LinearLayer",
+        "LinearAllreduce",
+        "ScopedLinearAllReduce",
+        "LmHeadLinearAllreduce",
+        "EmbeddingBag",
+    ]
+)
+
+
+def in_our_words(options: dict[str, Any]) -> dict[str, Any]:
+    """INC's older names, `scale_params` and switches that are off, said in keys of FP8Config.
+
+    Raises:
+        FP8ConfigError: two names of one key, or values of it that contradict each other.
+        FP8NotAvailableError: a switch that has no counterpart is on.
+    """
+    options = _renamed(options)
+    for key in _SWITCHES_NOT_THERE:
+        if str(options.pop(key, None)).lower() not in ("false", "0", "none"):
+            raise FP8NotAvailableError(f"{key} is not available in optimum_fp8 yet: remove it")
+    params = options.pop("scale_params", None) or {}
+    if not isinstance(params, dict):
+        raise FP8ConfigError(f"scale_params={params!r} must be a dict with 'input_backoff' and 'weight_backoff'")
+    for key, value in params.items():
+        if key not in _SCALE_PARAMS:
+            raise FP8ConfigError(f"unknown key {key!r} in scale_params: valid: {', '.join(_SCALE_PARAMS)}")
+        if options.get(key) not in (None, value):
+            raise FP8ConfigError(f"{key}={options[key]} contradicts scale_params[{key!r}]={value}: give one of them")
+        options[key] = value
+    return options
+
+
+def _renamed(options: dict[str, Any]) -> dict[str, Any]:
+    renamed: dict[str, Any] = {}
+    for key, value in options.items():
+        if key in ALIASES and value is None:
+            continue
+        if key in ALIASES and ALIASES[key] in options:
+            raise FP8ConfigError(f"both {key!r} and {ALIASES[key]!r} are given, which are the same: keep one of them")
+        renamed[ALIASES.get(key, key)] = value
+    return renamed
+
+
+def read_json(json_file: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON object in a file, or an FP8ConfigError that says what is wrong with the file."""
+    try:
+        with open(json_file, encoding="utf-8") as file:
+            options = json.load(file)
+    except OSError as error:
+        raise FP8ConfigError(f"cannot read the configuration {os.fspath(json_file)!r}: {error.strerror}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FP8ConfigError(f"{os.fspath(json_file)!r} is not JSON: {error}") from None
+    if not isinstance(options, dict):
+        raise FP8ConfigError(f"{os.fspath(json_file)!r} must hold a JSON object, found {type(options).__name__}")
+    return options
+
+
+def translate(options: dict[str, Any], known_keys: Iterable[str]) -> dict[str, Any]:
+    """FP8Config's keyword arguments that mean the same as the `options` of a file of INC's.
+
+    Raises:
+        FP8ConfigError: a key that neither INC nor FP8Config has.
+    """
+    known_keys = [*known_keys, *_SWITCHES_NOT_THERE]
+    translated: dict[str, Any] = {}
+    for key, value in _renamed(options).items():
+        if key in _RETIRED:
+            logger.warning("%s is a retired key of INC and has no effect: remove it from the file", key)
+        elif key in _BOOKKEEPING:
+            continue
+        elif key == "dump_stats_path" and value == "":
+            logger.warning("dump_stats_path is empty: using the default")
+        elif key == "allowlist":
+            translated[key] = _without_types_not_there(value)
+        elif key == "scale_params" and isinstance(value, dict):
+            translated[key] = {param: value[param] for param in _SCALE_PARAMS if param in value}
+        elif key in known_keys or key == "scale_params":
+            translated[key] = value
+        else:
+            raise FP8ConfigError(f"unknown key {key!r}: {nearest(key, [*known_keys, *ALIASES])}")
+    return translated
+
+
+def _without_types_not_there(allowlist: Any) -> Any:
+    """Drop types that INC writes into every allowlist and that have no counterpart, as long as some type is left."""
+    types = allowlist.get("types") if isinstance(allowlist, dict) else None
+    if not types:
+        return allowlist
+    there = [kind for kind in types if str(kind).removeprefix("torch.nn.") not in INC_TYPES_NOT_THERE]
+    if not there or len(there) == len(types):
+        return allowlist
+    logger.warning(
+        "allowlist types without a counterpart are left out (for attention and caches set attention=True, "
+        "kv_cache=True): %s",
+        sorted(set(types) - set(there)),
+    )
+    return {**allowlist, "types": there}

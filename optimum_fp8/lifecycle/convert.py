@@ -1,0 +1,168 @@
+"""From schemes and ranges to FP8 modules, through the handlers; an error leaves the model as it was."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import FP8Config
+from ..errors import FP8MeasurementError
+from ..modules import frozen, swap
+from ..modules.handler import Conversion, Family, Reason, Target, Why
+from ..scales import Scheme, quantize_weight
+from ..selection import leave_out, reschemed
+from .prepare import needs_ranges
+from .state import FP8State, Phase, set_state, state_of
+
+logger = logging.getLogger(__name__)
+
+
+def convert_with(model: nn.Module, state: FP8State, finish: Callable[[Any], None] | None = None) -> None:
+    """Convert with what `state` knows, then call `finish(model)`.
+
+    Raises:
+        FP8MeasurementError: static activations without calibration data, or modules that calibration never reached.
+        FP8ScaleError: a weight that has no sound scale.
+    """
+    state, previous = _with_final_schemes(model, state), state_of(model)
+    targets = state.targets(model)
+    missing = _missing(targets, state.config.ignore_modules_wo_measures)
+    remaining = [target for target in targets if target.name not in missing]
+    _check_families(remaining)
+    _warn_of_zero_ranges(targets)
+    quantize = _QuantizedOnce()
+    conversions = [(target, target.handler.convert(target, model, quantize)) for target in remaining]
+    given_up = _given_up(targets, missing)
+    replacements = {target.module: made.replacement for target, made in conversions if made.replacement is not None}
+    replacements |= given_up
+
+    converted = replace(
+        state,
+        phase=Phase.CONVERTED,
+        observers=None,
+        decisions=leave_out(state.decisions, missing),
+        changes=list(state.changes),
+    )
+    before = len(converted.changes)
+    done: list[Conversion] = []
+    swap(model, replacements)
+    set_state(model, converted)
+    try:
+        for _, conversion in conversions:
+            done.append(conversion)
+            conversion.apply()
+        converted.change_around(model, converted.targets(model))
+        if finish is not None:
+            finish(model)
+    except BaseException:
+        swap(model, {new: old for old, new in replacements.items()})
+        for change in reversed(converted.changes[before:]):
+            change.undo()
+        for conversion in reversed(done):
+            conversion.undo()
+        set_state(model, previous)
+        raise
+    if state.observers is not None:
+        state.observers.remove()
+
+
+def _with_final_schemes(model: nn.Module, state: FP8State) -> FP8State:
+    """The state with the schemes that hold now that it is known whether there are ranges.
+
+    Raises:
+        FP8MeasurementError: static activations and no data went through.
+    """
+    config: FP8Config = state.config
+    if not needs_ranges(state) or any(_is_reached(target) for target in state.targets(model)):
+        return state
+    observed = state.observers is not None and "input" in config.measured
+    if config.scheme == "auto" and not observed:
+        logger.warning("no calibration data: activations are scaled dynamically (activation_scheme='dynamic')")
+        decisions = reschemed(model, state.decisions, config, calibrated=False)
+        config = config.decided("dynamic", [(each.names, each.types) for each in decisions])
+        state = replace(state, config=config, decisions=decisions)
+        if not needs_ranges(state):
+            return state
+    raise FP8MeasurementError(
+        "static activations need calibration data and none went through the model: run your data through it "
+        "after prepare(), give a `dataset`, or use activation_scheme='dynamic'"
+    )
+
+
+def _is_reached(target: Target) -> bool:
+    """Whether calibration has seen what the conversion of a module needs; a weight alone tells nothing."""
+    seen = target.ranges.kinds - {"weight"}
+    return target.scheme.needs_ranges and bool(seen) and target.handler.missing(target) is None
+
+
+def _missing(targets: list[Target], ignore: bool) -> dict[str, Why]:
+    """The modules that cannot be converted with the ranges there are. Raises unless it is told to `ignore` them."""
+    missing = {target.name: why for target in targets if (why := target.handler.missing(target)) is not None}
+    unreached = [target for target in targets if target.name in missing and _is_unreached(missing[target.name])]
+    for family in _families(unreached):
+        names = [target.name for target in unreached if target.handler.family == family]
+        if not ignore:
+            raise FP8MeasurementError(
+                f"{len(names)} {family.noun} were never reached by calibration: {', '.join(names[:8])}"
+                f"{', …' if len(names) > 8 else ''}: {family.reaching}"
+            )
+        logger.warning("not reached by calibration, activations stay in high precision: %s", ", ".join(names))
+    return missing
+
+
+def _is_unreached(why: Why) -> bool:
+    return why.reason is Reason.NEVER_REACHED
+
+
+def _families(targets: list[Target]) -> list[Family]:
+    return list({target.handler.family.name: target.handler.family for target in targets}.values())
+
+
+def _check_families(targets: list[Target]) -> None:
+    for family in _families(targets):
+        family.check(target for target in targets if target.handler.family == family)
+
+
+def _warn_of_zero_ranges(targets: list[Target]) -> None:
+    """Warn of inputs that were zero throughout calibration: that says nothing of what they may hold later."""
+    zero = [
+        target.name
+        for target in targets
+        if target.scheme.needs_ranges and "input" in target.ranges.kinds and target.ranges.of("input") == 0
+    ]
+    if zero:
+        logger.warning("inputs that were zero throughout calibration: %s; calibrate with other data", zero[:8])
+
+
+def _given_up(targets: list[Target], missing: Mapping[str, Why]) -> dict[nn.Module, nn.Module]:
+    """High-precision modules for the places of those that became FP8 while loading and cannot stay so."""
+    restored: dict[nn.Module, nn.Module] = {}
+    for target in targets:
+        handler = target.handler
+        if target.name in missing and handler.family.replaced and handler.converted(target.module):
+            module = handler.restore(target.module)
+            if module is not None:
+                restored[target.module] = module
+    return restored
+
+
+class _QuantizedOnce:
+    """Quantizes each weight once, so that tied weights stay tied."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], tuple[nn.Parameter, nn.Parameter]] = {}
+
+    def __call__(
+        self, parameter: nn.Parameter, weight: torch.Tensor, scheme: Scheme
+    ) -> tuple[nn.Parameter, nn.Parameter]:
+        """Codes and scale of `weight`, which is what `parameter` holds with output channels first."""
+        key = (id(parameter), scheme.weight, scheme.fmt, scheme.hp_dtype)
+        if key not in self._known:
+            codes, scale, _ = quantize_weight(weight, scheme.weight, scheme.fmt, scheme.hp_dtype)
+            self._known[key] = (frozen(codes), frozen(scale))
+        return self._known[key]

@@ -1,0 +1,116 @@
+"""FP8State: where a model stands between high precision and FP8, kept on the model so that each step finds the last."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from torch import nn
+
+from ..config import FP8Config
+from ..errors import FP8ConfigError, FP8StateError
+from ..measure import Measurements, Observers
+from ..modules.handler import Change, Reason, Target, converted_modules
+from ..selection import Decision
+
+_ATTRIBUTE = "_optimum_fp8_state"
+
+
+class Phase(StrEnum):
+    """Where a model stands; the value is how the report calls it."""
+
+    MEASURING = "measuring"
+    CONVERTED = "converted"
+
+
+@dataclass
+class FP8State:
+    """What has been decided about, measured on and done to a model.
+
+    Attributes:
+        config: what was asked for.
+        decisions: one for every module of a known kind that the configuration is about.
+        phase: measuring or converted.
+        measurements: what calibration has seen (empty where none is needed).
+        observers: the hooks at work while measuring.
+        changes: what was changed around the modules, to be undone with them.
+    """
+
+    config: FP8Config
+    decisions: list[Decision]
+    phase: Phase
+    measurements: Measurements
+    observers: Observers | None = None
+    changes: list[Change] = field(default_factory=list)
+
+    @property
+    def selected(self) -> list[str]:
+        """Names of the selected modules."""
+        return [decision.name for decision in self.decisions if decision.selected]
+
+    def targets(self, model: nn.Module) -> list[Target]:
+        """The selected modules of `model`, with their handlers, schemes and ranges."""
+        selected = [each for each in self.decisions if each.selected]
+        ranges = self.measurements.by_module(each.name for each in selected)
+        return [
+            Target(each.name, model.get_submodule(each.name), each.handler, each.scheme, ranges[each.name])
+            for each in selected
+        ]
+
+    def change_around(self, model: nn.Module, targets: list[Target]) -> list[Change]:
+        """Have the handlers change what the model around their modules needs, and remember what was changed."""
+        others = [
+            model.get_submodule(each.name) for each in self.decisions if each.why.reason is Reason.IMPLEMENTATION_CHOSEN
+        ]
+        changes: list[Change] = []
+        for handler in {target.handler for target in targets}:
+            modules = {target.name: target.module for target in targets if target.handler is handler}
+            changes += handler.around(model, modules, others)
+        self.changes += changes
+        return changes
+
+
+def state_of(model: nn.Module) -> FP8State | None:
+    """The state of `model`, None if nothing was done to it."""
+    return getattr(model, _ATTRIBUTE, None)
+
+
+def set_state(model: nn.Module, state: FP8State | None) -> None:
+    """Remember the state on the model; None forgets it."""
+    if state is None:
+        model.__dict__.pop(_ATTRIBUTE, None)
+    else:
+        model.__dict__[_ATTRIBUTE] = state
+
+
+def measuring_state(model: nn.Module, action: str) -> FP8State:
+    """The state of a model that is being measured.
+
+    Raises:
+        FP8StateError: nothing is measured on this model; the message says what comes first.
+    """
+    state = state_of(model)
+    if state is None:
+        raise FP8StateError(f"{action}: this model is not being measured: call prepare(model, config) first")
+    if state.phase is not Phase.MEASURING:
+        raise FP8StateError(f"{action}: this model is already converted to FP8")
+    return state
+
+
+def refuse_second_time(model: nn.Module, action: str, config: object = None) -> None:
+    """Refuse what is no model in high precision, or no configuration.
+
+    Raises:
+        FP8StateError: no module, or one that is prepared or converted already.
+        FP8ConfigError: `config` is there and no FP8Config.
+    """
+    if not isinstance(model, nn.Module):
+        raise FP8StateError(f"{action}: expected a torch.nn.Module, found {type(model).__name__}")
+    if config is not None and not isinstance(config, FP8Config):
+        raise FP8ConfigError(f"{action}: expected an FP8Config, found {config!r}: use FP8Config(…) or from_json_file")
+    state = state_of(model)
+    if state is None and not converted_modules(model):
+        return
+    if state is not None and state.phase is Phase.MEASURING:
+        raise FP8StateError(f"{action}: this model is prepared already: run calibration data, then convert(model)")
+    raise FP8StateError(f"{action}: this model is converted to FP8 already: load the original model to start again")

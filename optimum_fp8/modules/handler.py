@@ -1,0 +1,274 @@
+"""ModuleHandler: everything the steps of quantization ask about one kind of module, and the registry of all kinds.
+
+A new kind of module is one file that defines its FP8 counterpart and registers a handler for it; selecting, observing,
+converting, saving, loading, dequantizing and reporting ask the handlers, and name no kind. A handler is given modules,
+schemes and ranges, never the configuration or the model's state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import ops
+from ..formats import NumberFormat
+from ..measure import Observers, Ranges
+from ..scales import Scheme
+
+
+class Reason(Enum):
+    """Why a module is in FP8, or is not; the value is its text, which a `Why` can make more precise."""
+
+    SELECTED = "selected"
+    NOT_ASKED_FOR = "not asked for by the configuration"
+    EXCLUDED = "excluded by the configuration"
+    UNFIT = "it cannot be converted"
+    KEPT = "kept by default: head, tied or float32"
+    NOT_ALLOWED = "not in allowlist"
+    IMPLEMENTATION_CHOSEN = "another attention implementation was chosen"
+    NEVER_REACHED = "never reached by calibration"
+    NOT_SEEN = "none of its products was seen"
+    NOT_IN_CHECKPOINT = "not FP8 in the checkpoint"
+
+
+@dataclass(frozen=True)
+class Why:
+    """A reason, and how it reads for the module at hand."""
+
+    reason: Reason
+    text: str = ""
+
+    def __str__(self) -> str:
+        return self.text or self.reason.value
+
+
+@dataclass(frozen=True)
+class Family:
+    """What several kinds of modules have in common.
+
+    Attributes:
+        name: "layers" or "attention": the part of the report that their rows stand in.
+        noun: what messages call them.
+        reaching: what to do about modules that calibration never reached, for messages.
+        keys: the keys of the configuration that ask for them, for messages; empty if everything does.
+        replaced: whether other modules take their place; the allowlist and transformers' default exceptions are about
+            those.
+        check: called with the modules to be converted and their ranges; raises where they do not do as a whole.
+    """
+
+    name: str
+    noun: str
+    reaching: str
+    keys: str = ""
+    replaced: bool = True
+    check: Callable[[Iterable[Target]], None] = lambda targets: None
+
+
+@dataclass(frozen=True)
+class Target:
+    """One selected module: what the steps work on."""
+
+    name: str
+    module: Any
+    handler: ModuleHandler
+    scheme: Scheme
+    ranges: Ranges
+
+
+@dataclass
+class Conversion:
+    """One module's conversion, made but not done yet.
+
+    Attributes:
+        replacement: the module that takes the place of the original; None where it stays.
+        apply: changes what stays in place, once all conversions have been made.
+        undo: takes back what `apply` did.
+    """
+
+    replacement: nn.Module | None = None
+    apply: Callable[[], None] = lambda: None
+    undo: Callable[[], None] = lambda: None
+
+
+@dataclass
+class Change:
+    """An attribute of an object around the modules that was set, and what it was."""
+
+    owner: Any
+    attribute: str
+    before: Any
+
+    def undo(self) -> None:
+        setattr(self.owner, self.attribute, self.before)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a handler tells the report about a converted module.
+
+    Attributes:
+        activations: "static", "dynamic", "weight_only" or "cache only".
+        record: the calls of its operators.
+        scheme: how it is scaled and computed, in words.
+        scales: its scales by name.
+        cached: layers of caches that became FP8 for it.
+        cache_refused: why others stayed in high precision, with counts.
+    """
+
+    activations: str
+    record: ops.CallRecord
+    scheme: str
+    scales: dict[str, torch.Tensor]
+    cached: int = 0
+    cache_refused: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """The model around a module, and what its user chose for it.
+
+    Attributes:
+        model: the model.
+        implementations: attention implementations the user chose while loading, by `id` of the configuration.
+    """
+
+    model: nn.Module
+    implementations: Mapping[int, str] = field(default_factory=dict)
+
+
+class ModuleHandler:
+    """One kind of module. What a kind does not need is inherited: it refuses, observes and restores nothing.
+
+    Attributes:
+        kind: its name.
+        types: names of the classes it is for.
+        known_types: these, and names that lists of a configuration may hold although a model has no such class.
+        family: what it has in common with other kinds.
+    """
+
+    kind: str = ""
+    types: tuple[str, ...] = ()
+    family: Family
+
+    @property
+    def known_types(self) -> tuple[str, ...]:
+        return self.types
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModuleHandler:
+        return self  # copies of a model share their handlers
+
+    def matches(self, module: nn.Module) -> bool:
+        """Whether a module in high precision is of this kind."""
+        raise NotImplementedError
+
+    def find(self, model: nn.Module) -> dict[str, Any]:
+        """All modules of this kind by qualified name (one in two places has its first name)."""
+        return {name: module for name, module in model.named_modules() if self.matches(module)}
+
+    def concerned(self, scheme: Scheme) -> bool:
+        """Whether a scheme asks for anything of this kind at all."""
+        return True
+
+    def refusal(self, module: Any, scheme: Scheme, around: Surroundings) -> Why | None:
+        """Why a module of this kind stays in high precision, or None."""
+        return None
+
+    def observe(self, target: Target, observers: Observers) -> None:
+        """Have `observers` see what conversion needs ranges of."""
+
+    def around(self, model: nn.Module, modules: Mapping[str, nn.Module], others: Iterable[nn.Module]) -> list[Change]:
+        """Change what the model around modules of this kind needs so that they are observed or converted.
+
+        Args:
+            model: the model.
+            modules: the selected modules of this kind by name.
+            others: modules whose user chose another way of computing them.
+
+        Returns:
+            what was changed.
+        """
+        return []
+
+    def missing(self, target: Target) -> Why | None:
+        """Why a module cannot be converted with the ranges there are, or None."""
+        return None
+
+    def convert(self, target: Target, model: nn.Module, quantize: Quantize) -> Conversion:
+        """Make the conversion of a module; nothing is changed yet.
+
+        Args:
+            target: the module, with its scheme and ranges.
+            model: the model around it.
+            quantize: codes and scale of a weight `[out, in, …]` by the scheme, as parameters that tied weights share.
+        """
+        raise NotImplementedError
+
+    def converted(self, model: nn.Module) -> dict[str, Any]:
+        """All converted modules of this kind by qualified name."""
+        raise NotImplementedError
+
+    def restore(self, module: Any, dtype: torch.dtype | None = None) -> nn.Module | None:
+        """Take the conversion back: the module to put in its place, with weights in `dtype`, or None if it stays."""
+        raise NotImplementedError
+
+    def expect(self, target: Target, saved: Mapping[str, tuple[int, ...]] | None) -> nn.Module | None:
+        """Make room for the tensors that a checkpoint is about to bring.
+
+        Args:
+            target: the module, still in high precision and without data.
+            saved: shapes of the module's scales in an FP8 checkpoint by name; None for one in high precision.
+
+        Returns:
+            the module to put in its place, or None if it stays.
+        """
+        raise NotImplementedError
+
+    def loaded(self, target: Target) -> None:
+        """Start a module of an FP8 checkpoint, whose tensors are there."""
+
+    def state(self, module: Any) -> dict[str, torch.Tensor]:
+        """The tensors of a converted module that a checkpoint cannot lack, by their name below the module's."""
+        raise NotImplementedError
+
+    def fit(self, name: str, module: Any, made_for: NumberFormat, fmt: NumberFormat) -> None:
+        """Bring a converted module of a checkpoint made for one number format within another's full scale."""
+
+    def row(self, module: Any) -> Row | None:
+        """What the report says of a module; None where it is not converted."""
+        raise NotImplementedError
+
+
+Quantize = Callable[[nn.Parameter, torch.Tensor, Scheme], tuple[nn.Parameter, nn.Parameter]]
+
+_handlers: list[ModuleHandler] = []
+
+
+def register_handler(handler: ModuleHandler) -> ModuleHandler:
+    """Add a kind of module. It is asked before those registered earlier; one of the same name is replaced."""
+    _handlers[:] = [known for known in _handlers if known.kind != handler.kind]
+    _handlers.insert(0, handler)
+    return handler
+
+
+def handlers() -> list[ModuleHandler]:
+    """All handlers, the one registered last first."""
+    return list(_handlers)
+
+
+def find_all(model: nn.Module) -> dict[str, tuple[Any, ModuleHandler]]:
+    """Every module of a known kind with its handler, by qualified name, in the order they stand in the model."""
+    found: dict[str, tuple[Any, ModuleHandler]] = {}
+    for handler in _handlers:
+        for name, module in handler.find(model).items():
+            found.setdefault(name, (module, handler))
+    return {name: found[name] for name, _ in model.named_modules() if name in found}
+
+
+def converted_modules(model: nn.Module) -> dict[str, tuple[Any, ModuleHandler]]:
+    """Every converted module with its handler, by qualified name."""
+    return {name: (module, handler) for handler in _handlers for name, module in handler.converted(model).items()}

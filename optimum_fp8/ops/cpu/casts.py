@@ -1,0 +1,194 @@
+"""Casts, ranges and dynamic scales on the native library: what it takes and refuses, and how tensors become its
+arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from struct import Struct
+
+import torch
+
+from ...formats import number_format
+from ...rounding import scale_from_maxabs
+from .. import reference
+from ..arguments import DynamicScaleCall, Product
+from ..operands import block_of, group_of, group_shape, is_by_rows, refuses_format
+from .library import FORMATS, TYPES, Library, check, threads
+
+_CAST = Struct("=14qd")
+
+
+class Casts:
+    """The operators of `ops/casts.py` on one variant of the library."""
+
+    def __init__(self, library: Library, variant: str):
+        self.library, self.variant = library, library.variants[variant]
+
+    def refuses_cast_to_fp8(
+        self, x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, full_scale: float
+    ) -> str | None:
+        if x.dtype not in TYPES and x.dtype not in FORMATS:
+            return f"inputs in {x.dtype}"
+        return refuses_format(dtype, full_scale) or _refuses_scale(x, scale)
+
+    def cast_to_fp8(self, x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, full_scale: float) -> torch.Tensor:
+        x = x.float() if x.dtype in FORMATS else x
+        codes = torch.empty(x.shape, dtype=dtype, device=x.device)
+        self._encode(x, scale, codes, full_scale, None)
+        return _strided_like(x, codes)
+
+    def refuses_cast_to_fp8_by_range(
+        self, x: torch.Tensor, scale_of_range: torch.Tensor, per_row: bool, dtype: torch.dtype, full_scale: float
+    ) -> str | None:
+        if scale_of_range.dtype != torch.float32 or scale_of_range.numel() != 1 << 15:
+            return f"scales by range of {tuple(scale_of_range.shape)} in {scale_of_range.dtype}"
+        if x.numel() == 0:
+            return "an empty input"
+        return refuses_format(dtype, full_scale) or self.refuses_maxabs(x, 0)
+
+    def cast_to_fp8_by_range(
+        self, x: torch.Tensor, scale_of_range: torch.Tensor, per_row: bool, dtype: torch.dtype, full_scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        codes = torch.empty(x.shape, dtype=dtype, device=x.device)
+        shape = (x.shape[0], *[1] * (x.ndim - 1)) if per_row else (1,)
+        scale, maxabs = (torch.zeros(shape, dtype=torch.float32, device=x.device) for _ in range(2))
+        self._encode(x, scale, codes, full_scale, maxabs, scale_of_range.contiguous())
+        return codes, scale, maxabs
+
+    def refuses_maxabs(self, x: torch.Tensor, group: int) -> str | None:
+        if group > 0 and x.shape[-1:] and x.shape[-1] % group:
+            return f"rows of {x.shape[-1]} values in groups of {group}"
+        return None if x.dtype in TYPES else f"inputs in {x.dtype}"
+
+    def maxabs(self, x: torch.Tensor, group: int) -> torch.Tensor:
+        found = torch.zeros(group_shape(x.shape, group), dtype=torch.float32, device=x.device)
+        self._encode(x, None, None, 0.0, found)
+        return found
+
+    def _encode(
+        self,
+        x: torch.Tensor,
+        scale: torch.Tensor | None,
+        codes: torch.Tensor | None,
+        full_scale: float,
+        maxabs: torch.Tensor | None,
+        scale_of_range: torch.Tensor | None = None,
+    ) -> None:
+        x, scale = x.contiguous(), None if scale is None else scale.contiguous()
+        of_rows, block = maxabs if scale is None else scale, 0 if scale is None else _square_of(scale, x)
+        assert of_rows is not None
+        rows = x.shape[0] if block else of_rows.numel()
+        arguments = _CAST.pack(
+            self.variant,
+            threads(),
+            rows,
+            x.numel() // rows if rows else 0,
+            x.data_ptr(),
+            0 if codes is None else codes.data_ptr(),
+            TYPES[x.dtype],
+            0 if codes is None else FORMATS[codes.dtype],
+            0 if scale is None else scale.data_ptr(),
+            int(scale is not None and scale.numel() > 1),
+            block,
+            0 if maxabs is None else maxabs.data_ptr(),
+            int(maxabs is not None and maxabs.numel() > 1),
+            0 if scale_of_range is None else scale_of_range.data_ptr(),
+            full_scale,
+        )
+        check(self.library.encode(arguments), "cast_to_fp8")
+
+    def refuses_cast_from_fp8(self, x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> str | None:
+        if x.dtype not in FORMATS or dtype not in TYPES:
+            return f"from {x.dtype} to {dtype}"
+        return _refuses_scale(x, scale)
+
+    def cast_from_fp8(self, x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        given, x = x, x.contiguous()
+        block, scale = _square_of(scale, x), scale.contiguous()
+        values, rows = torch.empty(x.shape, dtype=dtype, device=x.device), x.shape[0] if block else scale.numel()
+        arguments = _CAST.pack(
+            self.variant,
+            threads(),
+            rows,
+            x.numel() // rows if rows else 0,
+            x.data_ptr(),
+            values.data_ptr(),
+            TYPES[dtype],
+            FORMATS[x.dtype],
+            scale.data_ptr(),
+            int(scale.numel() > 1),
+            block,
+            0,
+            0,
+            0,
+            0.0,
+        )
+        check(self.library.decode(arguments), "cast_from_fp8")
+        return _strided_like(given, values)
+
+    def refuses_dynamic_scale(self, call: DynamicScaleCall) -> str | None:
+        return "an empty input" if call.x.numel() == 0 else self.refuses_maxabs(call.x, call.group)
+
+    def dynamic_scale(self, call: DynamicScaleCall) -> torch.Tensor:
+        x, group = call.x, call.group
+        if x.dtype == call.hp_dtype == torch.bfloat16:
+            maxabs = torch.zeros(group_shape(x.shape, group), dtype=torch.float32, device=x.device)
+            scale = torch.empty_like(maxabs)
+            self._encode(x, scale, None, 0.0, maxabs, _scale_of_range(group == 0, *call[2:6]))
+            return scale
+        return _scale(self.maxabs(x, group).to(x.dtype), group == 0, *call[2:])
+
+
+def _strided_like(x: torch.Tensor, contiguous: torch.Tensor) -> torch.Tensor:
+    """`contiguous` with the strides that an elementwise operation on `x` gives its result (channels last, say)."""
+    if x.is_contiguous():
+        return contiguous
+    return torch.empty_like(x, dtype=contiguous.dtype).copy_(contiguous)
+
+
+def _refuses_scale(x: torch.Tensor, scale: torch.Tensor) -> str | None:
+    if scale.dtype != torch.float32:
+        return f"scales in {scale.dtype}"
+    if scale.numel() == 1 or is_by_rows(scale, x) or _square_of(scale, x):
+        return None
+    group = group_of(scale, x)
+    if group and x.shape[-1] % group == 0:
+        return None
+    return f"scales of shape {tuple(scale.shape)} for an input of {tuple(x.shape)}"
+
+
+def _square_of(scale: torch.Tensor, x: torch.Tensor) -> int:
+    """The side of square blocks, in the two dimensions that the library knows them in; else 0."""
+    return block_of(scale, x) if x.ndim == 2 else 0
+
+
+def _scale(
+    maxabs: torch.Tensor,
+    per_tensor: bool,
+    divisor: float,
+    rounding: str,
+    fp8_config: str,
+    target: str,
+    hp_dtype: torch.dtype,
+) -> torch.Tensor:
+    fmt = number_format(fp8_config, target)
+    return scale_from_maxabs(maxabs, divisor, rounding, fmt, hp_dtype, reciprocal=fmt.is_gaudi and per_tensor)
+
+
+@cache
+def _scale_of_range(per_tensor: bool, divisor: float, rounding: str, fp8_config: str, target: str) -> torch.Tensor:
+    """The scale of every bfloat16 range, by its bits, float32 `[32768]`: looking it up is quicker than rounding it."""
+    ranges = torch.arange(1 << 15, dtype=torch.int16, device="cpu").view(torch.bfloat16)
+    return _scale(ranges, per_tensor, divisor, rounding, fp8_config, target, torch.bfloat16)
+
+
+def qdq(casts: Casts, product: Callable[..., torch.Tensor], call: Product) -> torch.Tensor:
+    """`product` of what the codes of the input and of the weight stand for, in the input's dtype."""
+    x, weight, weight_scale, input_scale, bias = call[:5]
+    if input_scale is not None:
+        codes = casts.cast_to_fp8(x, input_scale, weight.dtype, call.full_scale)
+        x = casts.cast_from_fp8(codes, input_scale, x.dtype)
+    by_reference = casts.refuses_cast_from_fp8(weight, weight_scale, x.dtype)  # channels of a transposed convolution
+    dequantize = reference.cast_from_fp8 if by_reference else casts.cast_from_fp8
+    return product(x, dequantize(weight, weight_scale, x.dtype), None if bias is None else bias.to(x.dtype))

@@ -1,0 +1,90 @@
+"""Products whose weight, scale and bias are packed once, and used again while those stay what and where they are."""
+
+from __future__ import annotations
+
+import weakref
+from struct import Struct
+
+import torch
+
+from ..arguments import LinearCall
+from ..operands import block_of, refuses_input_scale
+from .library import FORMATS, TYPES, Library, check, threads
+
+_OF_A_CALL, _THAT_STAYS = Struct("=10q"), Struct("=10qd")  # fp8cpu_linear_args
+_CPU = torch.device("cpu")
+
+
+def _pack(call: LinearCall) -> bytes:
+    """What stays from call to call."""
+    weight, scale, bias = call.weight, call.weight_scale, call.bias
+    block = block_of(scale, weight)
+    return _THAT_STAYS.pack(
+        *weight.shape,
+        weight.data_ptr(),
+        FORMATS[weight.dtype],
+        scale.data_ptr(),
+        scale.numel() > 1 and not block,
+        block,
+        0 if bias is None else bias.data_ptr(),
+        0 if bias is None else TYPES[bias.dtype],
+        call.arithmetic == "gaudi",
+        call.full_scale,
+    )
+
+
+class PackedLinear:
+    """A weight, its scale and bias as the library takes them; it holds none of them, so its owner must."""
+
+    def __init__(self, library: Library, variant: int, call: LinearCall):
+        self.library, self.variant, self.stays = library, variant, _pack(call)
+        self.out, self.k = call.weight.shape
+
+    def __call__(self, x: torch.Tensor, input_scale: torch.Tensor | None) -> torch.Tensor:
+        """`[…, out]`, with `x` `[…, k]`."""
+        x = x.contiguous()  # a copy, if it is one, lives until the call returns; so does that of the scale
+        dtype, out, k = x.dtype, self.out, self.k
+        y = torch.empty((*x.shape[:-1], out), dtype=dtype, device=_CPU)
+        pointer = step = 0
+        if input_scale is not None:
+            input_scale = input_scale.contiguous()
+            pointer, step = input_scale.data_ptr(), input_scale.numel() != 1
+        of_call = (self.variant, threads(), x.numel() // k, x.data_ptr(), TYPES[dtype], k, pointer, step)
+        check(self.library.linear(_OF_A_CALL.pack(*of_call, y.data_ptr(), out) + self.stays, 1), "linear")
+        return y
+
+
+class PreparedLinear:
+    """Calls that are like an earlier one: with its weight, scale and bias, none of which it keeps alive."""
+
+    def __init__(self, packed: PackedLinear, call: LinearCall):
+        self.packed, self.dtype, self.options = packed, call.x.dtype, call[5:]
+        self.weight, self.weight_scale = _identity(call.weight), _identity(call.weight_scale)
+        self.bias = None if call.bias is None else _identity(call.bias)
+
+    def __call__(self, call: LinearCall) -> torch.Tensor | None:
+        """The output, or None where the call is not like it."""
+        x, weight, weight_scale, input_scale, bias = call[:5]
+        if call[5:] != self.options or x.dtype is not self.dtype or not x.is_cpu or x.shape[-1] != self.packed.k:
+            return None
+        if not _is(self.weight, weight) or not _is(self.weight_scale, weight_scale):
+            return None
+        if bias is not self.bias if bias is None or self.bias is None else not _is(self.bias, bias):
+            return None
+        if input_scale is not None and refuses_input_scale(x, input_scale):
+            return None
+        return self.packed(x, input_scale)
+
+
+_Identity = tuple["weakref.ref[torch.Tensor]", int, torch.Size, torch.dtype]
+
+
+def _identity(tensor: torch.Tensor) -> _Identity:
+    return weakref.ref(tensor), tensor.data_ptr(), tensor.shape, tensor.dtype
+
+
+def _is(known: _Identity, tensor: torch.Tensor) -> bool:
+    """Whether it is the same tensor, of the same shape and dtype, still in the same place."""
+    if known[0]() is not tensor or tensor.data_ptr() != known[1]:
+        return False
+    return tensor.shape == known[2] and tensor.dtype is known[3]

@@ -1,0 +1,160 @@
+"""The pieces run on tiny models and weights, and refuse to time what computes something else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import fresh
+import pytest
+import torch
+import torch.nn.functional as F
+from hf.conftest import llama
+
+from benchmarks import attention, cpu_casts, cpu_linear, generate, loading, machine, memory, models, rivals
+
+ROOT = Path(__file__).parents[2]
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return models.llama(tmp_path, "tiny", **TINY)
+
+
+@pytest.fixture
+def few_copies(monkeypatch):
+    monkeypatch.setattr(machine, "cold_copies", lambda nbytes: 3)
+
+
+def test_all_parts_are_importable_without_the_extra():
+    """gguf and llama_cpp are asked for where they are used, never by looking at a command's help."""
+    script = (
+        "import sys; sys.modules['gguf'] = sys.modules['llama_cpp'] = None\n"
+        "from benchmarks.__main__ import parser\n"
+        "parser().parse_args(['--only', 'linear'])"
+    )
+    fresh.TRANSFORMERS.run(script, folder=ROOT)
+
+
+def test_linear_makes_a_row_for_each_kind_of_scale(few_copies):
+    rows = cpu_linear.measure(cpu_linear.Weights.of((32, 64)), rows=1, peak=1e9, static=True, budget=0)
+    assert [row.what.split(" (")[0] for row in rows] == [
+        f"linear M=1 32x64, scale per {name}" for name in ("tensor", "channel", "channel, static")
+    ]
+    assert all(row.wanted == 3.3 and row.wanted_limit == 0.8 and row.ratio and row.limit for row in rows)
+
+
+def test_linear_compares_only_equal_results(few_copies):
+    weights, x = cpu_linear.Weights.of((32, 64)), torch.randn(4, 64).bfloat16()
+    cpu_linear.check(cpu_linear.sides_of(weights, x, static=True))
+    weights.scales["channel"] *= 2
+    with pytest.raises(RuntimeError, match="channel"):
+        cpu_linear.check(cpu_linear.sides_of(weights, x, static=False))
+
+
+def test_casts_make_a_row_for_each_operation(few_copies):
+    rows, notes = cpu_casts.run(budget=0, shape=(16, 32))
+    assert len({row.what for row in rows}) == len(rows) == 10
+    assert all(row.limit and row.wanted_limit == 0.6 for row in rows)
+    assert "copying" in notes[0] and "reading" in notes[0]
+
+
+def test_attention_makes_a_row_for_each_shape_and_length(few_copies):
+    shapes = (attention.Heads(4, 2, 32), attention.Heads(2, 2, 32))
+    rows, notes = attention.run(shapes, tokens=(50, 60), prompts=(40,), budget=0)
+    assert len({row.what for row in rows}) == len(rows) == 5
+    assert [(row.wanted, row.wanted_limit) for row in rows] == [(1.7, 0.7)] * 4 + [(0.9, None)]
+    assert all(row.ratio for row in rows) and all(row.limit for row in rows[:4]) and "SDPA" in notes[0]
+
+
+def test_attention_compares_only_equal_results():
+    heads, query = attention.Heads(4, 2, 32), torch.randn(1, 4, 9, 32).bfloat16()
+    cache = attention.codes(heads, 9)
+    expected = F.scaled_dot_product_attention(query, *attention.plain(cache), is_causal=True, enable_gqa=True)
+    found = attention.fp8_attention(query, *cache)
+    attention.check(found, expected)
+    with pytest.raises(RuntimeError, match="off bfloat16"):
+        attention.check(found * 1.1, expected)
+
+
+def test_transformers_decodes_and_prefills(folder):
+    engine = rivals.Transformers(models.load(folder))
+    prompt = models.prompt(2, 5, TINY["vocab_size"])
+    assert engine.decode(prompt, 3) > 0
+    assert len(engine._moments(prompt, 4)) == 5  # the start, and every token: no end token cuts it short
+    assert engine.prefill(prompt) > 0
+    assert engine.logits(prompt[:1]).shape == (TINY["vocab_size"],)
+
+
+def test_models_are_made_once(folder, tmp_path):
+    before = (folder / "config.json").stat().st_mtime_ns
+    assert models.llama(tmp_path, "tiny", **TINY) == folder
+    assert (folder / "config.json").stat().st_mtime_ns == before
+    elements = sum(parameter.numel() for parameter in llama(**TINY).parameters())
+    assert 2 * elements <= models.weight_bytes(folder) <= 2 * elements + 10_000
+
+
+@pytest.mark.parametrize("scale_method", [models.SCALES_PER_CHANNEL, models.SCALES_PER_TENSOR])
+def test_fp8_is_weight_only_with_its_head_and_counts_its_kernels(folder, scale_method):
+    model = models.load(folder, scale_method)
+    assert len(generate.linear_weights(model)) == 2 * 7 + 1
+    rivals.Transformers(model).logits(models.prompt(1, 5, TINY["vocab_size"]))
+    assert generate.kernels(model).endswith(f": {2 * 7 + 1} calls")
+
+
+def test_only_sides_that_compute_the_same_model_are_timed(folder, monkeypatch):
+    monkeypatch.setattr(models, "HALF_BILLION", TINY)
+    monkeypatch.setattr(generate.models, "prompt", lambda batch, length: torch.arange(length).repeat(batch, 1))
+    sides = {
+        "bf16": rivals.Transformers(models.load(folder)),
+        "FP8": rivals.Transformers(models.load(folder, "maxabs_hw")),
+    }
+    assert generate.likeness(sides)["FP8"] > generate.LIKENESS
+    sides["int8"] = rivals.Transformers(llama(**TINY))
+    with pytest.raises(RuntimeError, match="int8 does not compute the same model"):
+        generate.likeness(sides)
+
+
+def test_int8_has_quantized_all_linear_layers(folder):
+    model = models.load_int8(folder)
+    assert not [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
+
+
+def test_comparison_has_wishes_where_they_belong():
+    times = {"FP8": [1.0, 1.0], "bf16": [3.0, 3.0], "llama.cpp": [0.5, 0.5], "read": [0.5, 0.5]}
+    rows = generate.compare("decode 1, compiled", times, str, 0.5, "reading", generate.WANTED)
+    assert [(row.ratio, row.wanted, row.limit) for row in rows] == [(3.0, 3.0, 0.5), (0.5, 0.9, None)]
+    times[generate.CACHED] = [0.75, 0.75]
+    rows = generate.compare("decode 1 after 512", times, str, None, "", generate.WANTED, generate.CACHED)
+    assert [(row.ours, row.ratio, row.wanted) for row in rows] == [("0.75", 4.0, None), ("0.75", 0.5 / 0.75, None)]
+
+
+def test_floor_of_loading_reads_every_tensor(folder):
+    read: list[int] = []
+    loading.read_and_cast(folder, lambda tensor: read.append(2 * tensor.numel()))
+    assert models.weight_bytes(folder) - 10_000 <= sum(read) <= models.weight_bytes(folder)
+
+
+def test_import_seconds_counts_the_statements_only():
+    assert 0.2 <= loading.import_seconds("time.sleep(0.2)") < 1.2
+
+
+def test_anonymous_memory_is_read_from_a_status():
+    assert memory.anonymous("VmRSS:\t 99 kB\nRssAnon:\t    12 kB\nRssFile:\t 3 kB\n") == 12 * 1024
+    with pytest.raises(RuntimeError, match="no RssAnon"):
+        memory.anonymous("Name:\tzombie\n")
+
+
+@pytest.mark.slow
+def test_peak_of_a_fresh_process(folder):
+    saved = models.in_fp8(folder, models.SCALES_PER_TENSOR)
+    assert memory.peak("FP8 checkpoint", saved, models.SCALES_PER_TENSOR).peak > 50 * machine.MIB
+    found = memory.peak("FP8", folder, models.SCALES_PER_TENSOR)
+    assert 50 * machine.MIB < found.base < found.imports < found.peak < found.imports + 500 * machine.MIB

@@ -1,0 +1,48 @@
+"""A tokenizer of five words, and the batches that a dataset gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+from optimum_fp8 import FP8Config
+from optimum_fp8.calibration import check_dataset
+
+
+def _tokenizer(**special: str) -> PreTrainedTokenizerFast:
+    words = {word: number for number, word in enumerate(["<pad>", "<unk>", "a", "b", "c"])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **special)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return _tokenizer(pad_token="<pad>")
+
+
+@pytest.fixture(scope="session")
+def tokenizer_without_padding() -> PreTrainedTokenizerFast:
+    return _tokenizer()
+
+
+@pytest.fixture(scope="session")
+def load() -> Callable[..., list[Any]]:
+    """`load(dataset, name_or_path="", **keys)`: its batches, under a config with these keys."""
+
+    def load(dataset: Any, name_or_path: str = "", **keys: Any) -> list[Any]:
+        config = FP8Config(dataset=dataset, **keys)
+        return list(check_dataset(config.dataset).batches(config.dataset, config, name_or_path))
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def ids() -> Callable[[Any], list[Any]]:
+    return lambda batch: batch["input_ids"].tolist()

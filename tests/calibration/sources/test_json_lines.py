@@ -1,0 +1,36 @@
+"""Calibration data from a JSON-lines file."""
+
+import json
+
+import pytest
+
+from optimum_fp8.errors import FP8CalibrationError
+
+TEXTS = ["a b c", "b", "c c c c", "a"]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("column", ["text", "body"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".json"])
+def test_the_text_of_each_line(column, suffix, tmp_path, load, ids, tokenizer):
+    path = tmp_path / f"texts{suffix}"
+    path.write_text("\n\n".join(json.dumps({column: text, "label": 1}) for text in TEXTS) + "\n")
+    found = load(path, tokenizer=tokenizer, text_column=column)
+    assert [ids(batch) for batch in found] == [[[2, 3, 4]], [[3]], [[4, 4, 4, 4]], [[2]]]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"text": "a"}\n{"text"', "data.json, line 2 is not JSON"),
+        ('{"body": "a"}', r"line 1 has no text under 'text': set text_column to one of \['body'\]"),
+        ('["a"]', "line 1 has no text under 'text'"),
+        ('{"text": 3}', "line 1 has no text under 'text'"),
+        ('[\n  {"text": "a"}\n]', "data.json, line 1 is not JSON"),
+        (b'{"text": "\xff"}', "data.json' is not UTF-8 text"),
+    ],
+)
+def test_bad_lines_say_where(content, message, tmp_path, load, tokenizer):
+    (tmp_path / "data.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(FP8CalibrationError, match=message):
+        load(tmp_path / "data.json", tokenizer=tokenizer)

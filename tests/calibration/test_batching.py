@@ -1,0 +1,80 @@
+"""From samples to batches: tokenizing, padding, cutting, counting."""
+
+import pytest
+import torch
+
+from optimum_fp8.calibration import batch_size_of, groups
+from optimum_fp8.errors import FP8CalibrationError
+
+TEXTS = ["a b c", "b", "c c c c", "a"]
+
+
+@pytest.mark.parametrize("limit, tokens", [(1, [1, 1, 1, 1]), (3, [3, 1, 3, 1]), (100, [3, 1, 4, 1])])
+def test_max_seq_length(limit, tokens, load, tokenizer):
+    found = load(TEXTS, tokenizer=tokenizer, max_seq_length=limit)
+    assert [batch["input_ids"].shape[1] for batch in found] == tokens
+
+
+@pytest.mark.core
+def test_batches_are_padded_and_say_where(load, tokenizer):
+    first, second = load(TEXTS[:3], tokenizer=tokenizer, batch_size=2)
+    assert first["input_ids"].shape == (2, 3) and second["input_ids"].shape == (1, 4)
+    assert first["attention_mask"].sum(1).tolist() == [3, 1]
+
+
+def test_blank_texts_are_left_out(load, tokenizer):
+    assert len(load(["", "a b", "  \n"], tokenizer=tokenizer)) == 1
+
+
+def test_blank_texts_do_not_count_as_samples(load, ids, tokenizer):
+    found = load(["", "a", "", "b", "c"], tokenizer=tokenizer, num_calibration_samples=2)
+    assert [ids(batch) for batch in found] == [[[2]], [[3]]]
+
+
+def test_a_tokenizer_in_a_folder(tmp_path, load, ids, tokenizer):
+    tokenizer.save_pretrained(tmp_path)
+    assert ids(load(["a b"], tokenizer=str(tmp_path))[0]) == [[2, 3]]
+    assert ids(load(["a b"], str(tmp_path))[0]) == [[2, 3]], "or beside the model"
+
+
+def test_a_processor_tokenizes_where_there_is_no_tokenizer(load, ids, tokenizer):
+    assert ids(load(["a b"], processor=tokenizer)[0]) == [[2, 3]]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({}, "needs a tokenizer and the model has no path.*pass tokenizer="),
+        ({"tokenizer": "./nowhere"}, "no tokenizer at './nowhere'.*pass tokenizer="),
+    ],
+    ids=["none", "bad path"],
+)
+def test_no_tokenizer(options, message, load):
+    with pytest.raises(FP8CalibrationError, match=message):
+        load(["a"], **options)
+
+
+def test_a_tokenizer_that_cannot_pad(load, tokenizer_without_padding):
+    with pytest.raises(FP8CalibrationError, match="batch_size=2 needs padding, but the tokenizer has no pad_token"):
+        load(["a"], batch_size=2, tokenizer=tokenizer_without_padding)
+    assert len(load(["a"], batch_size=1, tokenizer=tokenizer_without_padding)) == 1
+
+
+def test_groups():
+    assert list(groups("abcde", 2)) == [["a", "b"], ["c", "d"], ["e"]] and list(groups("", 2)) == []
+
+
+@pytest.mark.parametrize(
+    "batch, size",
+    [
+        (torch.ones(3, 2), 3),
+        (torch.tensor(1.0), 1),
+        ({"x": torch.ones(4, 1)}, 4),
+        ({"use_cache": False, "x": torch.ones(4, 1)}, 4),
+        ((torch.ones(5, 1), torch.ones(5)), 5),
+        ([], 1),
+        ({}, 1),
+    ],
+)
+def test_size_of_a_batch(batch, size):
+    assert batch_size_of(batch) == size

@@ -1,0 +1,59 @@
+"""Memory while loading: the high-precision model is never whole in anonymous memory."""
+
+from __future__ import annotations
+
+import json
+
+import fresh
+import pytest
+import torch
+from hf.conftest import llama
+
+MIB = 2**20
+
+# Loads in a process of its own; a thread samples RssAnon, because file-backed pages of the checkpoint do not count.
+SCRIPT = """
+import json, sys, threading, time
+import torch, optimum_fp8
+from transformers import AutoModelForCausalLM
+from optimum_fp8 import FP8Config
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+def load(folder, method):
+    config = FP8Config(scale_method=method)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=config)
+
+load(sys.argv[2], sys.argv[3])  # imports and pools are there before the measurement starts
+before, peak, done = anonymous(), 0, threading.Event()
+
+def sample():
+    global peak
+    while not done.is_set():
+        peak = max(peak, anonymous())
+        time.sleep(0.001)
+
+sampler = threading.Thread(target=sample)
+sampler.start()
+model = load(sys.argv[1], sys.argv[3])
+done.set()
+sampler.join()
+size = sum(p.numel() * p.element_size() for p in model.parameters())
+print(json.dumps({"peak": peak - before, "model": size}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["maxabs_hw", "maxabs_pcs_pow2"])
+def test_peak_while_quantizing(save, method):
+    big = llama(hidden_size=1024, intermediate_size=3072, num_hidden_layers=7, num_attention_heads=8)
+    largest = 4 * max(parameter.numel() for parameter in big.parameters())
+    assert sum(parameter.numel() for parameter in big.parameters()) * 4 >= 300e6
+    folder, small = save(big, torch.float32), save(llama(), torch.float32, name="small")
+    del big
+    found = json.loads(fresh.TRANSFORMERS.run(SCRIPT, folder, small, method))
+    limit = found["model"] + largest + 100 * MIB
+    assert found["peak"] <= limit, f"peak {found['peak'] / MIB:.0f} MiB, limit {limit / MIB:.0f} MiB"
+    print(f"peak {found['peak'] / MIB:.0f} MiB, FP8 model {found['model'] / MIB:.0f} MiB, limit {limit / MIB:.0f} MiB")

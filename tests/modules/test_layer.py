@@ -1,0 +1,186 @@
+"""LayerHandler: what it refuses, what it keeps on disk, what it expects of a checkpoint, other targets, report rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from optimum_fp8 import FP8Config, convert, prepare
+from optimum_fp8.errors import FP8CheckpointError, FP8NotAvailableError, FP8ScaleError
+from optimum_fp8.formats import number_format
+from optimum_fp8.measure import Measurements
+from optimum_fp8.modules import FP8Linear, LayerHandler
+from optimum_fp8.modules.handler import Reason, Surroundings, Target
+from optimum_fp8.selection import scheme_for
+
+HANDLER = LayerHandler("mine", (nn.Linear,), FP8Linear, equivalents=("Equivalent",))
+
+
+class Other(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class Equivalent(nn.Linear):
+    def forward(self, x):
+        return super().forward(x)
+
+
+def scheme(**options):
+    return scheme_for(FP8Config(**{"target": "cpu", **options}))
+
+
+def target(module, measurements=None, **options):
+    ranges = (measurements or Measurements("")).at("a.b")
+    return Target("a.b", module, HANDLER, scheme(**options), ranges)
+
+
+def replaced(module):
+    module.forward = lambda x: x
+    return module
+
+
+def parametrized(module):
+    return nn.utils.parametrizations.weight_norm(module)
+
+
+def empty(module):
+    module.weight = nn.Parameter(torch.empty(3, 0))
+    return module
+
+
+def integers(module):
+    module.weight = nn.Parameter(torch.ones(3, 4, dtype=torch.int8), requires_grad=False)
+    return module
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    "module, text",
+    [
+        (nn.Linear(4, 3), None),
+        (Equivalent(4, 3), None),
+        (Other(4, 3), "Other has a forward of its own"),
+        (replaced(nn.Linear(4, 3)), "its forward was replaced"),
+        (parametrized(nn.Linear(4, 3)), "its weight is parametrized"),
+        (empty(nn.Linear(4, 3)), r"its weight is not a floating-point matrix ((3, 0), torch.float32)"),
+        (integers(nn.Linear(4, 3)), r"its weight is not a floating-point matrix ((3, 4), torch.int8)"),
+    ],
+)
+def test_what_it_refuses(module, text):
+    why = HANDLER.refusal(module, scheme(), Surroundings(nn.Sequential(module)))
+    assert (None if why is None else (why.reason, str(why))) == (text and (Reason.UNFIT, text))
+
+
+def test_names_of_its_classes():
+    assert (HANDLER.types, HANDLER.known_types) == (("Linear",), ("Linear", "Equivalent"))
+    assert HANDLER.matches(Other(2, 2)) and not HANDLER.matches(nn.Conv1d(2, 2, 1))
+
+
+@pytest.mark.parametrize(
+    "options, missing", [({}, True), ({"activation_scheme": "dynamic"}, False), ({"scale_method": "unit_scale"}, False)]
+)
+def test_only_static_scales_that_depend_on_data_need_ranges(options, missing):
+    measurements, module = Measurements(""), nn.Linear(4, 3)
+    why = HANDLER.missing(target(module, measurements, **options))
+    assert (why is not None and why.reason is Reason.NEVER_REACHED) is missing
+    measurements.observe("a.b", "weight", module.weight)
+    assert (HANDLER.missing(target(module, measurements, **options)) is not None) is missing, "a weight tells nothing"
+    measurements.observe("a.b", "input", torch.ones(1, 4))
+    assert HANDLER.missing(target(module, measurements, **options)) is None
+
+
+def test_a_weight_without_a_scale_is_named():
+    module = nn.Linear(4, 3)
+    with torch.no_grad():
+        module.weight[0, 0] = torch.inf
+
+    def quantize(parameter, weight, scheme):
+        raise FP8ScaleError("the weight holds NaN or Inf")
+
+    with pytest.raises(FP8ScaleError, match="^a.b: the weight holds"):
+        HANDLER.convert(target(module, activation_scheme="dynamic"), nn.Sequential(module), quantize)
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "scheme_name, names", [("static", {"weight_scale", "input_scale"}), ("dynamic", {"weight_scale"})]
+)
+def test_what_is_on_disk(scheme_name, names):
+    model = prepare(nn.Sequential(nn.Linear(4, 3)), FP8Config(activation_scheme=scheme_name))
+    model(torch.ones(1, 4))
+    convert(model)
+    assert set(HANDLER.state(model[0])) == {"weight", "bias", *names}
+
+
+def test_what_it_expects_of_a_checkpoint():
+    module = nn.Linear(4, 3, device="meta", dtype=torch.bfloat16)
+    made = HANDLER.expect(target(module), {"weight_scale": (1,), "input_scale": (1,)})
+    assert made.managed and made.name == "a.b" and made.weight.dtype == torch.float8_e4m3fn
+    assert made.input_scale.shape == (1,) and made.input_scale.is_meta
+    assert HANDLER.expect(target(module, activation_scheme="dynamic"), {"weight_scale": (1,)}).input_scale is None
+    plain = HANDLER.expect(target(module), None)
+    assert plain.weight.dtype == torch.float32, "in high precision it is quantized while it is loaded"
+
+
+# --- other targets ------------------------------------------------------------------------------------------------
+
+
+def converted(**options):
+    torch.manual_seed(0)
+    model = prepare(nn.Sequential(nn.Linear(64, 32)), FP8Config(target="cpu", weight_backoff=1.0, **options))
+    model(torch.randn(4, 64))
+    return convert(model)[0]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    "options", [{}, {"activation_scheme": "dynamic"}, {"scale_method": "maxabs_pcs_pow2"}], ids=str
+)
+def test_fitted_to_a_smaller_full_scale_values_stay(options):
+    module = converted(**options)
+    before, scales = module.dequantized_weight(torch.float32), {k: v.clone() for k, v in module.scales().items()}
+    HANDLER.fit("a.b", module, number_format("E4M3", "cpu"), number_format("E4M3", "gaudi2"))
+    assert module.weight.float().abs().max() <= 240 and module.weight.dtype == torch.float8_e4m3fn
+    assert {name: scale.tolist() for name, scale in module.scales().items()} == {
+        name: (2 * scale).tolist() for name, scale in scales.items()
+    }
+    assert ((module.dequantized_weight(torch.float32) - before).abs() <= module.weight_scale * 2**-9).all()
+
+
+@pytest.mark.parametrize("to", ["gaudi3", "cuda", "cpu"])
+def test_where_the_full_scale_is_no_smaller_nothing_changes(to):
+    module = converted()
+    before = module.weight
+    HANDLER.fit("a.b", module, number_format("E4M3", "cpu"), number_format("E4M3", to))
+    assert module.weight is before
+
+
+def test_codes_that_were_not_made_for_gaudi2_are_refused():
+    module, gaudi2 = converted(), number_format("E4M3", "gaudi2")
+    assert module.weight.float().abs().max() > 240
+    with pytest.raises(
+        FP8CheckpointError, match=r"^a\.b\.weight holds codes up to \d+, but gaudi2 reads those above 240"
+    ):
+        HANDLER.fit("a.b", module, gaudi2, gaudi2)
+
+
+def test_offloaded_codes_cannot_be_changed():
+    module = converted().to("meta")
+    with pytest.raises(FP8NotAvailableError, match="^a.b: changing the target to gaudi2 cannot be offloaded"):
+        HANDLER.fit("a.b", module, number_format("E4M3", "cpu"), number_format("E4M3", "gaudi2"))
+
+
+# --- the report ---------------------------------------------------------------------------------------------------
+
+
+def test_a_row_says_how_it_is_scaled_and_what_it_ran_on():
+    module = converted()
+    module(torch.ones(1, 64))
+    row = HANDLER.row(module)
+    assert row.activations == "static" and row.record is module.record and sum(row.record.kernels.values()) == 1
+    assert set(row.scales) == {"weight_scale", "input_scale"}
+    assert HANDLER.row(nn.Linear(2, 2)) is None

@@ -1,0 +1,92 @@
+/* Matrix products, fuzzed: random shapes, strides, scales and biases, against loops in double precision. Part of
+ * native_fuzz.c, whose random operands and number formats it uses. */
+
+typedef struct {
+    double product, bound; /* of one element of y: before the bias, scaled, and what float32 sums may lose */
+} dot;
+
+static dot dot_of(const fp8cpu_linear_args *a, int64_t m, int64_t n) {
+    const int64_t across = (a->k + BLOCK - 1) / BLOCK;
+    const float of_x = a->x_scale ? float_at((const char *)a->x_scale, m * a->x_scale_step) : 1.0f;
+    const float of_w = a->block ? 1.0f : float_at((const char *)a->w_scale, n * a->w_scale_step);
+    double sum = 0, magnitudes = 0;
+    for (int64_t k = 0; k < a->k; k++) {
+        double x = value_at((const char *)a->x, m * a->x_stride + k, a->x_type);
+        if (a->x_scale)
+            x = value_of_code(code_of_value((float)x * (1.0f / of_x), a->full_scale, a->w_format), a->w_format);
+        double w = value_of_code(((const uint8_t *)a->w)[n * a->k + k], a->w_format);
+        if (a->block) w = (float)w * float_at((const char *)a->w_scale, n / BLOCK * across + k / BLOCK);
+        sum += x * w;
+        magnitudes += fabs(x * w);
+    }
+    const double scale = of_x * of_w;
+    /* The last term: where pairs of bfloat16 are multiplied, what is below the smallest normal number is lost. */
+    return (dot){sum * scale, magnitudes * scale * (double)(a->k + 8) * 0x1p-24 + (double)(a->k + 8) * 0x1p-110 * scale};
+}
+
+static void check_linear(const fp8cpu_linear_args *a) {
+    for (int64_t m = 0; m < a->m; m++)
+        for (int64_t n = 0; n < a->n; n++) {
+            const dot d = dot_of(a, m, n);
+            const double got = value_at((const char *)a->y, m * a->y_stride + n, a->x_type);
+            double expected = d.product, bound = d.bound;
+            if (a->bias) {
+                const double bias = value_at((const char *)a->bias, n, a->bias_type);
+                /* Gaudi's arithmetic rounds product and bias to the output's type before it adds them. */
+                if (a->round_before_bias) {
+                    bound += step_at(fabs(d.product) + bound, a->x_type) / 2 + step_at(bias, a->x_type) / 2;
+                    bound += (fabs(d.product) + fabs(bias)) * 0x1p-22;
+                }
+                expected += bias;
+                bound += fabs(expected) * 0x1p-23;
+            }
+            if (isnan(expected) ? !isnan(got) : isinf(expected) && got != expected)
+                FAIL("y[%lld, %lld] is %g, not %g", (long long)m, (long long)n, got, expected);
+            if (!isfinite(expected) || fabs(expected) + bound >= largest_of(a->x_type)) continue;
+            bound += step_at(fabs(expected) + bound, a->x_type) / 2;
+            if (!(fabs(got - expected) <= bound))
+                FAIL("y[%lld, %lld] is %.9g, not %.9g +- %.3g, of %lld x %lld x %lld", (long long)m, (long long)n, got,
+                     expected, bound, (long long)a->m, (long long)a->n, (long long)a->k);
+        }
+}
+
+static void fuzz_linear(int64_t variant) {
+    static const int64_t edges[] = {1, 4, 5, 8, 9, 12, 13, 24, 25, 6, 7, 32, 33};
+    fp8cpu_linear_args a = {.variant = variant, .threads = 1 + below(2)};
+    const int many = chance(100), any_bits = chance(8);
+    a.m = many ? 505 + below(30) : chance(2) ? edges[below(13)] : below(50);
+    a.n = many ? 1 + below(40) : size_up_to(chance(8) ? 300 : 70);
+    a.k = 1 + size_up_to(many ? 60 : chance(8) ? (a.m < 9 ? 4500 : 1100) : 300);
+    a.x_type = below(3);
+    a.x_stride = a.k + (chance(2) ? below(5) : 0);
+    a.y_stride = a.n + (chance(2) ? below(5) : 0);
+    a.w_format = below(2);
+    a.full_scale = a.w_format == FP8CPU_E5M2 ? 57344.0 : chance(2) ? 448.0 : 240.0;
+    const int scaling = (int)below(3), size = (int)size_of(a.x_type);
+    a.w_scale_step = scaling == 1;
+    a.block = scaling == 2 ? BLOCK : 0;
+    const int64_t blocks = (a.n + BLOCK - 1) / BLOCK * ((a.k + BLOCK - 1) / BLOCK);
+    const int64_t scales = scaling == 0 ? 1 : scaling == 1 ? a.n : blocks;
+    const int64_t x_count = a.m ? (a.m - 1) * a.x_stride + a.k : 0;
+    const int64_t y_count = a.m && a.n ? (a.m - 1) * a.y_stride + a.n : 0;
+    buffer x = new_buffer(x_count * size, size), y = new_buffer(y_count * size, size);
+    buffer w = new_buffer(a.n * a.k, 1), w_scale = new_buffer(4 * scales, 4);
+    fill_values(x.data, x_count, a.x_type, any_bits);
+    fill_codes((uint8_t *)w.data, a.n * a.k, a.w_format, !chance(8));
+    fill_scales(w_scale.data, scales, 1);
+    memset(y.data, 0xFF, (size_t)(y_count * size));
+    a.x_scale_step = chance(2);
+    buffer x_scale = new_buffer(4 * (a.x_scale_step ? a.m : 1), 4);
+    fill_scales(x_scale.data, a.x_scale_step ? a.m : 1, 1);
+    a.bias_type = below(3);
+    buffer bias = new_buffer(a.n * size_of(a.bias_type), size_of(a.bias_type));
+    fill_values(bias.data, a.n, a.bias_type, 0);
+    a.x = (int64_t)x.data, a.w = (int64_t)w.data, a.w_scale = (int64_t)w_scale.data, a.y = (int64_t)y.data;
+    if (chance(2)) a.x_scale = (int64_t)x_scale.data;
+    if (chance(2)) a.bias = (int64_t)bias.data;
+    a.round_before_bias = chance(2);
+    const int status = fp8cpu_linear(&a, 1);
+    if (status != FP8CPU_OK) FAIL("linear answered %d", status);
+    if (!any_bits) check_linear(&a); /* sums of arbitrary floats overflow in an order of their own: memory is what counts */
+    free(x.base), free(y.base), free(w.base), free(w_scale.base), free(x_scale.base), free(bias.base);
+}
