@@ -145,3 +145,13 @@ def test_a_measuring_config_still_makes_one_whole_run(tmp_path, run):
         "--model", TINY_LM, "--config", config, "--output", tmp_path / "fp8", "--dataset", dataset
     )  # fmt: skip
     assert status == 0, err
+
+
+def test_the_summary_names_every_format_and_scheme_of_activations(run, tmp_path):
+    overrides = {r"mlp\.up_proj$": {"fp8_config": "E5M2", "activation_scheme": "weight_only"}}
+    options = ("--activation-scheme", "dynamic", "--target", "cpu", "--overrides", json.dumps(overrides))
+    status, out, err = run("--model", TINY_LM, "--output", tmp_path / "fp8", *options)
+    assert status == 0, err
+    lines = {line.split("  ")[0].strip(): line for line in out.splitlines()}
+    assert "E4M3 for cpu, E5M2 for cpu" in lines["format"]
+    assert "dynamic, weight_only" in lines["activations"]

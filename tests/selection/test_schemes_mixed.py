@@ -331,6 +331,10 @@ def test_attention_differs_by_layer_and_stays_so_on_disk(folder, tmp_path, case)
         rows[f"model.layers.{i}.self_attn"].quantized if f"model.layers.{i}.self_attn" in rows else False
         for i in (0, 1)
     ] == [bool(each) for each in SCALES[case]]
+    if case == "each its own":
+        assert rows["model.layers.0.self_attn"].scheme.startswith("E5M2 on cpu, operands static per head")
+        assert rows["model.layers.1.self_attn"].scheme.startswith("E4M3 on cpu, operands dynamic")
+        assert all(rows[name].scheme in str(quantization_report(model)) for name in rows)
     model.save_pretrained(tmp_path / "fp8")
     assert_same(load(tmp_path / "fp8"), model)
 
