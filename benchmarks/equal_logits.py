@@ -226,7 +226,7 @@ def outputs(model: Any, subject: Subject, generates: bool) -> Digests:
 
 def state(model: Any) -> Digests:
     """Digests of scales and FP8 weights, by the last part of their names: where a module keeps them may change."""
-    tensors = [(key.rpartition(".")[2], value) for key, value in model.state_dict().items()]
+    tensors = [(name.rpartition(".")[2], value) for name, value in (*model.named_parameters(), *model.named_buffers())]
     codes = [(name, value) for name, value in tensors if value.is_floating_point() and value.element_size() == 1]
     return {"scales": digest((name, value) for name, value in tensors if "scale" in name), "weights": digest(codes)}
 

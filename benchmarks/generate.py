@@ -40,7 +40,7 @@ def linear_weights(model: Any) -> list[torch.Tensor]:
     """What a step reads: the weights of all FP8 modules."""
     from optimum_fp8.modules import fp8_modules
 
-    return [module.weight.data for module in fp8_modules(model).values()]
+    return [module.codes.data for module in fp8_modules(model).values()]
 
 
 def kernels(model: Any) -> str:

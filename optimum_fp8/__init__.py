@@ -15,6 +15,7 @@ from . import hf
 if TYPE_CHECKING:
     from . import ops, scales
     from .calibration import calibrate
+    from .checkpoint import load, save
     from .config import FP8Config
     from .errors import (
         FP8CalibrationError,
@@ -51,9 +52,11 @@ __all__ = [
     "convert",
     "dequantize",
     "finalize_calibration",
+    "load",
     "ops",
     "prepare",
     "quantization_report",
+    "save",
     "scales",
 ]
 
@@ -67,8 +70,10 @@ _HOMES = {
     "convert": "quantize",
     "dequantize": "quantize",
     "finalize_calibration": "quantize",
+    "load": "checkpoint",
     "prepare": "quantize",
     "quantization_report": "report",
+    "save": "checkpoint",
 }
 
 hf.register()

@@ -22,6 +22,7 @@ from .errors import FP8ConfigError, nearest
 TARGETS = ("gaudi2", "gaudi3", "cuda", "cpu")
 GAUDI_TARGETS = ("gaudi2", "gaudi3")
 FP8_DTYPES = {"E4M3": torch.float8_e4m3fn, "E5M2": torch.float8_e5m2}
+_LAST_FINITE = {torch.float8_e4m3fn: 0x7E, torch.float8_e5m2: 0x7B}
 HP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # 1/s is taken in float32 and must be finite and normal: these are the outermost usable exponents.
@@ -102,6 +103,19 @@ def hp_torch_dtype(hp_dtype: str) -> torch.dtype:
 def is_fp8(dtype: torch.dtype) -> bool:
     """Whether `dtype` is one of the two FP8 dtypes in use."""
     return dtype in FP8_DTYPES.values()
+
+
+def holds_codes(dtype: torch.dtype) -> bool:
+    """Whether tensors of `dtype` are codes of some quantization, which mean nothing without their scale."""
+    return not dtype.is_complex and dtype != torch.bool and (not dtype.is_floating_point or dtype.itemsize < 2)
+
+
+def not_finite(codes: torch.Tensor) -> bool:
+    """Whether FP8 codes hold NaN or Inf, which no cast emits; nothing of their size is allocated. On meta: no."""
+    if codes.is_meta or not codes.numel():
+        return False
+    last = _LAST_FINITE[codes.dtype]
+    return int(codes.view(torch.int8).amax()) > last or int(codes.view(torch.uint8).amax()) > last + 0x80
 
 
 def detect_target() -> str:

@@ -5,22 +5,23 @@
 
 from __future__ import annotations
 
-import transformers
+import torch
 from torch import nn
 
 from .config import FP8Config
 from .errors import FP8StateError
-from .hf.attach import attach_quantizer
+from .hf.attach import attach_quantizer, detach_quantizers
 from .lifecycle import (
     Phase,
     convert_with,
-    dequantize,
     finalize_calibration,
     prepare,
     refuse_second_time,
     state_of,
     unmeasured_state,
+    unwrapped,
 )
+from .lifecycle import dequantize as restore
 
 __all__ = ["convert", "dequantize", "finalize_calibration", "prepare"]
 
@@ -47,6 +48,7 @@ def convert(model: nn.Module, config: FP8Config | None = None) -> nn.Module:
             measurements of another model.
         FP8ScaleError: a weight that has no sound scale.
     """
+    given, model = model, unwrapped(model)
     state = state_of(model) if isinstance(model, nn.Module) else None
     if state is None or state.phase is Phase.CONVERTED:
         refuse_second_time(model, "convert", config)
@@ -55,5 +57,26 @@ def convert(model: nn.Module, config: FP8Config | None = None) -> nn.Module:
         state = unmeasured_state(model, config)
     elif config is not None and config != state.config:
         raise FP8StateError("convert: this model was prepared with another config: leave the argument out")
-    convert_with(model, state, attach_quantizer if isinstance(model, transformers.PreTrainedModel) else None)
+    convert_with(model, state, attach_quantizer)
+    return given
+
+
+def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Put modules of the original classes, with dequantized weights, in place of the FP8 modules of `model`.
+
+    A transformers model is then as one that was loaded in high precision: it can be trained, and saved without a trace
+    of FP8. (They have this as `model.dequantize()`, too.)
+
+    Args:
+        model: a converted model, or one in measuring state.
+        dtype: of the weights; by default the one they had.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        FP8NotAvailableError: some weights are offloaded.
+    """
+    restore(model, dtype)
+    detach_quantizers(unwrapped(model))
     return model

@@ -1,6 +1,9 @@
-"""What holds for every test: one process a core, a fixed seed, and no skip but for absent hardware."""
+"""What holds for every test: one process a core, a fixed seed, no skip but for absent hardware, nothing deprecated."""
 
+import logging
 import os
+import re
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 
@@ -22,6 +25,33 @@ hypothesis.settings.load_profile("reproducible")
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+class DeprecationsRaise(logging.Handler):
+    """Turns into an error what transformers logs of things that it will take away, where the package uses them."""
+
+    SAID = re.compile(r"deprecat|will be removed|in (a )?future", re.IGNORECASE)
+    LIBRARIES = {*sys.stdlib_module_names, "transformers", "torch", "accelerate", __name__.partition(".")[0]}
+    APART_FROM = "optimum_fp8.calibration.decode"  # looks for the cache of an output by both of its names
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING and self.SAID.search(record.getMessage()):
+            user = self._user()
+            if user.startswith("optimum_fp8") and user != self.APART_FROM:
+                raise FutureWarning(f"{user}: {record.getMessage()}")
+
+    def _user(self) -> str:
+        """The module that called the library."""
+        frame = sys._getframe()
+        while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in self.LIBRARIES:
+            frame = frame.f_back
+        return frame.f_globals.get("__name__", "")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    logging.getLogger("transformers").addHandler(DeprecationsRaise())
+    for category in ("FutureWarning", "DeprecationWarning"):  # what its decorators say
+        config.addinivalue_line("filterwarnings", f"error::{category}:optimum_fp8.*")
 
 
 def absent(item: pytest.Item) -> list[str]:

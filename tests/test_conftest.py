@@ -1,4 +1,4 @@
-"""The rule of conftest.py on skips, tried on a small test suite of its own."""
+"""The rules of conftest.py on skips and on what is deprecated, tried on small test suites of their own."""
 
 import re
 import shutil
@@ -75,3 +75,42 @@ def test_only_absent_hardware_may_skip(suite, workers, outcome):
 def test_absent_hardware_alone_is_green(suite):
     green = fresh.TORCH.try_to_run(PYTEST, "test_suite.py", "-k", "runs or hardware", folder=suite)
     assert green.returncode == 0, green.stdout
+
+
+DEPRECATED = """
+import logging, warnings
+
+LOGGED = "logging.getLogger('transformers.models').warning('`old` is deprecated. Use `new` instead.')"
+LATER = "logging.getLogger('transformers').warning('`old` will be removed in v9.')"
+WARNED = "warnings.warn('old', FutureWarning)"
+OTHER = "logging.getLogger('transformers').warning('read this')"
+THEIRS = "logging.getLogger('others').warning('`old` is deprecated')"
+
+def run(code, module="optimum_fp8.hf"):
+    exec(code, {"__name__": module, "logging": logging, "warnings": warnings})
+
+def test_logged(): run(LOGGED)
+def test_logged_in_transformers():
+    inside = {"__name__": "transformers.models", "logging": logging}
+    exec("exec(LOGGED, inside)", {"__name__": "optimum_fp8.hf", "LOGGED": LOGGED, "inside": inside})
+def test_logged_for_later(): run(LATER)
+def test_warned(): run(WARNED)
+def test_other_logs(): run(OTHER)
+def test_logged_by_others(): run(THEIRS)
+def test_logged_for_a_test(): run(LOGGED, "test_something")
+"""
+
+
+def test_what_transformers_calls_deprecated_is_an_error(suite):
+    (suite / "test_suite.py").write_text(DEPRECATED)
+    run = fresh.TORCH.try_to_run(PYTEST, "test_suite.py", folder=suite).stdout.partition("short test summary")[0]
+    outcomes = {found[1]: found[2] for found in re.finditer(r"::(test_\w+) ([A-Z]+)", run)}
+    assert outcomes == {
+        "test_logged": "FAILED",
+        "test_logged_in_transformers": "FAILED",
+        "test_logged_for_later": "FAILED",
+        "test_warned": "FAILED",
+        "test_other_logs": "PASSED",
+        "test_logged_by_others": "PASSED",
+        "test_logged_for_a_test": "PASSED",
+    }

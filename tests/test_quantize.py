@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from optimum_fp8 import FP8Config, Measurements, convert, finalize_calibration, prepare, quantization_report
 from optimum_fp8.errors import FP8MeasurementError, FP8ScaleError, FP8SelectionError, FP8StateError
 from optimum_fp8.lifecycle.state import state_of
-from optimum_fp8.modules import FP8Conv2d, FP8Linear, fp8_modules
+from optimum_fp8.modules import FP8Conv1D, FP8Conv2d, FP8Linear, fp8_modules
 
 STATIC = {"activation_scheme": "static", "target": "cpu"}
 
@@ -58,7 +58,7 @@ def test_prepare_loop_convert(finalize, config):
         finalize_calibration(model)
     assert convert(model) is model
     assert {name: type(module) for name, module in fp8_modules(model).items()} == {
-        "0": FP8Conv2d, "3": FP8Linear, "5": FP8Linear
+        "0": FP8Conv2d, "3": FP8Linear, "5": FP8Conv1D
     }  # fmt: skip
     assert {module.activations for module in fp8_modules(model).values()} == {"static"}
     y = model(x)

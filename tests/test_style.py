@@ -141,7 +141,9 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
 
 TESTS = Path(__file__).parent
 # Tests of the repository rather than of a file: what is said in it, how it is packed, and the tests' own tools.
-OF_THE_REPOSITORY = {"test_conftest.py", "test_docs.py", "test_fresh.py", "test_packaging.py", "test_style.py"}
+OF_THE_REPOSITORY = {
+    *("test_conftest.py", "test_docs.py", "test_fresh.py", "test_packaging.py", "test_promises.py", "test_style.py"),
+}
 
 
 def is_named_after_a_file(path: Path, modules: Iterable[str]) -> bool:

@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
     for model, name, _ in rows[:2]:
         text = tokenizer.decode(model.generate(prompt, max_new_tokens=24, do_sample=False)[0])
         print(f"\n{name} writes:\n{text}")
-    print(f"\n{str(quantization_report(rows[1][0])).splitlines()[-1]}")
+    print(f"\n{str(quantization_report(rows[1][0])).splitlines()[0]}")
     check_round_trip(rows[1][0], ids[:2])
 
 

@@ -14,15 +14,15 @@ from torch import nn
 from transformers.utils import output_capturing
 
 from .. import ops
-from ..cache.fp8_tensor import FP8Tensor
-from ..errors import FP8NotAvailableError, FP8StateError
-from ..scales import Scheme
+from ..errors import FP8Error, FP8NotAvailableError, FP8StateError
+from ..ops.fp8_tensor import FP8Tensor
+from ..scales import Scheme, inf_as_nan
 from .plan import AttentionPlan, plan_of
 from .scale_module import scale_of
 
 NAME = "optimum_fp8"
 # Arguments that choose among the keys, which no kernel here does.
-_SPARSE = ("indices", "block_indices")
+SELECTING = ("indices", "block_indices")
 
 
 def attention_forward(
@@ -74,7 +74,7 @@ def attention_forward(
             )
         wanted = _weights_wanted(module, kwargs)
         return _in_fp8(module, plan, query, key, value, attention_mask, scaling, softcap or 0.0, sinks, wanted)
-    key, value = (x.dequantize() if isinstance(x, FP8Tensor) else x for x in (key, value))
+    key, value = values_of(key), values_of(value)
     dropout = dropout if module.training else 0.0
     output, weights = in_high_precision(query, key, value, attention_mask, scaling, dropout, softcap, sinks)
     if plan is not None and plan.observe is not None:
@@ -122,7 +122,7 @@ def _in_fp8(
     sinks: torch.Tensor | None,
     weights_wanted: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    scheme = plan.scheme
+    scheme, given = plan.scheme, (query, key, value)
     assert scheme is not None
     (query, q_scale), (key, k_scale), (value, v_scale) = (
         _operand(module, f"{name}_scale", x, scheme) for name, x in (("q", query), ("k", key), ("v", value))
@@ -141,8 +141,16 @@ def _in_fp8(
     try:
         output = ops.attention(query, key, value, q_scale, k_scale, v_scale, p_scale, output_scale, mask, **options)
     except RuntimeError as error:
-        _refuse_shapes(module, query, key, value, mask, error)
-        raise
+        if isinstance(error, FP8Error):
+            raise
+        try:
+            query, key, value = map(values_of, given)
+            found = in_high_precision(query, key, value, mask, scaling, softcap=softcap, sinks=sinks)
+        except (RuntimeError, IndexError, ValueError):
+            _refuse_shapes(module, query, key, value, mask, error)
+            raise error from None
+        ops.note_fallback(plan.record, "attention", str(error).partition("\n")[0])
+        return found
     if not weights_wanted:
         return output, None
     ops.note_fallback(plan.record, "attention", "output_attentions: the probabilities were computed a second time")
@@ -156,11 +164,16 @@ def _operand(module: nn.Module, name: str, x: torch.Tensor, scheme: Scheme) -> t
     if not scheme.rounds_attention:
         return x, None
     if not scheme.is_static:
-        return x, scheme.dynamic_scale(x, scheme.operands)
+        return inf_as_nan(x), scheme.dynamic_scale(x, scheme.operands)
     scale = scale_of(module, name)
     if scale is None:
         raise FP8StateError(f"{_named(module)}: there is no {name}: convert the model again, with calibration data")
     return x, scale
+
+
+def values_of(x: torch.Tensor) -> torch.Tensor:
+    """An ordinary tensor of the same values."""
+    return x.dequantize() if isinstance(x, FP8Tensor) else x
 
 
 def _additive(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
@@ -213,7 +226,7 @@ def _refuse_shapes(
 
 
 def _refuse_sparse(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    for name in _SPARSE:
+    for name in SELECTING:
         if kwargs.get(name) is not None:
             raise FP8NotAvailableError(
                 f"{_named(module)} passes {name!r}, which select the keys to attend to; optimum_fp8 attends to "

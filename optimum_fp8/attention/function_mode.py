@@ -20,8 +20,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from .. import ops
-from ..cache.fp8_tensor import FP8Tensor
-from ..scales import Scheme
+from ..errors import FP8Error
+from ..ops.fp8_tensor import FP8Tensor
+from ..scales import Scheme, inf_as_nan
 from .plan import AttentionPlan, plan_of
 from .scale_module import scale_of
 
@@ -58,6 +59,8 @@ def _leave(module: nn.Module, args: Any, output: Any) -> None:
 class AttentionMode(TorchFunctionMode):
     """The mode of torch functions while one attention module runs: its products are observed, or computed in FP8."""
 
+    sees_operators = False  # those of optimum_fp8 may take their short way
+
     def __init__(self, module: nn.Module, plan: AttentionPlan):
         super().__init__()
         self.module, self.plan = module, plan
@@ -86,7 +89,7 @@ class AttentionMode(TorchFunctionMode):
             if kwargs:
                 ops.note_fallback(self.plan.record, "matmul", f"{', '.join(names)}: called with {', '.join(kwargs)}")
                 return compute()
-            found = self._rounded_product(names, a, b, self.plan.scheme)
+            found = self._attempt("matmul", partial(self._rounded_product, names, a, b, self.plan.scheme))
             if found is not None:
                 return found
         return compute()
@@ -116,7 +119,7 @@ class AttentionMode(TorchFunctionMode):
         if self.plan.observe is not None:
             self._observe(names, batch1, batch2)
         elif self.plan.scheme is not None:
-            found = self._rounded_product(names, batch1, batch2, self.plan.scheme)
+            found = self._attempt("matmul", partial(self._rounded_product, names, batch1, batch2, self.plan.scheme))
             if found is not None:
                 return alpha * found + (beta * added if beta else 0)
         return compute()
@@ -149,7 +152,19 @@ class AttentionMode(TorchFunctionMode):
         values = [name for name, x in operands if not isinstance(x, FP8Tensor)]
         if self._unseen("attention", values, plan.scheme) and not cached:
             return compute()
-        return self._rounded_attention(query, key, value, attn_mask, is_causal, scale, plan.scheme)
+        rounded = partial(self._rounded_attention, query, key, value, attn_mask, is_causal, scale, plan.scheme)
+        found = self._attempt("attention", rounded)
+        return compute() if found is None else found
+
+    def _attempt(self, op: str, rounded: Callable[[], torch.Tensor | None]) -> torch.Tensor | None:
+        """What our operator computes; None where it does not take what torch's may, which the report tells."""
+        try:
+            return rounded()
+        except RuntimeError as error:
+            if isinstance(error, FP8Error):
+                raise
+            ops.note_fallback(self.plan.record, op, str(error).partition("\n")[0])
+            return None
 
     def _rounded_attention(
         self,
@@ -199,7 +214,7 @@ class AttentionMode(TorchFunctionMode):
         assert self.plan.observe is not None
         for name, x in zip(names, (a, b), strict=True):
             if _fits(x):
-                self.plan.observe(name, x)
+                self.plan.observe(name, x.mT if name.startswith("k") else x)  # the tokens of all are rows
 
     def _rounded_product(self, names: tuple[str, str], a: Any, b: Any, scheme: Scheme) -> torch.Tensor | None:
         """The product of rounded operands, or with the codes of a cache; None where torch is to compute it."""
@@ -250,7 +265,7 @@ class AttentionMode(TorchFunctionMode):
         if scheme.is_static:
             return x, scale_of(self.module, f"{name}_scale")
         rule = scheme.operands
-        return x, scheme.dynamic_scale(x.mT, rule).mT if columns else scheme.dynamic_scale(x, rule)
+        return inf_as_nan(x), scheme.dynamic_scale(x.mT, rule).mT if columns else scheme.dynamic_scale(x, rule)
 
 
 def _values(x: torch.Tensor) -> torch.Tensor:

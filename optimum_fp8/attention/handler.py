@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from .. import ops
@@ -21,6 +22,8 @@ from .detect import Kind, attention_kind, attention_modules
 from .plan import AttentionPlan, plan_of, set_plan
 from .scale_module import CHILD, scales_of, set_scales
 
+_BY_HEAD = ("q_scale", "k_scale", "v_scale", "input_scale")
+_UNSEEN = "unseen"  # measured of modules that ran, and did not compute attention in a way that is observed
 P_MAXABS = 1.0  # a softmax's output is never larger: its range needs no data
 
 
@@ -34,16 +37,15 @@ def _check_caches(targets: Iterable[Target]) -> None:
     if wanting and not any(target.handler.written in target.ranges.kinds for target in wanting):  # type: ignore[attr-defined]
         raise FP8MeasurementError(
             "kv_cache=True, but calibration wrote nothing to a cache: calibrate with use_cache=True, or leave "
-            "kv_cache out for a model that has no cache"
+            "kv_cache out for a model that has no cache (a file of INC's: put KVCache on its blocklist)"
         )
 
 
 ATTENTION = Family(
     "attention",
     "attention modules",
-    "calibrate with data that reaches them, put them on the blocklist, or set ignore_modules_wo_measures=True; modules "
-    "that multiply in a way that is not observed, as einsum, are never reached; measurements made without "
-    "attention=True or kv_cache=True do not hold their ranges",
+    "calibrate with data that reaches them, put them on the blocklist, or set ignore_modules_wo_measures=True; "
+    "measurements made without attention=True or kv_cache=True do not hold their ranges",
     keys="attention and kv_cache",
     replaced=False,
     check=_check_caches,
@@ -80,6 +82,11 @@ class AttentionHandler(ModuleHandler):
             return None
         return Why(Reason.UNFIT, "it writes to no cache")
 
+    def limit(self, module: Any, scheme: Scheme, around: Surroundings) -> tuple[dict[str, Any], str]:
+        if scheme.caches and around.implied and not _may_cache(around.model):
+            return {"caches": False}, "" if scheme.rounds_attention else "the model does not generate: it has no cache"
+        return {}, ""
+
     # --- what each way answers for itself -------------------------------------------------------------------------
 
     def reads_cache(self, module: Any, model: nn.Module) -> bool:
@@ -97,6 +104,11 @@ class AttentionHandler(ModuleHandler):
     def expected(self, scheme: Scheme) -> tuple[str, ...]:
         """Names of the scales that a module's operators cannot do without."""
         raise NotImplementedError
+
+    def may_have(self, name: str, scheme: Scheme) -> bool:
+        """Whether a module may have a scale called `name` besides those expected."""
+        caches = scheme.caches and scheme.is_static and self.writes
+        return caches and name in ("k_scale", "v_scale", "k_cache_scale", "v_cache_scale")
 
     def enter(self, module: Any) -> None:
         """Have a module ask its plan at each call."""
@@ -117,15 +129,18 @@ class AttentionHandler(ModuleHandler):
         if not target.scheme.needs_ranges:
             return
         observe = observers.observe_per_head if self.per_head else observers.observe
-        self.follow(target.module, AttentionPlan(observe=partial(observe, target.name), name=target.name))
+        rounds = target.scheme.rounds_attention
+        plan = AttentionPlan(observe=partial(observe, target.name), name=target.name, rounds=rounds)
+        self.follow(target.module, plan)
         observers.add(_MeasuringPlan(self, target.module))
+        observers.add(target.module.register_forward_hook(partial(_note_unseen, observers, target)))
         if target.scheme.caches and self.writes:
             observers.add(observe_caches({target.name: target.module}, partial(_observe_cached, observers)))
 
     def missing(self, target: Target) -> Why | None:
         tells = self.tells(target.scheme) if target.scheme.needs_ranges else ()
         if tells and not target.ranges.kinds.intersection(tells):
-            return Why(Reason.NEVER_REACHED)
+            return Why(Reason.NOT_SEEN if _UNSEEN in target.ranges.kinds else Reason.NEVER_REACHED)
         return None
 
     def convert(self, target: Target, model: nn.Module, quantize: Quantize) -> Conversion:
@@ -159,12 +174,18 @@ class AttentionHandler(ModuleHandler):
     def expect(self, target: Target, saved: Mapping[str, tuple[int, ...]] | None) -> nn.Module | None:
         if saved is None:
             return None
-        shapes = dict.fromkeys(self.expected(target.scheme), (1,)) | dict(saved)
+        expected, by_head = self.expected(target.scheme), isinstance(target.scheme.operands.granularity, PerHead)
+        shapes = dict.fromkeys(expected, (1,)) | dict(saved)
         for name, shape in shapes.items():
-            if shape != (1,) and shape[1:] != (1, 1):
+            if name not in expected and not self.may_have(name, target.scheme):
                 raise FP8CheckpointError(
-                    f"{target.name}.{CHILD}.{name} has shape {tuple(shape)} in the checkpoint, expected (1,) or "
-                    "(heads, 1, 1): it was not saved so"
+                    f"{target.name}.{CHILD}.{name} is in the checkpoint, but its configuration has no such scale "
+                    f"({target.scheme.of_attention}): the checkpoint was edited or mixed from others, save it again"
+                )
+            if shape != (1,) and not (by_head and name in _BY_HEAD and shape[1:] == (1, 1)):
+                raise FP8CheckpointError(
+                    f"{target.name}.{CHILD}.{name} has shape {tuple(shape)} in the checkpoint, expected (1,)"
+                    f"{' or (heads, 1, 1)' if by_head and name in _BY_HEAD else ''}: it was not saved so"
                 )
         set_scales(target.module, {name: torch.full(shape, torch.nan, device="meta") for name, shape in shapes.items()})
         return None
@@ -194,9 +215,11 @@ class AttentionHandler(ModuleHandler):
         if plan is None or plan.scheme is None:
             return None
         scheme, caches = plan.scheme, cache_record(module)
+        if self.bypassed(module):
+            scheme = replace(scheme, rounds_attention=False)
         activations = "static" if scheme.is_static else "dynamic"
         if not scheme.rounds_attention:
-            activations = "cache only"
+            activations = "cache only" if scheme.caches else ""
         scales, refused = scales_of(module), dict(caches.refused)
         return Row(activations, plan.record, scheme.of_attention, scales, caches.layers, refused)
 
@@ -237,6 +260,21 @@ def cache_scales(module: nn.Module) -> CacheScales | None:
 def _observe_cached(observers: Observers, name: str, key: torch.Tensor, value: torch.Tensor) -> None:
     for kind, x in (("k_cache", key), ("v_cache", value)):
         observers.observe_per_head(name, kind, x)
+
+
+def _note_unseen(observers: Observers, target: Target, module: nn.Module, args: Any, output: Any) -> None:
+    """After the forward of a module: remember that it ran, where nothing of it was seen."""
+    seen = {kind for name, kind in observers.measurements.tensors if name == target.name}
+    if not seen:
+        observers.observe(target.name, _UNSEEN, torch.ones(1))
+
+
+def _may_cache(model: nn.Module) -> bool:
+    """Whether a model stores keys and values as it generates."""
+    return any(
+        attention_kind(part) is Kind.STORAGE or (isinstance(part, transformers.PreTrainedModel) and part.can_generate())
+        for part in model.modules()
+    )
 
 
 def _is_converted(module: nn.Module) -> bool:

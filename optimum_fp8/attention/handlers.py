@@ -4,20 +4,25 @@ themselves, as a whole or in helper modules."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from ..cache import layer_index
+from ..config.inc import OPERATIONS
 from ..modules.handler import Change, Reason, Surroundings, Target, Why, register_handler
 from ..scales import Scheme
+from .continuous_batching import fall_back_in_batches
 from .detect import OTHER_STORAGE, Kind, attention_kind
+from .function import NAME
 from .function_mode import enter_mode, leave_mode
 from .handler import P_MAXABS, AttentionHandler, softmax_scale
-from .implementation import chosen_implementation, use_ours
+from .implementation import chosen_implementation, running_implementation, use_ours
+from .own_path import own_path, own_paths
+from .plan import plan_of
 
 _OPERAND = re.compile(r"[qkpv]\d*$")
 
@@ -26,6 +31,11 @@ class WholeAttention(AttentionHandler):
     """Attention computed by one operator of ours: from query, key and value to the output."""
 
     per_head = True
+
+    def missing(self, target: Target) -> Why | None:
+        why, scheme = super().missing(target), target.scheme
+        unseen = scheme.needs_ranges and scheme.rounds_attention and "q" not in target.ranges.kinds
+        return why or (Why(Reason.NOT_SEEN) if unseen else None)
 
     def scales_for(self, target: Target) -> dict[str, torch.Tensor]:
         scheme, scales = target.scheme, dict[str, torch.Tensor]()
@@ -50,6 +60,7 @@ class InterfaceHandler(WholeAttention):
     """Modules that look up an attention function by name, as most of transformers' models do."""
 
     kind, way, writes = "attention interface", Kind.INTERFACE, True
+    operations = OPERATIONS
 
     def refusal(self, module: Any, scheme: Scheme, around: Surroundings) -> Why | None:
         chosen = chosen_implementation(module, around.implementations)
@@ -57,8 +68,25 @@ class InterfaceHandler(WholeAttention):
             return Why(Reason.IMPLEMENTATION_CHOSEN, f"attn_implementation={chosen!r} was chosen")
         return super().refusal(module, scheme, around)
 
+    def limit(self, module: Any, scheme: Scheme, around: Surroundings) -> tuple[dict[str, Any], str]:
+        limits, text = super().limit(module, scheme, around)
+        config = getattr(module, "config", None)
+        name, why = own_paths(around.model).get(id(config), ("", ""))
+        if config is None or not why:
+            return limits, text
+        shared = "" if own_path(cast(Hashable, type(module))) else f"it shares its configuration with {name}: "
+        return {**limits, "rounds_attention": False}, f"attention in high precision: {shared}{why}"
+
     def around(self, model: nn.Module, modules: Mapping[str, nn.Module], others: Iterable[nn.Module]) -> list[Change]:
-        return use_ours(model, others) if modules else []
+        changes = use_ours(model, others) if modules else []
+        return [*changes, *fall_back_in_batches(model, changes)]
+
+    def bypassed(self, module: Any) -> str:
+        running, plan = running_implementation(module), plan_of(module)
+        if running == NAME or plan is None or not plan.rounds:
+            return ""
+        back = f"model.set_attn_implementation({NAME!r}) brings FP8 attention back"
+        return f"attn_implementation={running!r} runs; {back}"
 
     def scales_for(self, target: Target) -> dict[str, torch.Tensor]:
         scales = super().scales_for(target)
@@ -81,6 +109,10 @@ class ProductsHandler(AttentionHandler):
     def leave(self, module: Any) -> None:
         leave_mode(module)
 
+    def may_have(self, name: str, scheme: Scheme) -> bool:
+        operand = _OPERAND.match(name.removesuffix("_scale")) is not None
+        return (operand and scheme.rounds_attention and scheme.is_static) or super().may_have(name, scheme)
+
     def scales_for(self, target: Target) -> dict[str, torch.Tensor]:
         scheme = target.scheme
         if not (scheme.rounds_attention and scheme.is_static):
@@ -94,6 +126,7 @@ class FunctionsHandler(ProductsHandler):
     """Modules that multiply and take the softmax in their own forward."""
 
     kind, way, writes, fixed = "attention functions", Kind.FUNCTIONS, True, "qkv"
+    operations = OPERATIONS
 
     def reads_cache(self, module: Any, model: nn.Module) -> bool:
         return layer_index(module) is not None
@@ -184,10 +217,12 @@ def scales_of_cache(
         return {}
     if "k_cache" not in ranges.kinds:  # a module that does not cache, or a fixed scale
         return {f"{kind}_scale": scale(kind, per_head=True) for kind in "kv" if not scales}
+    # Some models cache keys alone, beside values of size 0, which have no range: their scale is never used.
+    cached = {kind: f"{kind}_cache" if f"{kind}_cache" in ranges.kinds else "k_cache" for kind in "kv"}
     if not scales:
-        return {f"{kind}_scale": scale(f"{kind}_cache", per_head=True) for kind in "kv"}
-    same = all(f"{kind}_scale" in scales and ranges.of(kind) == ranges.of(f"{kind}_cache") for kind in "kv")
-    return {} if same else {f"{kind}_cache_scale": scale(f"{kind}_cache") for kind in "kv"}
+        return {f"{kind}_scale": scale(name, per_head=name[0] == kind) for kind, name in cached.items()}
+    same = all(f"{kind}_scale" in scales and ranges.of(kind) == ranges.of(name) for kind, name in cached.items())
+    return {} if same else {f"{kind}_cache_scale": scale(name) for kind, name in cached.items()}
 
 
 for _handler in (

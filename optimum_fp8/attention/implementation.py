@@ -11,6 +11,7 @@ from torch import nn
 from ..modules.handler import Change
 from .detect import Kind, attention_kind
 from .function import NAME
+from .own_path import own_paths
 from .plan import plan_of
 
 # What a user never gets without asking for it; "eager" and "sdpa" are what transformers chooses.
@@ -46,10 +47,27 @@ def chosen_implementation(module: nn.Module, choices: Mapping[int, str]) -> str 
     return None if name in _DEFAULTS else name
 
 
+def running_implementation(module: nn.Module) -> str | None:
+    """The attention implementation that a module looks up at its next call."""
+    return getattr(getattr(module, "config", None), "_attn_implementation", None)
+
+
+class OurImplementation(Change):
+    """A configuration told to look up ours; one that its user has told otherwise since keeps that."""
+
+    def undo(self) -> None:
+        if getattr(self.owner, self.attribute, None) == NAME:
+            super().undo()
+
+
 def use_ours(model: nn.Module, others: Iterable[nn.Module]) -> list[Change]:
-    """Let the models inside `model` that look up attention by name find ours, but for the modules `others`."""
+    """Let the models inside `model` that look up attention by name find ours, but for the modules `others`.
+
+    Nor do modules that need their model's own, and what shares a configuration with them.
+    """
     configs = {id(config): config for module in others if (config := getattr(module, "config", None)) is not None}
-    changes = []
+    configs |= dict.fromkeys(own_paths(model))
+    changes: list[Change] = []
     for part in model.modules():
         config = getattr(part, "config", None)
         fits = isinstance(part, transformers.PreTrainedModel) and part._can_set_attn_implementation()
@@ -58,6 +76,6 @@ def use_ours(model: nn.Module, others: Iterable[nn.Module]) -> list[Change]:
         configs[id(config)] = config
         before = getattr(config, _CHOICE, None)
         if before != NAME and (fits or attention_kind(part) is not Kind.FUNCTIONS):
-            changes.append(Change(config, _CHOICE, before))
+            changes.append(OurImplementation(config, _CHOICE, before))
             setattr(config, _CHOICE, NAME)
     return changes

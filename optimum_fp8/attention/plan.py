@@ -19,6 +19,7 @@ class AttentionPlan:
     Attributes:
         scheme: how to round; None while measuring.
         observe: called with a kind ("q", "k", "v", "output", …) and the tensor while measuring, else None.
+        rounds: whether attention is to be in FP8, after measuring or now, not the cache alone.
         record: the calls of the module's operators.
         name: of the module in its model, for messages.
     """
@@ -28,8 +29,10 @@ class AttentionPlan:
         scheme: Scheme | None = None,
         observe: Callable[[str, torch.Tensor], None] | None = None,
         name: str = "",
+        rounds: bool = True,
     ):
         self.scheme, self.observe, self.record, self.name = scheme, observe, ops.CallRecord(), name
+        self.rounds = rounds if scheme is None else scheme.rounds_attention
 
 
 def plan_of(module: nn.Module) -> AttentionPlan | None:

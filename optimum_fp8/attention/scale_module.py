@@ -44,6 +44,8 @@ class AttentionScales(nn.Module):
         errors: list[str] = args[-1]
         for name in self._buffers:
             scale = state_dict.get(f"{prefix}{name}")
+            if scale is not None and scale.dtype != torch.float32:
+                errors.append(f"{prefix}{name} is {scale.dtype}, expected torch.float32")
             if scale is not None and (wrong := unsound(scale)):
                 errors.append(f"{prefix}{name} {wrong}")
         if not errors:

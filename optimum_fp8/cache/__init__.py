@@ -1,5 +1,6 @@
 """The FP8 cache: keys and values stored in FP8 by transformers' own cache layers, read as if they were not."""
 
+from ..ops.fp8_tensor import FP8Tensor
 from .active_writer import CacheRecord
 from .attach import (
     CacheHooks,
@@ -11,7 +12,6 @@ from .attach import (
     start_record,
 )
 from .convert import FP8Cache, convert_cache
-from .fp8_tensor import FP8Tensor
 from .layer import FP8Layer, in_fp8
 from .scales import CacheScales
 

@@ -16,8 +16,8 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
+from ..ops.fp8_tensor import FP8Tensor
 from .active_writer import Writer
-from .fp8_tensor import FP8Tensor
 from .layers import keep_address, quantize_held, scale_layer_for
 from .scales import CacheScales
 

@@ -9,7 +9,7 @@ import torch
 from .. import ops
 from ..errors import FP8ScaleError
 from ..formats import NumberFormat
-from ..scales import PerToken, ScaleRule, dynamic_scale, unsound
+from ..scales import PerToken, ScaleRule, dynamic_scale, inf_as_nan, unsound
 
 _POW2 = ScaleRule(PerToken(), "maxabs", "pow2", 0.5)
 
@@ -76,5 +76,5 @@ class CacheScales:
             codes of `x`'s shape in `fmt.dtype`, and the scale, or float32 `[batch, heads, length, 1]`.
         """
         if scale is None:
-            scale = dynamic_scale(x, self.rule or _POW2, self.fmt, self.hp_dtype)
+            scale, x = dynamic_scale(x, self.rule or _POW2, self.fmt, self.hp_dtype), inf_as_nan(x)
         return ops.cast_to_fp8(x, scale, self.fmt.dtype, self.fmt.full_scale), scale

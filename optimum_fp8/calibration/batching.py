@@ -1,7 +1,8 @@
-"""From samples to batches, for all kinds of calibration data: groups, tokenized text, the size of a batch."""
+"""From samples to batches, for all kinds of calibration data: groups, tokenized text, rows, the size of a batch."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
@@ -10,6 +11,10 @@ import torch
 
 from ..config import FP8Config
 from ..errors import FP8CalibrationError
+from ..lifecycle import Origin
+from .facts import ModelFacts
+
+logger = logging.getLogger(__name__)
 
 
 def groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -19,32 +24,51 @@ def groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield group
 
 
-def tokenized(texts: Iterable[Any], config: FP8Config, name_or_path: str) -> Iterator[Any]:
-    """Batches of texts: tokenized, cut to `max_seq_length` and, where a batch holds several, padded; blank ones are
-    left out.
+def tokenized(texts: Iterable[Any], config: FP8Config, model: ModelFacts) -> Iterator[Any]:
+    """Batches of texts: tokenized, cut to `max_seq_length` or to what the model takes and, where a batch holds several,
+    padded; blank ones are left out.
 
     Args:
         texts: strings.
         config: says the tokenizer, and how many texts of what length.
-        name_or_path: of the model, where a tokenizer is looked for.
+        model: where a tokenizer is looked for, and how long texts may be.
 
     Raises:
         FP8CalibrationError: there is no tokenizer, it cannot pad, or a text is none.
     """
-    tokenizer = companion("tokenizer", config.tokenizer or config.processor, name_or_path)
+    tokenizer = companion("tokenizer", config.tokenizer or config.processor, model.origin)
     if config.batch_size > 1 and getattr(tokenizer, "pad_token", None) is None:
         raise FP8CalibrationError(
             f"batch_size={config.batch_size} needs padding, but the tokenizer has no pad_token: set it, or use "
             "batch_size=1"
         )
+    limit, why = _longest(tokenizer, config, model)
 
     def generate() -> Iterator[Any]:
+        said = why is None
         for group in groups(islice(_with_text(texts), config.num_calibration_samples), config.batch_size):
-            yield tokenizer(
-                group, return_tensors="pt", truncation=True, max_length=config.max_seq_length, padding=len(group) > 1
-            )
+            batch = tokenizer(group, return_tensors="pt", truncation=True, max_length=limit, padding=len(group) > 1)
+            if not said and batch["input_ids"].shape[1] == limit:
+                logger.warning(
+                    "texts are cut to %d tokens, not to max_seq_length=%d: %s", limit, config.max_seq_length, why
+                )
+                said = True
+            yield batch
 
     return generate()
+
+
+def _longest(tokenizer: Any, config: FP8Config, model: ModelFacts) -> tuple[int, str | None]:
+    """How many tokens a text may have, and why these are fewer than `max_seq_length`, where they are."""
+    limits: list[tuple[int, str | None]] = [(config.max_seq_length, None)]
+    of_tokenizer = getattr(tokenizer, "model_max_length", None)
+    if isinstance(of_tokenizer, int) and of_tokenizer > 0:
+        limits.append((of_tokenizer, f"the tokenizer's model_max_length is {of_tokenizer}"))
+    if model.max_tokens is not None:
+        room = config.decode_steps if model.decodes and config.wants_attention else 0
+        reason = f"the model takes {model.max_tokens}" + (f", and decode_steps={room} of them follow" if room else "")
+        limits.append((max(model.max_tokens - room, 1), reason))
+    return min(limits, key=lambda limit: limit[0])
 
 
 def _with_text(texts: Iterable[Any]) -> Iterator[str]:
@@ -55,24 +79,69 @@ def _with_text(texts: Iterable[Any]) -> Iterator[str]:
             yield text
 
 
-def companion(kind: str, given: Any, name_or_path: str) -> Any:
-    """The tokenizer or processor: the one given, from the path given, or from beside the model.
+def companion(kind: str, given: Any, origin: Origin) -> Any:
+    """The tokenizer or processor: the one given, from the path given, or from where the model came from.
 
     Raises:
         FP8CalibrationError: there is none.
     """
     if given is not None and not isinstance(given, str):
         return given
-    source = given or name_or_path
-    if not source:
+    source = Origin(given, origin.access) if given else origin
+    if not source.name_or_path:
         raise FP8CalibrationError(f"the dataset needs a {kind} and the model has no path to take it from: pass {kind}=")
     from transformers import AutoProcessor, AutoTokenizer
 
     try:
-        return (AutoTokenizer if kind == "tokenizer" else AutoProcessor).from_pretrained(source)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise FP8CalibrationError(f"no {kind} at {source!r} ({reason}): pass {kind}= in the config") from None
+        made_by = AutoTokenizer if kind == "tokenizer" else AutoProcessor
+        return made_by.from_pretrained(source.name_or_path, **source.arguments)
+    except Exception as error:  # of many kinds: files that are missing or damaged, packages that are missing
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FP8CalibrationError(f"no {kind} at {source} ({reason}): pass {kind}= in the config") from error
+
+
+def collated(rows: Iterable[Mapping[str, Any]], config: FP8Config, model: ModelFacts) -> Iterator[dict[str, Any]]:
+    """Batches of rows that hold model inputs: every column that the model's `forward` takes; others are left out.
+
+    Raises:
+        FP8CalibrationError: a column that the model takes has no numbers, or rows do not fit together.
+    """
+    keys: list[str] = []
+    for group in groups(islice(rows, config.num_calibration_samples), config.batch_size):
+        if not keys:
+            named = model.inputs is not None
+            keys = [key for key, value in group[0].items() if model.takes(key) and (named or is_numeric(value))]
+            say_left_out((key for key in group[0] if key not in keys), "are no inputs of the model")
+        yield {key: _stacked(key, [row.get(key) for row in group]) for key in keys}
+
+
+def is_numeric(value: Any) -> bool:
+    """Whether a tensor can be made of a value: a number, a tensor or array, or lists of numbers."""
+    while isinstance(value, (list, tuple)) and value:
+        value = value[0]
+    return isinstance(value, (bool, int, float)) or hasattr(value, "dtype")
+
+
+def say_left_out(columns: Iterable[str], why: str) -> None:
+    """Warn of columns of the dataset that do not go into the model."""
+    if listed := sorted(columns):
+        logger.warning("columns of the dataset that %s are left out: %s", why, ", ".join(listed))
+
+
+def _stacked(key: str, values: list[Any]) -> torch.Tensor:
+    try:
+        tensors = [torch.as_tensor(value) for value in values]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise FP8CalibrationError(
+            f"column {key!r} is an input of the model and cannot be made a tensor ({error}): expected numbers in every "
+            "row; correct or remove the column"
+        ) from None
+    if len({tensor.shape for tensor in tensors}) > 1:
+        raise FP8CalibrationError(
+            f"rows of different lengths ({key!r}) cannot be put into one batch: use batch_size=1, or a DataLoader that "
+            "pads"
+        )
+    return torch.stack(tensors)
 
 
 def batch_size_of(batch: Any) -> int:

@@ -10,15 +10,16 @@ others count from when they are imported:
         def accepts(self, dataset):
             return hasattr(dataset, "prompts")
 
-        def batches(self, dataset, config, name_or_path):
-            return tokenized(dataset.prompts, config, name_or_path)
+        def batches(self, dataset, config, model):
+            return tokenized(dataset.prompts, config, model)
 """
 
 from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
 from typing import Any, ClassVar, TypeVar
 
 from torch import nn
@@ -26,6 +27,9 @@ from torch import nn
 from ..config import FP8Config
 from ..errors import FP8CalibrationError
 from .batching import tokenized
+from .facts import ModelFacts, facts_of
+
+_Sample = TypeVar("_Sample")
 
 
 class Source(ABC):
@@ -51,21 +55,36 @@ class Source(ABC):
         """
 
     @abstractmethod
-    def batches(self, dataset: Any, config: FP8Config, name_or_path: str) -> Iterator[Any]:
+    def batches(self, dataset: Any, config: FP8Config, model: ModelFacts) -> Iterator[Any]:
         """Batches a model can be called with: at most `num_calibration_samples` samples, in the data's order.
 
         Args:
             dataset: what `accepts` and `check` have let pass.
             config: how the samples become batches.
-            name_or_path: of the model, where its tokenizer or processor is looked for; "" if it has none.
+            model: what has to be known of the model: where it came from, which inputs it takes.
 
         Raises:
             FP8CalibrationError: the data, or the tokenizer or processor they need, cannot be used.
         """
 
+    def opened(self, dataset: Any, config: FP8Config, model: ModelFacts) -> Iterator[Any] | None:
+        """The batches, the first of them made: what is wrong with the data shows before anything long is started.
+
+        None for data that call the model by themselves.
+
+        Raises:
+            FP8CalibrationError: as `batches`, or there is no sample.
+        """
+        batches = iter(self.batches(dataset, config, model))
+        first = list(islice(batches, 1))
+        if not first:
+            name = f"={dataset!r}" if isinstance(dataset, str) else ""
+            raise FP8CalibrationError(f"the dataset{name} is empty: expected at least one sample")
+        return chain(first, batches)
+
     def run(self, dataset: Any, model: nn.Module, config: FP8Config, forward: Callable[[Iterator[Any]], None]) -> None:
         """Call `forward` with the batches for `model`; data that call the model by themselves do that instead."""
-        forward(self.batches(dataset, config, str(getattr(model, "name_or_path", "") or "")))
+        forward(self.batches(dataset, config, facts_of(model)))
 
 
 class FileSource(Source):
@@ -88,14 +107,17 @@ class FileSource(Source):
         if not os.path.isfile(dataset):
             raise _unusable_path(dataset)
 
-    def batches(self, dataset: str, config: FP8Config, name_or_path: str) -> Iterator[Any]:
-        return tokenized(self._decoded(dataset, config), config, name_or_path)
+    def batches(self, dataset: str, config: FP8Config, model: ModelFacts) -> Iterator[Any]:
+        return tokenized(self.decoded(dataset, self.texts(dataset, config)), config, model)
 
-    def _decoded(self, path: str, config: FP8Config) -> Iterator[str]:
+    def decoded(self, path: str, samples: Iterable[_Sample]) -> Iterator[_Sample]:
+        """The samples, with errors of reading the file as ours."""
         try:
-            yield from self.texts(path, config)
+            yield from samples
         except UnicodeDecodeError as error:
             raise FP8CalibrationError(f"dataset={path!r} is not UTF-8 text: {error}") from None
+        except OSError as error:
+            raise FP8CalibrationError(f"dataset={path!r} cannot be read: {error}") from None
 
 
 SOURCES: list[Source] = []  # the latest first

@@ -5,6 +5,7 @@ from pkgutil import iter_modules
 
 from .format import FORMATS, Checkpoint, Format, Record, checkpoint_of, format_called, register_format, write
 from .native import Native
+from .plain import load, save
 
 for _file in iter_modules(__path__):  # each registers what it defines
     import_module(f".{_file.name}", __name__)
@@ -17,6 +18,8 @@ __all__ = [
     "Record",
     "checkpoint_of",
     "format_called",
+    "load",
     "register_format",
+    "save",
     "write",
 ]

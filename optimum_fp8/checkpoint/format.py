@@ -10,7 +10,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ from ..errors import FP8CheckpointError, FP8ConfigError, FP8NotAvailableError, F
 from ..lifecycle import Phase, state_of
 from ..modules.handler import converted_modules
 from ..scales import Scheme
+from ..selection import with_limits
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,28 @@ def checkpoint_of(model: nn.Module) -> Checkpoint:
     decisions = state.decisions if state is not None else []
     selected = [(each.names, each.types) for each in decisions if each.selected]
     left_out = [each.name for each in decisions if not each.selected]
-    return Checkpoint(records, selected, left_out, None if state is None else state.config)
+    config = None if state is None else with_limits(state.config, decisions)
+    return Checkpoint(records, selected, left_out, config)
+
+
+@contextmanager
+def whole_folder(folder: str | os.PathLike[str], *, replace_empty: bool = False) -> Iterator[str]:
+    """A folder to write to, beside the place of `folder`, that is moved there at the end: it is whole or not there.
+
+    Raises:
+        FP8CheckpointError: something is there; with `replace_empty` an empty folder may be.
+    """
+    target = os.path.abspath(folder)
+    if os.path.exists(target) and not (replace_empty and os.path.isdir(target) and not os.listdir(target)):
+        raise FP8CheckpointError(f"{target} exists: choose another folder")
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    temporary = tempfile.mkdtemp(dir=os.path.dirname(target), prefix=".fp8-")
+    try:
+        yield temporary
+        os.chmod(temporary, 0o755)
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write(model: nn.Module, folder: str | os.PathLike[str], format: str) -> None:
@@ -129,18 +152,9 @@ def write(model: nn.Module, folder: str | os.PathLike[str], format: str) -> None
     """
     chosen, checkpoint = format_called(format), checkpoint_of(model)
     chosen.refuse(checkpoint)
-    target = os.path.abspath(folder)
-    if os.path.exists(target):
-        raise FP8CheckpointError(f"{target} exists: choose another folder")
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    temporary = tempfile.mkdtemp(dir=os.path.dirname(target), prefix=".fp8-")
-    try:
+    with whole_folder(folder) as temporary:
         tensors = {name: tensor.detach().contiguous() for name, tensor in chosen.tensors(checkpoint).items()}
         if tensors:
             save_file(tensors, os.path.join(temporary, "model.safetensors"), metadata={"format": "pt"})
         with open(os.path.join(temporary, "quantization.json"), "w", encoding="utf-8") as file:
             json.dump(chosen.config(checkpoint), file, indent=2)
-        os.chmod(temporary, 0o755)
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -10,24 +10,27 @@ Checkpoints of format version 1 have the scales of attention as `Y.q_scale`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..attention import CHILD
-from ..config import FORMAT_VERSION, FP8Config
+from ..config import FORMAT_VERSION, KEYS, FP8Config
 from ..errors import FP8CheckpointError
 from ..formats import number_format
-from ..modules.base import stored_weight
 from ..modules.handler import Reason, Surroundings, Why, converted_modules, find_all
+from ..modules.weight import stored_shape, stored_weight
 from ..scales import unsound
 from ..selection import (
     Decision,
     config_names,
     default_skips,
+    limited,
     names_in_checkpoint,
     of_kinds_asked_for,
     schemes_of,
@@ -35,11 +38,11 @@ from ..selection import (
 )
 from .format import Checkpoint, Record, register_format
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+# Of a head that the defaults kept, the configuration tells why it is no FP8; of other modules it does not.
+_KEPT = f"{Reason.NOT_IN_CHECKPOINT.value}, {Reason.KEPT.value}"
 
 _WEIGHT, _WEIGHT_SCALE = "weight", "weight_scale"
-_SCALE = re.compile(rf"(.+?)\.(?:{CHILD}\.)?((?:[qkpv]\d*|input|output|weight|[kv]_cache)_scale)$")
+SCALE = re.compile(rf"(.+?)\.(?:{CHILD}\.)?((?:[qkpv]\d*|input|output|weight|[kv]_cache)_scale)$")
 Shapes = dict[str, dict[str, tuple[int, ...]]]
 
 
@@ -79,14 +82,20 @@ register_format("optimum_fp8", Native())
 
 
 def carried_config(
-    config: FP8Config, selected: Sequence[tuple[Sequence[str], Sequence[str]]], left_out: Sequence[str]
+    config: FP8Config,
+    selected: Sequence[tuple[Sequence[str], Sequence[str]]],
+    left_out: Sequence[str],
+    model_class: str | None = None,
 ) -> FP8Config:
     """The configuration a checkpoint carries: everything decided, nothing live, every exception by name.
+
+    It tells nothing of the machine that it was made on: no path.
 
     Args:
         config: what the model was quantized with.
         selected: names and types of the modules in FP8.
         left_out: names of those that stay in high precision.
+        model_class: of the model.
     """
     return config.decided(
         "static",
@@ -97,35 +106,56 @@ def carried_config(
         allowlist=None,
         blocklist=None,
         modules_to_not_convert=list(left_out),
+        dump_stats_path=KEYS["dump_stats_path"].default,
         dataset=None,
         tokenizer=None,
         processor=None,
         dequantize=False,
+        model_class=model_class,
         format_version=FORMAT_VERSION,
     )
+
+
+def saved_shapes(files: Sequence[str] | None) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors in safetensors files."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in files or ():
+        if not str(path).endswith(".safetensors"):
+            continue
+        with refuse_damaged(path), safe_open(path, framework="pt") as file:
+            shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    return shapes
 
 
 def saved_scales(files: Sequence[str] | None) -> Shapes:
     """Shapes of the scales in safetensors files, by module and name."""
     saved: Shapes = {}
-    for path in files or ():
-        if not str(path).endswith(".safetensors"):
-            continue
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118
-                    if match := _SCALE.match(key):
-                        saved.setdefault(match[1], {})[match[2]] = tuple(file.get_slice(key).get_shape())
-        except SafetensorError as error:
-            raise FP8CheckpointError(f"{path} cannot be read ({error}): it is damaged, copy it again") from None
+    for key, shape in saved_shapes(files).items():
+        if match := SCALE.match(key):
+            saved.setdefault(match[1], {})[match[2]] = shape
     return saved
+
+
+@contextmanager
+def refuse_damaged(path: str) -> Iterator[None]:
+    """Raise FP8CheckpointError where a safetensors file cannot be read inside."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise FP8CheckpointError(f"{path} cannot be read ({error}): it is damaged, copy it again") from None
 
 
 def scales_in(names: Sequence[str], saved: Shapes) -> dict[str, tuple[int, ...]]:
     """The scales of a module in a checkpoint, where transformers may have renamed the models around it."""
+    name = name_in(names, saved)
+    return {} if name is None else saved[name]
+
+
+def name_in(names: Sequence[str], saved: Collection[str]) -> str | None:
+    """Which of the modules in a checkpoint a module is, where transformers may have renamed the models around it."""
     for name in names:
         if name in saved:
-            return saved[name]
+            return name
     parts = names[0].split(".")
     for depth in range(1, len(parts)):
         suffix = ".".join(parts[depth:])
@@ -133,38 +163,70 @@ def scales_in(names: Sequence[str], saved: Shapes) -> dict[str, tuple[int, ...]]
             break
         found = [name for name in saved if name.endswith(f".{suffix}") or name == suffix]
         if len(found) == 1:
-            return saved[found[0]]
-    return {}
+            return found[0]
+    return None
 
 
 def saved_decisions(
-    model: PreTrainedModel, config: FP8Config, files: list[str] | None, implementations: dict[int, str]
+    model: nn.Module, config: FP8Config, files: list[str] | None, implementations: dict[int, str]
 ) -> list[Decision]:
     """Which modules are FP8 in a checkpoint: all of a known kind but those its configuration lists.
 
-    Heads the checkpoint does not have (a classifier put on a saved base model) stay in high precision.
+    What the checkpoint does not have (a classifier put on a saved base model, a head of another size) stays in high
+    precision, and transformers initializes it.
     """
-    exceptions, prefix = set(config.modules_to_not_convert or []), f"{model.base_model_prefix}."
+    exceptions, prefix = set(config.modules_to_not_convert or []), f"{getattr(model, 'base_model_prefix', '')}."
     readable = bool(files) and all(str(path).endswith(".safetensors") for path in files or ())
-    heads, saved = set(default_skips(model)), saved_scales(files)
+    heads, saved, shapes = set(default_skips(model)), saved_scales(files), saved_shapes(files)
     found, around = find_all(model), Surroundings(model, implementations)
     schemes, names_in_config = schemes_of(model, found, config), config_names(model, found)
     decisions = []
     for name, (module, handler) in of_kinds_asked_for(found, schemes).items():
-        scheme, names = schemes[name], names_in_checkpoint(name, prefix)
+        names = names_in_checkpoint(name, prefix)
+        scheme, limits, why = limited(handler, module, schemes[name], around, names, config)
         absent = name in heads and readable and not any(_WEIGHT_SCALE in saved.get(alias, {}) for alias in names)
-        why = Why(Reason.SELECTED)
-        if exceptions.intersection(names) or (handler.family.replaced and absent) or not handler.concerned(scheme):
-            why = Why(Reason.NOT_IN_CHECKPOINT)
+        left_out = exceptions.intersection(names) or (handler.family.replaced and absent)
+        if left_out or why.reason is not Reason.SELECTED:
+            kept = handler.family.replaced and name in heads and not config.quantize_lm_head
+            why = Why(Reason.NOT_IN_CHECKPOINT, _KEPT if kept else "")
+        elif handler.family.replaced and readable and (new := _new_to(model, module, names, shapes)):
+            why = Why(Reason.NOT_IN_CHECKPOINT, new)
         elif (refusal := handler.refusal(module, scheme, around)) and refusal.reason is Reason.IMPLEMENTATION_CHOSEN:
             why = refusal
         types, all_names = type_names(module), names_in_config[name]
-        decisions.append(Decision(name, type(module).__name__, why, handler, scheme, types, all_names))
+        decisions.append(Decision(name, type(module).__name__, why, handler, scheme, types, all_names, limits))
     return decisions
 
 
-def check_complete(model: nn.Module, missing_keys: set[str] | None) -> None:
+def _new_to(model: Any, module: Any, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """How a module of `model` is new to a checkpoint with tensors of these shapes, or None.
+
+    What the base model repeats, and all that a checkpoint of the same class must have, is not new but missing.
+    """
+    name = names[0]
+    if not isinstance(model, transformers.PreTrainedModel):  # what is loaded into other modules must be complete
+        return None
+    in_base = model is model.base_model or name.startswith(f"{model.base_model_prefix}.")
+    if in_base and any(part.isdigit() for part in name.split(".")):
+        return None
+    found = next((shapes[key] for each in names if (key := f"{each}.{_WEIGHT}") in shapes), None)
+    if found is not None:
+        codes = len(found) == module.weight.ndim + 1
+        other = codes and sorted(found) != sorted(stored_shape(module.weight.shape))
+        return f"of another shape in the checkpoint: {found[1:]}" if other else None
+    tail = ".".join(name.split(".")[-2:])
+    renamed = "." in tail and any(key.endswith(f".{tail}.{_WEIGHT}") for key in shapes)
+    same_class = type(model).__name__ in (model.config.architectures or ())
+    return None if renamed or same_class else "new to the checkpoint"
+
+
+def check_complete(model: nn.Module, missing_keys: set[str] | None, advice: str) -> None:
     """Refuse a checkpoint that lacks a tensor of a converted module: it would be left as uninitialized memory.
+
+    Args:
+        model: the model, loaded.
+        missing_keys: names of what was not there; None if nothing was loaded.
+        advice: what to do about it, for the message.
 
     Raises:
         FP8CheckpointError: names the tensors.
@@ -176,8 +238,7 @@ def check_complete(model: nn.Module, missing_keys: set[str] | None) -> None:
     if missing:
         raise FP8CheckpointError(
             f"the checkpoint lacks {len(missing)} tensors of modules in FP8 ({', '.join(missing[:4])}"
-            f"{', …' if len(missing) > 4 else ''}): it is damaged, or was made with another model class; modules that "
-            "are new to the model go into modules_to_not_convert"
+            f"{', …' if len(missing) > 4 else ''}): it is damaged, or was made with another model class; {advice}"
         )
 
 

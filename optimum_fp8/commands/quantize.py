@@ -9,29 +9,24 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Iterable
-from fnmatch import fnmatch
 from typing import Any
 
 import transformers
 from transformers import AutoConfig
 
+from ..checkpoint.inc import refuse_incs
 from ..config import FP8Config
 from ..config.keys import KEYS, given_flags
 from ..errors import FP8ConfigError, FP8Error, FP8StateError
 from ..lifecycle.state import state_of
-from ..report import QuantizationReport, quantization_report
+from ..measure import Measurements, why_unwritable
+from ..report import QuantizationReport, format_bytes, format_share, quantization_report
+from .companions import companions_of, copy_companions
 
-# Files beside the weights that a pipeline needs: tokenizers, processors, chat templates.
-_COMPANIONS = [
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "*.model",
-    "chat_template*",
-    "*processor_config.json",
-]
+_LITTLE = 0.5  # a share of parameters in FP8 below which the command warns
+_NAMED = 4  # so many of the modules in high precision are named
+
+_NO_DATA = "static activations need calibration data: pass --dataset, or --activation-scheme dynamic"
 
 
 def main(args: Namespace) -> int:
@@ -52,13 +47,24 @@ def quantize(args: Namespace) -> str:
     started = time.monotonic()
     _check_output(args)
     config = _fp8_config(args)
+    needs_data = config.mode == "AUTO" and config.scheme == "static" and config.method.activation.needs_range
+    if needs_data and config.dataset is None and not Measurements.exist(config.dump_stats_path):
+        raise FP8StateError(_NO_DATA)
     model_class = _model_class(args.model)
+    beside = companions_of(args.model)
     model = model_class.from_pretrained(args.model, quantization_config=config, dtype=args.dtype)
     state = state_of(model)
     if state is None or state.phase != "converted":
-        raise FP8StateError("static activations need calibration data: pass --dataset, or --activation-scheme dynamic")
-    _save(model, args.model, args.output)
-    return _summary(model, quantization_report(model), args, time.monotonic() - started)
+        raise FP8StateError(_NO_DATA)
+    _save(model, beside, args.output)
+    report = quantization_report(model)
+    if report.share < _LITTLE:
+        print(
+            f"warning: only {_share(report, report.size.in_fp8)} of all parameters are in FP8; in high precision stay "
+            f"{_kept(report)}",
+            file=sys.stderr,
+        )
+    return _summary(model, report, args, time.monotonic() - started)
 
 
 def _check_output(args: Namespace) -> None:
@@ -67,6 +73,9 @@ def _check_output(args: Namespace) -> None:
         raise FP8ConfigError(f"--output {args.output!r} is the model's own folder: choose another")
     if os.path.exists(output) and not args.overwrite and (not os.path.isdir(output) or os.listdir(output)):
         raise FP8ConfigError(f"--output {args.output!r} exists: choose another, or pass --overwrite")
+    reason = why_unwritable(os.path.dirname(output))
+    if reason is not None:
+        raise FP8ConfigError(f"--output {args.output!r} cannot be made: {reason}; choose another")
 
 
 def _fp8_config(args: Namespace) -> FP8Config:
@@ -93,20 +102,21 @@ def _model_class(name: str) -> Any:
     """The class the checkpoint was saved from."""
     if name.startswith((".", "/", "~")) and not os.path.isdir(name):
         raise FP8ConfigError(f"--model {name!r} is not a folder")
+    refuse_incs(name)
     architectures = getattr(AutoConfig.from_pretrained(name), "architectures", None) or []
     if not architectures or not hasattr(transformers, architectures[0]):
         raise FP8ConfigError(f"{name!r} does not say which transformers model it is (architectures={architectures})")
     return getattr(transformers, architectures[0])
 
 
-def _save(model: Any, source: str, output: str) -> None:
+def _save(model: Any, beside: str, output: str) -> None:
     """Write beside `output`, then move there: a folder that exists is whole."""
     parent = os.path.dirname(os.path.abspath(output))
     os.makedirs(parent, exist_ok=True)
     temporary = tempfile.mkdtemp(dir=parent, prefix=".fp8-")
     try:
         model.save_pretrained(temporary)
-        _copy_companions(source, temporary)
+        copy_companions(beside, temporary, apart_from=output)
         os.chmod(temporary, 0o755)
         if os.path.isdir(output):
             shutil.rmtree(output)
@@ -117,38 +127,39 @@ def _save(model: Any, source: str, output: str) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _copy_companions(source: str, folder: str) -> None:
-    """Tokenizer and processor: with them the checkpoint is complete."""
-    if not os.path.isdir(source):
-        transformers.AutoProcessor.from_pretrained(source).save_pretrained(folder)
-        return
-    for name in os.listdir(source):
-        if any(fnmatch(name, pattern) for pattern in _COMPANIONS) and os.path.isfile(os.path.join(source, name)):
-            shutil.copy2(os.path.join(source, name), folder)
-
-
 def _summary(model: Any, report: QuantizationReport, args: Namespace, seconds: float) -> str:
-    fp8 = sum(p.numel() * p.element_size() for p in model.parameters())
-    high_precision = sum(
-        p.numel() * (model.dtype.itemsize if p.element_size() == 1 else p.element_size()) for p in model.parameters()
-    )
     config = model.config.quantization_config
-    reasons = sorted({f"{module.name} ({module.reason})" for module in report.modules if not module.quantized})
+    size = report.size
     rows = [
         ("model", args.model),
         ("output", args.output),
-        ("modules in FP8", f"{len(report.quantized)} of {len(report.modules)}"),
+        ("parameters in FP8", f"{_share(report, size.in_fp8)} of all"),
+        ("modules in FP8", f"{len(report.quantized)} of {len(report.modules)} candidates"),
         ("attention in FP8", _attention(report, config)),
-        ("kept in high precision", ", ".join(reasons[:4]) + (", …" if len(reasons) > 4 else "") or "none"),
+        ("kept in high precision", _kept(report) or "none"),
         ("format", _all(f"{part.fp8_config} for {part.target}" for part in config.variants.values())),
         ("scale method", ", ".join(dict.fromkeys(method.name for method in config.methods))),
         ("activations", _all(part.activation_scheme for part in config.variants.values())),
-        ("parameters", f"{_megabytes(high_precision)} in {str(model.dtype).split('.')[1]}, now {_megabytes(fp8)}"),
+        (
+            "size",
+            f"{format_bytes(size.high_precision)} in {str(model.dtype).split('.')[1]}, now {format_bytes(size.now)}",
+        ),
         ("time", f"{seconds:.1f} s"),
     ]
     rows = [(label, value) for label, value in rows if value]
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"{label.ljust(width)}  {value}" for label, value in rows)
+
+
+def _kept(report: QuantizationReport) -> str:
+    """What stays in high precision, with its share of all parameters and why; the largest first."""
+    parts = [(each, _share(report, each.parameters) if each.parameters else "shared") for each in report.kept]
+    listed = [f"{each.label} ({share}, {each.reason})" for each, share in parts[:_NAMED]]
+    return ", ".join(listed) + (", …" if len(parts) > _NAMED else "")
+
+
+def _share(report: QuantizationReport, parameters: int) -> str:
+    return format_share(parameters, report.size.parameters)
 
 
 def _attention(report: QuantizationReport, config: FP8Config) -> str:
@@ -162,7 +173,3 @@ def _attention(report: QuantizationReport, config: FP8Config) -> str:
 def _all(values: Iterable[str]) -> str:
     """Each of the values once, the model's first, then those of modules that differ."""
     return ", ".join(dict.fromkeys(values))
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 2**20:.1f} MiB"

@@ -44,12 +44,13 @@ class FP8Config(ConfigKeys, FineGrainedFP8Config):  # type: ignore[misc]
         if options.pop("quant_method", QUANT_METHOD) != QUANT_METHOD:
             raise FP8ConfigError(f"quant_method must be {QUANT_METHOD!r} for FP8Config")
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
-        options = inc.in_our_words(options)
+        options = inc.with_operations(inc.in_our_words(options))
         for name in options:
             if name not in KEYS:
                 raise FP8ConfigError(f"unknown key {name!r} in FP8Config: {nearest(name, KEYS)}")
         self._explicit = frozenset(options)
         self._lenient = False
+        self._operations: dict[str, tuple[bool, str]] = {}
         for name, key in KEYS.items():
             setattr(self, name, options.get(name, key.default))
         self.post_init()
@@ -238,12 +239,22 @@ class FP8Config(ConfigKeys, FineGrainedFP8Config):  # type: ignore[misc]
         """Whether patterns that match nothing only warn: configurations made for INC name modules others lack."""
         return self._lenient
 
+    @property
+    def operations(self) -> dict[str, tuple[bool, str]]:
+        """Of a file of INC's: whether its lists select each operation of attention, by INC's name, and why."""
+        return self._operations
+
     # --- serialization ------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
         """All keys as JSON-able values; live objects are left out (None)."""
         plain = {name: key.values.plain(getattr(self, name)) for name, key in KEYS.items()}
         return {"quant_method": QUANT_METHOD, **plain}
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key as in `to_dict`, or `default`: what code calls that has the config of a checkpoint, which
+        is a dict on disk, in either form."""
+        return self.to_dict().get(key, default)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -265,8 +276,9 @@ class FP8Config(ConfigKeys, FineGrainedFP8Config):  # type: ignore[misc]
         options = inc.read_json(json_file)
         if options.get("quant_method") == QUANT_METHOD:
             return cls.from_dict(options)
-        config = cls(**inc.translate(options, KEYS))
-        config._lenient = True
+        translated = inc.translate(options, KEYS)
+        config = cls(**translated)
+        config._lenient, config._operations = True, inc.operations(translated)
         return config
 
     def get_loading_attributes(self) -> dict[str, Any]:
@@ -280,7 +292,7 @@ class FP8Config(ConfigKeys, FineGrainedFP8Config):  # type: ignore[misc]
         current = {key: getattr(self, key) for key in KEYS}
         config = type(self)(**{**current, **changes})
         config._explicit = self._explicit | frozenset(changes)
-        config._lenient = self._lenient
+        config._lenient, config._operations = self._lenient, self._operations
         return config
 
     def __setattr__(self, name: str, value: Any) -> None:

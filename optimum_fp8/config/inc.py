@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import FP8ConfigError, FP8NotAvailableError, nearest
@@ -38,7 +38,7 @@ _BOOKKEEPING = [
 # Class names of INC's module table that stand for operations not covered (yet).
 INC_TYPES_NOT_THERE = frozenset(
     [
-        "Matmul",
+        "BMM",
         "B2BMatmul",
         "ParallelLMHead",
         "RowParallelLinear",
@@ -46,13 +46,10 @@ INC_TYPES_NOT_THERE = frozenset(
         "MergedColumnParallelLinear",
         "QKVParallelLinear",
         "ReplicatedLinear",
-        "KVCache",
         "VLLMKVCache",
         "LoRACompatibleLinear",
         "LoRACompatibleConv",
-        "Softmax",
         "BlockSoftmaxConstMax",
-        "ModuleFusedSDPA",
         "MoeMatmul",
         "MoeFP8Matmul",
         "GaudiFP8Linear",
@@ -70,6 +67,12 @@ INC_TYPES_NOT_THERE = frozenset(
         "EmbeddingBag",
     ]
 )
+
+
+# Class names of INC's helper modules for the operations of attention, which lists of INC's switch on and off.
+OPERATIONS = ("Matmul", "Softmax", "ModuleFusedSDPA", "KVCache")
+# What a file without an allowlist selects. Conv1D is transformers' Linear; BMM is a helper module that no model has.
+_WITHOUT_ALLOWLIST = ["Linear", "Conv2d", "Conv1D"]
 
 
 def in_our_words(options: dict[str, Any]) -> dict[str, Any]:
@@ -128,7 +131,9 @@ def translate(options: dict[str, Any], known_keys: Iterable[str]) -> dict[str, A
     """
     known_keys = [*known_keys, *_SWITCHES_NOT_THERE]
     translated: dict[str, Any] = {}
-    for key, value in _renamed(options).items():
+    renamed = _renamed(options)
+    renamed["allowlist"] = _in_full(renamed.get("allowlist"))
+    for key, value in renamed.items():
         if key in _RETIRED:
             logger.warning("%s is a retired key of INC and has no effect: remove it from the file", key)
         elif key in _BOOKKEEPING:
@@ -143,7 +148,66 @@ def translate(options: dict[str, Any], known_keys: Iterable[str]) -> dict[str, A
             translated[key] = value
         else:
             raise FP8ConfigError(f"unknown key {key!r}: {nearest(key, [*known_keys, *ALIASES])}")
+    if str(translated.get("activation_scheme")).lower() != "weight_only":
+        return {**asked_for(operations(translated)), **translated}
     return translated
+
+
+def with_operations(options: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments with `attention` and `kv_cache` on where the types of the allowlist name what they do."""
+    if not set(bare_types(options.get("allowlist"))).intersection(OPERATIONS):
+        return options
+    return {**{key: True for key, on in asked_for(operations(options)).items() if on}, **options}
+
+
+def operations(options: Mapping[str, Any]) -> dict[str, tuple[bool, str]]:
+    """Whether the lists of a file of INC's select each operation of attention, at least in some module, and why."""
+    allow, blocked = options.get("allowlist"), bare_types(options.get("blocklist"))
+    types, names = bare_types(allow), _entries(allow, "names")
+    found: dict[str, tuple[bool, str]] = {}
+    for kind in OPERATIONS:
+        if kind in blocked:
+            found[kind] = False, f"blocklist type {kind!r}"
+        elif kind in types:
+            found[kind] = True, f"allowlist type {kind!r}"
+        elif names:
+            found[kind] = True, "where an allowlist name matches"
+        elif types:
+            absent = types == _WITHOUT_ALLOWLIST
+            found[kind] = False, "no allowlist: Linear, Conv2d and BMM" if absent else "not in allowlist"
+        else:
+            found[kind] = True, "empty allowlist: all that is supported"
+    return found
+
+
+def asked_for(found: Mapping[str, tuple[bool, str]]) -> dict[str, bool]:
+    """The keys that stand for the operations of attention, as far as lists select any."""
+    products = ("Matmul", "Softmax", "ModuleFusedSDPA")
+    return {"attention": any(found[kind][0] for kind in products), "kv_cache": found["KVCache"][0]}
+
+
+def bare_types(entries: Any) -> list[str]:
+    """The types of a list, without `torch.nn.`."""
+    return [str(kind).removeprefix("torch.nn.") for kind in _entries(entries, "types")]
+
+
+def _entries(entries: Any, part: str) -> list[Any]:
+    found = entries.get(part) if isinstance(entries, Mapping) else None
+    return list(found) if isinstance(found, (list, tuple, set)) else []
+
+
+def _in_full(allowlist: Any) -> Any:
+    """A file's allowlist, with the types that INC adds where the file says none."""
+    if allowlist is None:
+        return {"names": [], "types": list(_WITHOUT_ALLOWLIST)}
+    if not isinstance(allowlist, dict) or allowlist.get("types") is not None:
+        return allowlist
+    if allowlist.get("names"):
+        logger.warning(
+            "the allowlist has names and no types: as in INC, its default types (Linear, Conv2d, BMM) are selected as "
+            'well; write "types": [] for the names alone'
+        )
+    return {**allowlist, "types": list(_WITHOUT_ALLOWLIST)}
 
 
 def _without_types_not_there(allowlist: Any) -> Any:
@@ -154,9 +218,5 @@ def _without_types_not_there(allowlist: Any) -> Any:
     there = [kind for kind in types if str(kind).removeprefix("torch.nn.") not in INC_TYPES_NOT_THERE]
     if not there or len(there) == len(types):
         return allowlist
-    logger.warning(
-        "allowlist types without a counterpart are left out (for attention and caches set attention=True, "
-        "kv_cache=True): %s",
-        sorted(set(types) - set(there)),
-    )
+    logger.warning("allowlist types without a counterpart are left out: %s", sorted(set(types) - set(there)))
     return {**allowlist, "types": there}

@@ -20,6 +20,7 @@ from .values import (
     ALLOWLIST,
     BACKOFF,
     BOOLEAN,
+    CLASS_NAME,
     COUNT,
     DATASET,
     HP_DTYPE,
@@ -232,7 +233,7 @@ class ConfigKeys:
     tokenizer: Any = key(None, TOKENIZER, "for text; None: the one beside the model", "HF", live=True)
     processor: Any = key(None, PROCESSOR, "for images; None: the one beside the model", "HF", live=True)
     num_calibration_samples: int = key(128, COUNT, "at most this many samples of the dataset are used", "HF")
-    max_seq_length: int = key(512, COUNT, "tokens a text sample is cut to", "HF")
+    max_seq_length: int = key(512, COUNT, "tokens a text sample is cut to; fewer where the model takes fewer", "HF")
     batch_size: int = key(1, COUNT, "samples a calibration batch (batches of a loader stay as they are)", "HF")
     text_column: str = key(
         "text", TEXT, "column of a `datasets.Dataset`, or key of a JSON line, that holds the text", "HF"
@@ -291,6 +292,9 @@ class ConfigKeys:
     )
     dequantize: bool = key(
         False, BOOLEAN, "load an FP8 checkpoint as a plain high-precision model", "HF", has_flag=False
+    )
+    model_class: str | None = key(
+        None, CLASS_NAME, "class of the model that a checkpoint was made of", "ours", has_flag=False
     )
     format_version: int = key(
         FORMAT_VERSION, COUNT, "version of the configuration and checkpoint format", "ours", has_flag=False

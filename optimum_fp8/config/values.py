@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import FP8ConfigError, FP8NotAvailableError, nearest
-from .inc import INC_TYPES_NOT_THERE, OBSERVERS_NOT_THERE
+from .inc import INC_TYPES_NOT_THERE, OBSERVERS_NOT_THERE, OPERATIONS
 
 _HP_ALIASES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
@@ -104,6 +104,10 @@ def _path_prefix(where: str, value: Any) -> str:
     return path
 
 
+def _class_name(name: str, value: Any) -> str | None:
+    return None if value is None else _text(name, value)
+
+
 def _text(where: str, value: Any) -> str:
     if isinstance(value, str) and value:
         return value
@@ -183,8 +187,8 @@ def _allowlist(where: str, value: Any) -> dict[str, list[str]]:
     for kind in checked["types"]:
         if kind.removeprefix("torch.nn.") in INC_TYPES_NOT_THERE:
             raise FP8NotAvailableError(
-                f"{where} type {kind!r} is not available in optimum_fp8 yet: use Linear, Conv2d; attention=True and "
-                "kv_cache=True take the place of the types of attention and caches"
+                f"{where} type {kind!r} is not available in optimum_fp8 yet: use Linear, Conv2d, and for attention "
+                f"{', '.join(OPERATIONS)}"
             )
     return checked
 
@@ -212,6 +216,7 @@ WHOLE = Values(_whole, "int >= 0", {"type": int, "metavar": "INT"})
 BACKOFF = Values(_backoff, "0 < number <= 1, None", {"type": float, "metavar": "FLOAT"})
 HP_DTYPE = Values(_hp_dtype, '"bf16", "fp16", "fp32", a torch dtype', {"metavar": "NAME"})
 PATH_PREFIX = Values(_path_prefix, "folder and file prefix", {"metavar": "PATH"})
+CLASS_NAME = Values(_class_name, "name of a class, None", {"metavar": "NAME"})
 TEXT = Values(_text, "string", {"metavar": "TEXT"})
 NAMES = Values(_names, "list of names, None", {"nargs": "+", "metavar": "NAME"})
 MODULE_LIST = Values(

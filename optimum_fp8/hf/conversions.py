@@ -12,8 +12,9 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 
 from ..attention import CHILD
 from ..errors import FP8ScaleError
+from ..formats import not_finite
 from ..modules import FP8Module
-from ..modules.base import stored_shape
+from ..modules.weight import stored_shape
 from ..scales import quantize_weight
 
 
@@ -56,46 +57,46 @@ class QuantizeWeight(ConversionOps):
     def _quantize(self, name: str, module: FP8Module, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         scheme = module.scheme
         try:
-            weight, expected = module.to_out_in(tensor), tuple(module.weight.shape)
+            weight, expected = module.to_out_in(tensor), tuple(module.weight_shape)
             if tuple(weight.shape) != expected:  # transformers leaves the shapes of quantized weights to the quantizer
                 raise FP8ScaleError(f"the checkpoint's weight is {tuple(weight.shape)}, the model expects {expected}")
             codes, scale, maxabs = quantize_weight(weight, scheme.weight, scheme.fmt, scheme.hp_dtype)
         except FP8ScaleError as error:
             self.loading.failures[name] = str(error)
-            return torch.zeros(module.weight.shape, dtype=module.weight.dtype), torch.full((1,), torch.nan)
+            return torch.zeros(expected, dtype=scheme.fmt.dtype), torch.full((1,), torch.nan)
         self.loading.observe_weight(name, tensor, maxabs)
         return codes, scale
 
 
-class SqueezeWeight(ConversionOps):
-    """Take an FP8 weight out of its leading dimension of one (`[1, out, in]` on disk, `[out, in]` in memory)."""
+class CheckCodes(ConversionOps):
+    """Take FP8 codes as they are stored, `[1, out, in]`, and nothing else for the weight of an FP8 module."""
 
     def __init__(self, loading: Loading):
         self.loading = loading
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SqueezeWeight:
+    def __deepcopy__(self, memo: dict[int, Any]) -> CheckCodes:
         return self  # one converter is copied for every key
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """`{pattern: [tensor]}` to `{pattern: tensor}`; weights of other modules pass through."""
+        """`{pattern: [tensor]}` to `{full name: tensor}`; weights of other modules pass through."""
         self.loading.missing_keys = kwargs.get("missing_keys")
-        name = kwargs["full_layer_name"].rpartition(".")[0]
+        full_name = kwargs["full_layer_name"]
+        name = full_name.rpartition(".")[0]
         module = kwargs["model"].get_submodule(name)
-        result = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        (value,) = input_dict.values()
+        tensor = value[0] if isinstance(value, list) else value
         if isinstance(module, FP8Module):
-            expected = (module.scheme.fmt.dtype, stored_shape(module.weight.shape))
-            for key, tensor in result.items():
-                found = (tensor.dtype, tuple(tensor.shape))
-                if found == expected:
-                    result[key] = tensor.squeeze(0)
-                else:
-                    self.loading.failures[name] = f"found {found}, expected {expected}"
-                    result[key] = torch.zeros(module.weight.shape, dtype=expected[0], device=tensor.device)
-        return result
+            expected = (module.scheme.fmt.dtype, stored_shape(module.weight_shape))
+            found = (tensor.dtype, tuple(tensor.shape))
+            if found != expected or not_finite(tensor):
+                wrong = "codes that are NaN or Inf" if found == expected else str(found)
+                self.loading.failures[name] = f"found {wrong}, expected {expected}"
+                tensor = torch.zeros(expected[1], dtype=expected[0], device=tensor.device)
+        return {full_name: tensor}
 
     @property
     def reverse_op(self) -> ConversionOps:
-        return _IdentityOp()  # the dimension is added to every weight that is saved
+        return _IdentityOp()
 
 
 class ScaleRenaming(WeightRenaming):
@@ -126,7 +127,12 @@ def without_fp8(conversions: Iterable[Any], fp8_names: Iterable[str]) -> list[An
     An FP8 checkpoint keeps its weights as they are in memory, because codes and scales belong together.
     """
     keys = [f"{name}.weight" for name in fp8_names]
-    return [each for each in conversions if not isinstance(each, ScaleRenaming) and not _touches(each, keys)]
+    return [each for each in conversions if not _is_ours(each) and not _touches(each, keys)]
+
+
+def _is_ours(conversion: Any) -> bool:
+    operations = getattr(conversion, "operations", ())
+    return isinstance(conversion, ScaleRenaming) or any(isinstance(each, CheckCodes) for each in operations)
 
 
 def _touches(conversion: Any, keys: list[str]) -> bool:

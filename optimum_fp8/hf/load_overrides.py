@@ -12,7 +12,8 @@ from ..errors import FP8CheckpointError
 from ..scales import STATIC, WEIGHT_ONLY
 from ..selection import Decision, reschemed
 
-_LOADING_KEYS = ("target", "dequantize", "mode")
+# What may be chosen while loading, and what a checkpoint does not tell.
+_LOADING_KEYS = ("target", "dequantize", "mode", "dump_stats_path")
 _BY_MODULE = "_requested_by_module"
 
 

@@ -6,41 +6,57 @@ or scaled by stored measurements, or dynamically, or the model is returned in me
 
 from __future__ import annotations
 
-import json
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import HfQuantizer
 
 from ..attention import choices_by_config, chosen_before_loading
-from ..calibration import calibrate, check_dataset
+from ..calibration import calibrate, check_dataset, facts_of
+from ..checkpoint.intact import RECORD, check_intact, record
 from ..checkpoint.native import check_complete, check_scales, fit_to_target, saved_decisions, saved_scales, scales_in
-from ..config import FORMAT_VERSION, FP8Config
+from ..config import FP8Config
 from ..errors import FP8CheckpointError, FP8ConfigError, FP8NotAvailableError, FP8ScaleError
 from ..formats import is_fp8
 from ..lifecycle import (
     FP8State,
+    Origin,
     Phase,
     convert_with,
     dequantize,
     finalize_calibration,
+    found_measurements,
     needs_ranges,
     prepare,
+    refuse_several_processes,
     set_state,
     start_observing,
     state_of,
     stored_measurements,
 )
-from ..measure import Measurements, model_fingerprint, observer_class, weight_digest
+from ..measure import (
+    Measurements,
+    architecture,
+    check_dump_path,
+    model_fingerprint,
+    observer_class,
+    weight_digest,
+)
 from ..modules import FP8Module, fp8_modules, swap
-from ..modules.handler import Reason, Target, converted_modules
+from ..modules.handler import Change, Reason, Target, converted_modules
 from ..selection import Decision, names_in_checkpoint, select
-from .conversions import Loading, QuantizeWeight, ScaleRenaming, SqueezeWeight, without_fp8
+from .conversions import CheckCodes, Loading, QuantizeWeight, ScaleRenaming, without_fp8
 from .load_overrides import apply_load_overrides, check_module_overrides
+from .loading_call import loading_origin
+from .parts import adopt_parts, config_of_part, models_inside
 from .saving import config_to_save, mark_as_quantized, tensors_to_save
+from .source import refuse_codes
+from .ties import tied_modules, untie
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +72,11 @@ class FP8Quantizer(HfQuantizer):
         self._decisions: list[Decision] = []
         self._chosen: dict[str, str] = {}
         self._digests: dict[str, str] = {}
+        self._untied: list[Change] = []
         self._measured = Measurements("", observer=quantization_config.observer)
         self._loading = Loading(self._observe_weight)
+        self._origin: Origin | None = None
+        self._batches: Iterator[Any] | None = None
         quantization_config.post_init()  # keys may have been assigned since it was made
         if quantization_config.dataset is not None:
             check_dataset(quantization_config.dataset)
@@ -94,15 +113,20 @@ class FP8Quantizer(HfQuantizer):
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         config, files = self.quantization_config, checkpoint_files
+        if not self.pre_quantized:
+            refuse_codes(model, files)
         if config.mode == "MEASURE":
             return
         implementations = choices_by_config(model, self._chosen)
         if self.pre_quantized:
+            adopt_parts(model, config)
             self._decisions = saved_decisions(model, config, files, implementations)
             check_module_overrides(model, config, self._decisions)
         else:
             self._decisions = select(model, config, implementations)
-        tied = {key.removesuffix(".weight") for key in getattr(model, "all_tied_weights_keys", {})}
+        if self.pre_quantized:
+            self._untied = untie(model, [each.name for each in self._decisions if each.selected])
+        tied = tied_modules(model)
         saved, prefix = saved_scales(files) if self.pre_quantized else {}, f"{model.base_model_prefix}."
         replacements: dict[nn.Module, nn.Module] = {}
         for decision in self._decisions:
@@ -116,20 +140,41 @@ class FP8Quantizer(HfQuantizer):
             if made is not None:
                 replacements[target.module] = made
         swap(model, replacements)
+        if self.pre_quantized:
+            check_intact(model, self._decisions, config, self._made_for, files)
 
     def _target(self, model: nn.Module, decision: Decision) -> Target:
         module, ranges = model.get_submodule(decision.name), self._measured.at(decision.name)
         return Target(decision.name, module, decision.handler, decision.scheme, ranges)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """The last hook before weights are read, and the first outside of the context that builds on meta."""
         if not self.pre_quantized:
+            self._look_first(model)
             return weight_conversions
         renamings: list[Any] = []
         kept = [name for name, (_, handler) in converted_modules(model).items() if not handler.family.replaced]
         if kept and self.quantization_config.format_version < 2:
             renamings = [ScaleRenaming(kept)]
-        squeeze = WeightConverter("weight", "weight", [SqueezeWeight(self._loading)])
-        return [*renamings, *without_fp8(weight_conversions, fp8_modules(model)), squeeze]
+        check = WeightConverter(r"\.weight$", ".weight", [CheckCodes(self._loading)])
+        return [*renamings, *without_fp8(weight_conversions, fp8_modules(model)), check]
+
+    def _look_first(self, model: Any) -> None:
+        """Find what is wrong with paths and data before the weights are read, which takes long."""
+        config = self.quantization_config
+        self._origin = loading_origin(model)
+        measures = config.mode == "MEASURE"
+        if measures:
+            check_dump_path(config.dump_stats_path)
+        elif not any(each.selected and each.scheme.needs_ranges for each in self._decisions):
+            return
+        stored = None
+        if config.dataset is None and not measures:
+            stored = found_measurements(config, required=config.mode == "QUANTIZE")
+        if measures or config.dataset is not None or (stored is None and config.scheme != "auto"):
+            refuse_several_processes()
+        if config.dataset is not None:
+            self._batches = check_dataset(config.dataset).opened(config.dataset, config, facts_of(model, self._origin))
 
     # --- while loading --------------------------------------------------------------------------------------------
 
@@ -162,9 +207,12 @@ class FP8Quantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self._raise_failures()
-        check_complete(model, self._loading.missing_keys)
+        advice = "modules that are new to the model go into modules_to_not_convert"
+        if self.pre_quantized:
+            advice = "quantize the original model, loaded with this class"
+        check_complete(model, self._loading.missing_keys, advice)
         for module in fp8_modules(model).values():
-            for parameter in (module.weight, module.weight_scale, module.input_scale):
+            for parameter in (module.codes, module.weight_scale, module.input_scale):
                 if parameter is not None:
                     parameter.requires_grad_(False)
         if self.pre_quantized:
@@ -178,12 +226,14 @@ class FP8Quantizer(HfQuantizer):
     def _finish_checkpoint(self, model: Any) -> None:
         config = self.quantization_config
         check_scales(model, "loaded")
+        state = FP8State(config, self._decisions, Phase.CONVERTED, self._measured, changes=self._untied)
+        set_state(model, state)
         if config.dequantize:
             self._dequantize(model, model.dtype)
+            # transformers would take our own conversions back when it saves the model.
+            model._weight_conversions = without_fp8(getattr(model, "_weight_conversions", None) or [], ())
             return
         fit_to_target(model, self._decisions, self._made_for)
-        state = FP8State(config, self._decisions, Phase.CONVERTED, self._measured)
-        set_state(model, state)
         targets = state.targets(model)
         for target in targets:
             target.handler.loaded(target)
@@ -194,18 +244,21 @@ class FP8Quantizer(HfQuantizer):
         """mode MEASURE: the model stays in high precision, with observers on it."""
         config = self.quantization_config
         self.remove_quantization_config(model)
-        for module in model.modules():
-            if hasattr(module, "config"):
-                module.config._is_quantized = False
         prepare(model, config)
+        state = state_of(model)
+        assert state is not None
+        state.origin = self._origin
         if config.dataset is not None:
-            calibrate(model)
+            calibrate(model, batches=self._batches)
             finalize_calibration(model)
 
     def _finish_on_the_fly(self, model: Any) -> None:
         config = self.quantization_config
         self._measured.fingerprint = model_fingerprint(model, self._digests)
-        state = FP8State(config, self._decisions, Phase.MEASURING, self._measured)
+        self._measured.architecture = architecture(model)
+        state = FP8State(
+            config, self._decisions, Phase.MEASURING, self._measured, origin=self._origin, digests=self._digests
+        )
         set_state(model, state)
         if needs_ranges(state) and not self._find_ranges(model, state):
             logger.warning(
@@ -219,8 +272,9 @@ class FP8Quantizer(HfQuantizer):
     def _mark(self, model: Any) -> None:
         state = state_of(model)
         assert state is not None
-        self.quantization_config = config_to_save(state)
-        mark_as_quantized(model, self.quantization_config)
+        self.quantization_config = config_to_save(model, state)
+        mark_as_quantized(model, self.quantization_config, state)
+        attach_to_parts(model, state)
 
     def _find_ranges(self, model: Any, state: FP8State) -> bool:
         """Calibrate, or take stored measurements; False if the model has to be measured by hand.
@@ -230,9 +284,9 @@ class FP8Quantizer(HfQuantizer):
         config = state.config
         if config.dataset is not None:
             start_observing(model, state)
-            calibrate(model)
+            calibrate(model, batches=self._batches)
             return True
-        stored = stored_measurements(config, state.measurements.fingerprint, required=config.mode == "QUANTIZE")
+        stored = stored_measurements(config, state.measurements, required=config.mode == "QUANTIZE")
         if stored is not None:
             state.measurements = stored
             return True
@@ -254,18 +308,41 @@ class FP8Quantizer(HfQuantizer):
         restored_dtype: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
         return dequantize(model, restored_dtype)
 
+    def remove_quantization_config(self, model: Any) -> None:
+        """Leave nothing on the model, or on the models in it, that says it was quantized."""
+        super().remove_quantization_config(model)
+        for config in (getattr(module, "config", None) for module in model.modules()):
+            for name in ("quantization_config", "_is_quantized"):
+                getattr(config, "__dict__", {}).pop(name, None)
+
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         if state_of(model) is not None:
             self._mark(model)  # what is written is what was done, whatever became of the model's config since
-        return tensors_to_save(model), {"optimum_fp8": json.dumps({"format_version": FORMAT_VERSION})}
+        return tensors_to_save(model), {RECORD: record(model, self.quantization_config)}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
 
+    # Trainer takes a model for evaluate and predict only if it says it is trainable both ways. A step of training ends
+    # with the error of the first FP8 operator that is asked for a gradient.
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
 
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def attach_to_parts(model: nn.Module, state: FP8State) -> None:
+    """Give the transformers models inside a converted model what they need to be saved, and loaded, by themselves."""
+    known = {id(model.config)} if isinstance(model, transformers.PreTrainedModel) else set()
+    for prefix, part in models_inside(model):  # what shares its configuration with what is around it is saved with that
+        config = part.config.quantization_config if id(part.config) in known else config_of_part(state, prefix, part)
+        known.add(id(part.config))
+        mark_as_quantized(part, config, state)
+        part.hf_quantizer = FP8Quantizer(config, pre_quantized=True)

@@ -13,28 +13,31 @@ from ..checkpoint.native import carried_config
 from ..config import FP8Config
 from ..lifecycle import FP8State
 from ..modules import fp8_modules
+from ..selection import with_limits
 from .conversions import without_fp8
+from .resizing import guard_resizing
+from .ties import untie
+
+_COMPILED = "_orig_mod."  # between the names of a compiled module and of what is in it
 
 
-def config_to_save(state: FP8State) -> FP8Config:
+def config_to_save(model: Any, state: FP8State) -> FP8Config:
     """The configuration that the checkpoint of a model in this state carries."""
     selected = [(each.names, each.types) for each in state.decisions if each.selected]
-    return carried_config(state.config, selected, [each.name for each in state.decisions if not each.selected])
+    left_out = [each.name for each in state.decisions if not each.selected]
+    return carried_config(with_limits(state.config, state.decisions), selected, left_out, type(model).__name__)
 
 
-def mark_as_quantized(model: Any, config: FP8Config) -> None:
+def mark_as_quantized(model: Any, config: FP8Config, state: FP8State) -> None:
     """Give a converted model its config, no stale weight conversions, and no broken ties."""
     model.config.quantization_config = config
-    modules = fp8_modules(model)
-    names = list(modules)
-    for module in modules.values():
-        module.managed = True
+    names = list(fp8_modules(model))
     conversions: Any = getattr(model, "_weight_conversions", None)
     if conversions is None:  # made from a config: what transformers would look up when saving
         conversions = get_model_conversion_mapping(model, add_legacy=False)
         conversions = [conversion for conversion in conversions if not isinstance(conversion, PrefixChange)]
     model._weight_conversions = without_fp8(conversions, names)
-    _untie(model, names)
+    state.changes += [*untie(model, names), *guard_resizing(model)]
 
 
 def tensors_to_save(model: Any) -> dict[str, torch.Tensor]:
@@ -47,15 +50,9 @@ def tensors_to_save(model: Any) -> dict[str, torch.Tensor]:
     """
     checkpoint, native = checkpoint_of(model), Native()
     native.refuse(checkpoint)
-    tensors = model.state_dict()
-    return tensors | {name: tensor.detach() for name, tensor in native.tensors(checkpoint).items() if name in tensors}
-
-
-def _untie(model: Any, names: list[str]) -> None:
-    """An output head in FP8 has a weight of its own: it is no longer tied to the embedding."""
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    broken = [key for key in tied if key.removesuffix(".weight") in names]
-    if broken:
-        model.all_tied_weights_keys = {key: source for key, source in tied.items() if key not in broken}
-        for config in {id(c): c for c in (model.config, model.config.get_text_config(decoder=True))}.values():
-            config.tie_word_embeddings = False
+    tensors, written = model.state_dict(), set()
+    for name, tensor in native.tensors(checkpoint).items():
+        if name in tensors:  # untied, each has its own: transformers saves what is shared only where it is tied
+            tensors[name] = tensor.detach().clone() if tensor.data_ptr() in written else tensor.detach()
+            written.add(tensor.data_ptr())
+    return {name.replace(_COMPILED, ""): tensor for name, tensor in tensors.items()}

@@ -15,28 +15,33 @@ from ..errors import FP8MeasurementError
 from ..modules import frozen, swap
 from ..modules.handler import Conversion, Family, Reason, Target, Why
 from ..scales import Scheme, quantize_weight
-from ..selection import leave_out, reschemed
-from .prepare import needs_ranges
+from ..selection import leave_out, read_by_owner, reschemed
+from .prepare import needs_ranges, settle_measurements
 from .state import FP8State, Phase, set_state, state_of
 
 logger = logging.getLogger(__name__)
+
+_MULTIPLIED = Why(Reason.UNFIT, "the code around it multiplied by its weight and never called it")
 
 
 def convert_with(model: nn.Module, state: FP8State, finish: Callable[[Any], None] | None = None) -> None:
     """Convert with what `state` knows, then call `finish(model)`.
 
     Raises:
-        FP8MeasurementError: static activations without calibration data, or modules that calibration never reached.
+        FP8MeasurementError: static activations without calibration data, modules that calibration never reached, or
+            ranges of weights that have changed since.
         FP8ScaleError: a weight that has no sound scale.
     """
     state, previous = _with_final_schemes(model, state), state_of(model)
     targets = state.targets(model)
-    missing = _missing(targets, state.config.ignore_modules_wo_measures)
+    missing = _missing(model, targets, state.config.ignore_modules_wo_measures)
     remaining = [target for target in targets if target.name not in missing]
     _check_families(remaining)
     _warn_of_zero_ranges(targets)
     quantize = _QuantizedOnce()
     conversions = [(target, target.handler.convert(target, model, quantize)) for target in remaining]
+    if needs_ranges(state):
+        settle_measurements(model, state)
     given_up = _given_up(targets, missing)
     replacements = {target.module: made.replacement for target, made in conversions if made.replacement is not None}
     replacements |= given_up
@@ -100,9 +105,12 @@ def _is_reached(target: Target) -> bool:
     return target.scheme.needs_ranges and bool(seen) and target.handler.missing(target) is None
 
 
-def _missing(targets: list[Target], ignore: bool) -> dict[str, Why]:
+def _missing(model: nn.Module, targets: list[Target], ignore: bool) -> dict[str, Why]:
     """The modules that cannot be converted with the ranges there are. Raises unless it is told to `ignore` them."""
     missing = {target.name: why for target in targets if (why := target.handler.missing(target)) is not None}
+    if any(_is_unreached(why) for why in missing.values()):
+        read = read_by_owner(model, certain=False)  # such modules need not be called
+        missing |= {name: _MULTIPLIED for name, why in missing.items() if _is_unreached(why) and name in read}
     unreached = [target for target in targets if target.name in missing and _is_unreached(missing[target.name])]
     for family in _families(unreached):
         names = [target.name for target in unreached if target.handler.family == family]

@@ -8,7 +8,7 @@ from torch import nn
 from ..errors import FP8NotAvailableError
 from ..modules import swap
 from ..modules.handler import converted_modules
-from .state import set_state, state_of
+from .state import set_state, state_of, unwrapped
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -24,14 +24,18 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     Raises:
         FP8NotAvailableError: some weights are offloaded.
     """
-    found, state = converted_modules(model).values(), state_of(model)
+    given, model = model, unwrapped(model)
+    found = converted_modules(model).values()
     if any(tensor.is_meta for module, handler in found for tensor in handler.state(module).values()):
         raise FP8NotAvailableError("dequantize: some weights are offloaded: load the model without offloading")
-    if state is not None and state.observers is not None:
-        state.observers.remove()
+    states = {part: state for part in model.modules() if (state := state_of(part)) is not None}
+    for state in states.values():
+        if state.observers is not None:
+            state.observers.remove()
     restored = {module: handler.restore(module, dtype) for module, handler in found}
     swap(model, {module: new for module, new in restored.items() if new is not None})
-    for change in reversed(state.changes if state is not None else []):
-        change.undo()
-    set_state(model, None)
-    return model
+    for part, state in states.items():
+        for change in reversed(state.changes):
+            change.undo()
+        set_state(part, None)
+    return given

@@ -9,9 +9,10 @@ from torch import nn
 
 from ..config import FP8Config
 from ..errors import FP8ConfigError, FP8StateError
-from ..measure import Measurements, Observers
+from ..measure import Measurements, Observers, model_fingerprint
 from ..modules.handler import Change, Reason, Target, converted_modules
 from ..selection import Decision
+from .origin import Origin
 
 _ATTRIBUTE = "_optimum_fp8_state"
 
@@ -34,6 +35,8 @@ class FP8State:
         measurements: what calibration has seen (empty where none is needed).
         observers: the hooks at work while measuring.
         changes: what was changed around the modules, to be undone with them.
+        origin: where the model was loaded from, where that is known.
+        digests: of weights that became FP8 while loading, by parameter name, from when they were in high precision.
     """
 
     config: FP8Config
@@ -42,11 +45,17 @@ class FP8State:
     measurements: Measurements
     observers: Observers | None = None
     changes: list[Change] = field(default_factory=list)
+    origin: Origin | None = None
+    digests: dict[str, str] = field(default_factory=dict)
 
     @property
     def selected(self) -> list[str]:
         """Names of the selected modules."""
         return [decision.name for decision in self.decisions if decision.selected]
+
+    def fingerprint(self, model: nn.Module) -> str:
+        """The fingerprint of `model` as it is now, in high precision."""
+        return model_fingerprint(model, self.digests)
 
     def targets(self, model: nn.Module) -> list[Target]:
         """The selected modules of `model`, with their handlers, schemes and ranges."""
@@ -68,6 +77,18 @@ class FP8State:
             changes += handler.around(model, modules, others)
         self.changes += changes
         return changes
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module that DataParallel, DDP, FSDP or torch.compile was given; any other is returned as it is."""
+    while isinstance(model, nn.Module):
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif inner := next(filter(None, map(model._modules.get, ("_orig_mod", "_fsdp_wrapped_module"))), None):
+            model = inner
+        else:
+            break
+    return model
 
 
 def state_of(model: nn.Module) -> FP8State | None:

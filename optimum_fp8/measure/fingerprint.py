@@ -1,7 +1,7 @@
-"""A fingerprint of a model's parameters, so that measurements are never applied to another model unnoticed.
+"""What tells a model from others, so that measurements are never applied to another one unnoticed.
 
-It hashes an evenly spaced sample of each parameter, rounded to bfloat16: cheap on any size, and the same whether the
-checkpoint was loaded as bfloat16 or float32.
+The fingerprint hashes an evenly spaced sample of each parameter, rounded to bfloat16: cheap on any size, and the same
+whether the checkpoint was loaded as bfloat16 or float32. What has no parameters is told by its class.
 """
 
 from __future__ import annotations
@@ -40,3 +40,23 @@ def model_fingerprint(model: nn.Module, known: Mapping[str, str] | None = None) 
             digests[name] = weight_digest(parameter)
     lines = "\n".join(f"{name} {digests[name]}" for name in sorted(digests))
     return hashlib.sha256(lines.encode()).hexdigest()[:32]
+
+
+def architecture(model: nn.Module) -> dict[str, str]:
+    """The classes of modules that hold nothing (activation functions, pools), by name: no fingerprint tells them."""
+    return {
+        name: type(module).__name__
+        for name, module in model.named_modules()
+        if name and not module._modules and not module._parameters and not module._buffers
+    }
+
+
+def difference(one: Mapping[str, str], other: Mapping[str, str]) -> str | None:
+    """Where two architectures differ, of the modules that both have; None if they agree.
+
+    Modules that only one has do not count: models written for a device have some of their own.
+    """
+    for name, kind in one.items():
+        if other.get(name, kind) != kind:
+            return f"{name} is {kind}, not {other[name]}"
+    return None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,9 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from .padding import Padding
 from .store import Measurements
 
 logger = logging.getLogger(__name__)
+
+_OPERANDS = ("q", "k", "v", "p")  # of products, with or without a number
+_MASK = "attention_mask"  # models have other masks too, which say where images are, for example
 
 
 class Observers:
@@ -22,13 +27,24 @@ class Observers:
     Args:
         measurements: where ranges are kept.
         kinds: which tensors of a layer are measured, of "input", "output" and "weight".
+        fingerprint: gives that of the model; called when the first tensor is measured.
+
+    Attributes:
+        began_with: the fingerprint of the model whose activations were measured first; None as long as none were.
     """
 
-    def __init__(self, measurements: Measurements, kinds: Iterable[str] = ("input", "weight")):
+    def __init__(
+        self,
+        measurements: Measurements,
+        kinds: Iterable[str] = ("input", "weight"),
+        fingerprint: Callable[[], str] | None = None,
+    ):
         self.measurements, self.kinds = measurements, frozenset(kinds)
+        self.began_with: str | None = None
+        self._fingerprint, self._weights = fingerprint, dict[str, nn.Module]()
         self._handles: list[Any] = []
         self._inputs: list[tuple[str, nn.Module, int]] = []
-        self._valid: torch.Tensor | None = None
+        self._padding = Padding()
 
     def attach(self, name: str, module: nn.Module) -> None:
         """Measure what goes into the module called `name`, and what comes out of it, as `kinds` says."""
@@ -38,6 +54,18 @@ class Observers:
             self._inputs.append((name, module, self._handles[-1].id))
         if "output" in self.kinds:
             self._handles.append(module.register_forward_hook(partial(self._observe_output, name)))
+
+    def attach_weight(self, name: str, module: nn.Module) -> None:
+        """Measure the weight of the module called `name`, now and whenever `measure_weights` is called."""
+        if "weight" in self.kinds:
+            self._weights[name] = module
+            self.measurements.observe(name, "weight", module.weight)  # type: ignore[arg-type]
+
+    def measure_weights(self) -> None:
+        """Measure weights anew: they have changed."""
+        for name, module in self._weights.items():
+            self.measurements.tensors.pop((name, "weight"), None)
+            self.attach_weight(name, module)
 
     @property
     def is_attached(self) -> bool:
@@ -58,9 +86,9 @@ class Observers:
         """
         if not isinstance(x, torch.Tensor):
             return
-        if self._valid is not None:
-            x = _without_padding(x, self._valid.to(x.device))
+        x = self._padding.rows_of(x, heads=kind[:1] in _OPERANDS)
         if x.numel():
+            self._begin()
             self.measurements.observe(name, kind, x)
 
     def observe_per_head(self, name: str, kind: str, x: torch.Tensor) -> None:
@@ -69,20 +97,28 @@ class Observers:
         Args:
             name: the attention module.
             kind: "q", "k", "v", "output", "k_cache" or "v_cache".
-            x: `[batch, heads, length, size]`. Positions of padding are left out where `length` is that of the mask,
-                or keys and values go beyond it; other tensors are taken whole, and those of another shape as one head.
+            x: `[batch, heads, length, size]`; positions of padding are left out where they show, other shapes count as
+                one head.
         """
         if x.ndim != 4:
             self.observe(name, kind, x)
             return
-        tokens, valid = x.transpose(1, 2), self._valid
-        if valid is not None and kind in ("k", "v") and x.shape[0] == len(valid) and x.shape[2] > valid.shape[1]:
-            generated = valid.new_ones(len(valid), x.shape[2] - valid.shape[1])
-            valid = torch.cat([valid, generated], dim=1)  # what follows the prompt is never padding
-        if valid is not None and tokens.shape[:2] == valid.shape:
-            tokens = tokens[valid.to(x.device)]
+        tokens = self._padding.tokens_of(x.transpose(1, 2), keys=kind in ("k", "v"))
         if tokens.numel():
+            self._begin()
             self.measurements.observe(name, kind, tokens.reshape(-1, *x.shape[1::2]), per_head=True)
+
+    def watch_masks(self, model: nn.Module) -> None:
+        """Also leave out what the masks say that modules of `model` give to each other, where `only_where` is active.
+
+        Models make masks of their own for what they shorten (frames of speech), and what is at masked positions may be
+        anything, NaN as well.
+        """
+        for module in model.modules() if self.is_attached else ():
+            names = list(inspect.signature(module.forward).parameters)
+            if any(name.endswith(_MASK) for name in names):
+                hook = partial(self._note_masks, names)
+                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def remove(self) -> None:
         """Remove all hooks; warns of others that may have changed an input after it was measured."""
@@ -93,27 +129,33 @@ class Observers:
             self._handles.pop().remove()
 
     @contextmanager
-    def only_where(self, mask: torch.Tensor | None) -> Iterator[None]:
-        """Leave out padding while inside: `mask` is `[batch, length]`, 0 at padded positions."""
-        self._valid = mask.bool() if mask is not None and not bool(mask.all()) else None
+    def only_where(self, *masks: torch.Tensor | None, exact: bool = False) -> Iterator[None]:
+        """Leave out padding while inside.
+
+        Args:
+            masks: `[batch, length]`, 0 at padded positions.
+            exact: whether they are of all that there is; else keys and values may go on after the padding of a prompt.
+        """
+        self._padding = Padding([mask for mask in masks if mask is not None], active=True, exact=exact)
         try:
             yield
         finally:
-            self._valid = None
+            self._padding = Padding()
 
-    # Hooks are partials of methods, not closures: a deep copy of a model then records for itself.
+    def _begin(self) -> None:
+        if self.began_with is None and self._fingerprint is not None:
+            self.began_with = self._fingerprint()
+
+    # Hooks are (partials of) methods, not closures: a deep copy of a model then records for itself.
+
+    def _note_masks(self, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._padding.active:
+            for name, value in (*zip(names, args, strict=False), *kwargs.items()):
+                if name.endswith(_MASK) and isinstance(value, torch.Tensor):
+                    self._padding.note(value)
 
     def _observe_input(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.observe(name, "input", next(iter((*args, *kwargs.values())), None))
 
     def _observe_output(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.observe(name, "output", output)
-
-
-def _without_padding(x: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Rows of `[batch, length, …]` or `[batch · length, …]` that are not padding; other shapes are kept whole."""
-    if x.ndim >= 3 and x.shape[:2] == valid.shape:
-        return x[valid]
-    if x.ndim == 2 and x.shape[0] == valid.numel():
-        return x[valid.flatten()]
-    return x

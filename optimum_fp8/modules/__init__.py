@@ -3,21 +3,24 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
-from .base import FP8Module, frozen
+from .base import FP8Module
 from .conv import FP8Conv, FP8Conv2d
 from .handler import ModuleHandler, register_handler
 from .layer import LayerHandler, fp8_modules
-from .linear import FP8Linear
+from .linear import FP8Conv1D, FP8Linear
 from .swap import swap
+from .weight import FP8Weight, frozen
 
 for _file in iter_modules(__path__):  # each registers what it defines
     import_module(f".{_file.name}", __name__)
 
 __all__ = [
     "FP8Conv",
+    "FP8Conv1D",
     "FP8Conv2d",
     "FP8Linear",
     "FP8Module",
+    "FP8Weight",
     "LayerHandler",
     "ModuleHandler",
     "fp8_modules",

@@ -11,18 +11,27 @@ import torch
 from torch import nn
 
 from .. import ops
-from ..errors import FP8StateError
-from ..formats import is_fp8
+from ..errors import FP8NotAvailableError, FP8StateError
+from ..formats import is_fp8, not_finite
+from ..ops.fp8_tensor import FP8Tensor
 from ..scales import PerTensor, ScaleRule, Scheme, unsound
+from .weight import FP8Weight, asked_by_mover, frozen, stored_shape, stored_weight
 
 _HIGH_PRECISION = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float64})
+# What every module has, and what accelerate hangs on one: of a module's instance, not of what it stands for.
+_OF_THE_INSTANCE = frozenset({*vars(nn.Module()), "forward", "_old_forward", "_hf_hook"})
 
 
 class FP8Module(nn.Module):
     """A module that holds an FP8 weight, its scale, and (static activations) the scale of its input.
 
+    It has the attributes, buffers and methods of the module that it stands for.
+
     Attributes:
-        weight: `[out, in, …]`, FP8, frozen.
+        weight: the values, as a read-only tensor of the dtype `high_precision` and the original's shape; code that
+            loads, moves and saves parameters finds the codes under this name.
+        codes: `[out, in, …]`, FP8, frozen.
+        weight_shape: the shape of the codes.
         weight_scale: float32, `(1,)` or `(out, 1, …)`; NaN until it is set.
         input_scale: float32 `(1,)`, or None where activations are not rounded, or rounded dynamically.
         bias: `(out,)` in high precision, or None.
@@ -34,9 +43,7 @@ class FP8Module(nn.Module):
     """
 
     rows_are_tokens = True  # whether the last dimension of an input is its features
-    managed = False  # whether a transformers quantizer saves it
 
-    weight: nn.Parameter
     weight_scale: nn.Parameter
     input_scale: nn.Parameter | None
     bias: nn.Parameter | None
@@ -45,14 +52,18 @@ class FP8Module(nn.Module):
 
     def __init__(self, shape: torch.Size, origin: Any, scheme: Scheme):
         super().__init__()
-        device = origin.weight.device
+        self.__dict__.update(_attributes(origin))
+        self._buffers, self._modules = dict(origin._buffers), dict(origin._modules)
+        self._non_persistent_buffers_set = set(origin._non_persistent_buffers_set)
         self.__dict__["origin"] = _shell(origin)  # not a submodule
+        device = origin.weight.device
+        self.weight_shape, self._dimensions = shape, len(shape)
         self.high_precision: torch.dtype = origin.weight.dtype
         self.name = ""
         scale = torch.full(scheme.weight.granularity.scale_shape(shape), torch.nan, dtype=torch.float32, device=device)
         # The bias comes first: transformers takes the dtype of a model's first parameter for the model's.
         self.register_parameter("bias", getattr(origin, "bias", None))
-        self.weight = frozen(torch.empty(shape, dtype=scheme.fmt.dtype, device=device))
+        self.register_parameter("weight", frozen(torch.empty(shape, dtype=scheme.fmt.dtype, device=device)))
         self.weight_scale = frozen(scale)
         self.register_parameter("input_scale", None)
         self.set_scheme(scheme, None)
@@ -69,15 +80,88 @@ class FP8Module(nn.Module):
     def restored(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The original module, with the dequantized weight in `dtype` (by default `high_precision`)."""
         module, dtype = _shell(self.origin), dtype or self.high_precision
+        kept = [name for name in _attributes(module) if name not in _OURS and name in vars(self)]
+        module.__dict__.update({name: vars(self)[name] for name in kept})
+        module._buffers, module._modules = self._buffers, self._modules
         module.weight = nn.Parameter(self.to_out_in(self.dequantized_weight(dtype)).contiguous())
         if "bias" in module._parameters:
             module.bias = self.bias
         return module
 
+    # --- the weight -----------------------------------------------------------------------------------------------
+
+    @property
+    def weight(self) -> torch.Tensor:
+        if asked_by_mover():
+            return self._moved()
+        codes = self.codes
+        if codes is None or not is_fp8(codes.dtype):
+            return codes
+        values = self.to_out_in(FP8Tensor(codes, self.weight_scale, self.high_precision))
+        if not isinstance(values, FP8Tensor):  # scales by blocks do not follow a transposed weight
+            return values
+        weight = FP8Weight(values.codes, values.scale, values.dtype)
+        if not torch.compiler.is_compiling():
+            weight.__dict__.update(codes.__dict__)  # what others put on the parameter: "is initialized", say
+        return weight
+
+    @weight.setter
+    def weight(self, value: Any) -> None:  # a parameter never comes here: `register_parameter` takes it
+        self._refuse_replacing()
+
+    def __delattr__(self, name: str) -> None:
+        if name == "weight" and not asked_by_mover():
+            self._refuse_replacing()
+        super().__delattr__(name)
+
+    def _refuse_replacing(self) -> None:
+        raise FP8NotAvailableError(
+            f"{self.name}: the weight of an FP8 module cannot be pruned, reparametrized or taken away: do that to the "
+            "original model and convert it again, or call optimum_fp8.dequantize(model) first"
+        )
+
+    @property
+    def codes(self) -> nn.Parameter:
+        """The weight as it is stored: FP8, `[out, in, …]`."""
+        try:
+            weight: Any = self._parameters["weight"]
+        except KeyError:
+            raise AttributeError("weight") from None
+        if weight is not None and (weight.dim() != self._dimensions or isinstance(weight, FP8Tensor)):
+            weight = self._parameters["weight"] = self._as_codes(weight)
+        return weight
+
+    def _moved(self) -> nn.Parameter:
+        """The codes for code that moves them; those that are to be brought (meta) in the form in which they are stored
+        and handed out by `state_dict`."""
+        codes = self.codes
+        if codes is None or not codes.is_meta:
+            return codes
+        moved = self._parameters["weight"] = frozen(stored_weight(codes), like=codes)
+        return moved
+
+    def _as_codes(self, weight: Any) -> Any:
+        """Codes `[out, in, …]` of a weight that comes in its stored form, or as the values of an FP8 module."""
+        if isinstance(weight, FP8Tensor):
+            self.weight_scale = frozen(self.to_out_in(weight.scale))
+            return frozen(self.to_out_in(weight.codes))
+        is_stored = tuple(weight.shape) == stored_shape(self.weight_shape)
+        return frozen(weight.squeeze(0), like=weight) if is_stored else weight
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, self._as_codes(param) if name == "weight" and param is not None else param)
+
     def set_weight(self, weight: torch.Tensor, scale: torch.Tensor) -> None:
         """Take FP8 codes and their float32 scale; parameters are shared, not copied."""
-        self.weight, self.weight_scale = (x if isinstance(x, nn.Parameter) else frozen(x) for x in (weight, scale))
-        self.record.watch(self.weight)
+        weight, self.weight_scale = (x if isinstance(x, nn.Parameter) else frozen(x) for x in (weight, scale))
+        self.register_parameter("weight", weight)
+        self.record.watch(self.codes)
+
+    def dequantized_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """codes · weight_scale, `[out, in, …]` in `dtype`."""
+        return ops.cast_from_fp8(self.codes, self.weight_scale, dtype)
+
+    # --- computing ------------------------------------------------------------------------------------------------
 
     def set_scheme(self, scheme: Scheme, input_scale: torch.Tensor | None) -> None:
         """Compute by `scheme` from now on, with a static scale `(1,)` of the input or none, and count calls anew."""
@@ -85,29 +169,50 @@ class FP8Module(nn.Module):
         self.input_rule: ScaleRule = scheme.input
         if not self.rows_are_tokens:
             self.input_rule = replace(scheme.input, granularity=PerTensor())
-        self.input_scale = None if input_scale is None else frozen(input_scale.to(self.weight.device, torch.float32))
-        self.record.watch(self.weight)
+        self.input_scale = None if input_scale is None else frozen(input_scale.to(self.codes.device, torch.float32))
+        self.record.watch(self.codes)
 
     def activation_scale(self, x: torch.Tensor) -> torch.Tensor | None:
         """The scale to round `x` with: its own, the calibrated one, or none.
 
         Raises:
-            FP8StateError: `x` is not in high precision (some code cast it to this weight's dtype, without a scale), or
-                the weight is no longer in FP8.
+            FP8StateError: `x` is not in high precision (some code cast it to FP8, without a scale), or the weight is
+                not there, or no longer in FP8.
         """
         scheme, parameters = self.scheme, self._parameters  # attributes take longer
         if x.dtype not in _HIGH_PRECISION:
+            if not isinstance(x, torch.Tensor):
+                raise FP8NotAvailableError(
+                    f"{self.name}: an FP8 module was given a {type(x).__name__}, as torch.fx.symbolic_trace does, and "
+                    "expects a tensor: trace with torch.export, or what optimum_fp8.dequantize(model) returns"
+                )
             raise FP8StateError(
                 f"{self.name}: an FP8 module was given an input in {x.dtype}, but expects high precision; where code "
-                "around it cast it to the dtype of the weight, without a scale, put the module on the blocklist"
+                "around it cast it without a scale, put the module on the blocklist"
             )
         weight = parameters["weight"]
-        if weight is not None and weight.dtype is not scheme.fmt.dtype:
-            raise FP8StateError(
-                f"{self.name}: the weight of an FP8 module was replaced by one in {weight.dtype}: expected "
-                f"{scheme.fmt.dtype} with its scale; convert the original model again"
-            )
+        if weight is not None and (weight.dtype is not scheme.fmt.dtype or weight.dim() != self._dimensions):
+            self._check_codes()
+        elif weight is not None and weight.is_meta and not x.is_meta:
+            self._refuse_meta()
         return scheme.dynamic_scale(x, self.input_rule) if scheme.is_dynamic else parameters["input_scale"]
+
+    def _check_codes(self) -> None:
+        """Bring a weight that came in another form into `[out, in, …]`, and refuse one that is none in FP8."""
+        codes, expected = self.codes, self.scheme.fmt.dtype
+        if codes.dtype is not expected:
+            raise FP8StateError(
+                f"{self.name}: the weight of an FP8 module was replaced by one in {codes.dtype}: expected {expected} "
+                "with its scale; convert the original model again"
+            )
+        if codes.is_meta:
+            self._refuse_meta()
+
+    def _refuse_meta(self) -> None:
+        raise FP8StateError(
+            f"{self.name}: the weight of an FP8 module is on the meta device, where it has no values: it is offloaded, "
+            "and no hook brings it in, or was never loaded; load the model without offloading, or with a device_map"
+        )
 
     def check_bias(self) -> None:
         """Refuse a bias that does not have one value for each output channel.
@@ -115,10 +220,10 @@ class FP8Module(nn.Module):
         Raises:
             FP8StateError: names the module, and what is expected.
         """
-        if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
+        if self.bias is not None and self.bias.shape != self.weight_shape[:1]:
             raise FP8StateError(
                 f"{self.name}: the bias of {type(self.origin).__name__} has shape {tuple(self.bias.shape)}, expected "
-                f"{tuple(self.weight.shape[:1])}, one value for each output: give the module a bias that fits, or None"
+                f"{tuple(self.weight_shape[:1])}, one value for each output: give the module a bias that fits, or None"
             )
 
     @property
@@ -128,14 +233,24 @@ class FP8Module(nn.Module):
             return "dynamic"
         return "weight_only" if self.input_scale is None else "static"
 
-    def dequantized_weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """weight · weight_scale, `[out, in, …]` in `dtype`."""
-        return ops.cast_from_fp8(self.weight, self.weight_scale, dtype)
-
     def scales(self) -> dict[str, torch.Tensor]:
         """The scales that are there, by name."""
         found = {"weight_scale": self.weight_scale, "input_scale": self.input_scale}
         return {name: scale for name, scale in found.items() if scale is not None}
+
+    # --- as a module ----------------------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        """What the original's class has: its methods and properties, of this module."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "origin" in self.__dict__ and not name.startswith("__"):
+                for cls in type(self.origin).__mro__[: -len(nn.Module.__mro__)]:
+                    if name in vars(cls):
+                        found = vars(cls)[name]
+                        return found.__get__(self, type(self)) if hasattr(found, "__get__") else found
+            raise
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FP8Module:
         """Moves go through; casts do not: an FP8 weight cast to another dtype would lose its scale silently."""
@@ -148,56 +263,55 @@ class FP8Module(nn.Module):
             return tensor.to(applied.device) if keep and applied.dtype != tensor.dtype else applied
 
         super()._apply(keep_dtype, recurse)
-        self.record.watch(self.weight)
+        self.record.watch(self.codes)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Outside of a transformers quantizer, which does it when saving, weights are handed out as they go to disk:
-        with a leading dimension of one, so that code that knows nothing of their scales cannot take them for values."""
+        """Codes are handed out as they go to disk, whoever asks: with a leading dimension of one, so that code that
+        knows nothing of their scales cannot take them for values."""
+        codes = self.codes
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not self.managed:
-            destination[f"{prefix}weight"] = stored_weight(destination[f"{prefix}weight"])
+        if codes is not None:
+            destination[f"{prefix}weight"] = stored_weight(codes if keep_vars else codes.detach())
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Only FP8 codes with sound scales are taken."""
         errors: list[str] = args[-1]
-        weight = state_dict.get(f"{prefix}weight")
+        weight, codes = state_dict.get(f"{prefix}weight"), self.codes
         if weight is not None:
-            if weight.dtype != self.weight.dtype:
-                errors.append(f"{prefix}weight is {weight.dtype}, expected FP8 codes in {self.weight.dtype}")
+            if weight.dtype != codes.dtype:
+                errors.append(f"{prefix}weight is {weight.dtype}, expected FP8 codes in {codes.dtype}")
+            elif not_finite(weight):
+                errors.append(f"{prefix}weight holds codes that are NaN or Inf: it is damaged")
             if f"{prefix}weight_scale" not in state_dict:
                 errors.append(f"{prefix}weight_scale is missing: codes mean nothing without their scale")
-            if weight.shape == stored_shape(self.weight.shape):
+            if weight.shape == stored_shape(self.weight_shape):
                 state_dict[f"{prefix}weight"] = weight.squeeze(0)
         for name in ("weight_scale", "input_scale"):
             scale = state_dict.get(f"{prefix}{name}")
+            if scale is not None and scale.dtype != torch.float32:
+                errors.append(f"{prefix}{name} is {scale.dtype}, expected torch.float32")
             if scale is not None and (wrong := unsound(scale)):
                 errors.append(f"{prefix}{name} {wrong}")
         if not errors:
             super()._load_from_state_dict(state_dict, prefix, *args)
-            self.record.watch(self.weight)
+            self.record.watch(self.codes)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.record.watch(self.weight)  # a copy counts its own calls
+        self.record.watch(self.codes)  # a copy counts its own calls
 
     def extra_repr(self) -> str:
         fmt = self.scheme.fmt
         return f"{fmt.name} on {fmt.target}, weight {self.scheme.weight.granularity}, activations {self.activations}"
 
 
-def stored_weight(weight: torch.Tensor) -> torch.Tensor:
-    """Codes as they go to disk: with a leading dimension of one.
-
-    transformers without this plugin tolerates unknown names, dtypes and missing scales with a warning, and would
-    compute garbage, but it never loads a weight of a wrong shape.
-    """
-    return weight.unsqueeze(0)
+_OURS = frozenset({"name", "origin", "scheme", "record", "high_precision", "input_rule", "weight_shape", "_dimensions"})
 
 
-def stored_shape(shape: torch.Size) -> tuple[int, ...]:
-    """The shape on disk of a weight that has `shape` in memory."""
-    return (1, *shape)
+def _attributes(module: Any) -> dict[str, Any]:
+    """The attributes of a module that are its own: geometry, and what users put there."""
+    return {name: value for name, value in vars(module).items() if name not in _OF_THE_INSTANCE}
 
 
 def _shell(module: Any) -> Any:
@@ -207,8 +321,3 @@ def _shell(module: Any) -> Any:
     for name in ("forward", "_old_forward", "_hf_hook"):
         shell.__dict__.pop(name, None)
     return shell
-
-
-def frozen(tensor: torch.Tensor) -> nn.Parameter:
-    """`tensor` as a parameter without gradient: FP8 has no norm kernels, and a scale must not drift."""
-    return nn.Parameter(tensor.detach(), requires_grad=False)

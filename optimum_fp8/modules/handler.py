@@ -28,12 +28,14 @@ class Reason(Enum):
     NOT_ASKED_FOR = "not asked for by the configuration"
     EXCLUDED = "excluded by the configuration"
     UNFIT = "it cannot be converted"
+    CODES = "its weight is quantized already"
     KEPT = "kept by default: head, tied or float32"
     NOT_ALLOWED = "not in allowlist"
     IMPLEMENTATION_CHOSEN = "another attention implementation was chosen"
     NEVER_REACHED = "never reached by calibration"
     NOT_SEEN = "none of its products was seen"
     NOT_IN_CHECKPOINT = "not FP8 in the checkpoint"
+    NO_CANDIDATE = "no kind of module that is quantized"
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,20 @@ class Why:
 
     def __str__(self) -> str:
         return self.text or self.reason.value
+
+
+def spoken_type(path: str) -> str:
+    """How messages call a class, given its full name: by its own, and its package's where torch has nearly the same.
+
+    transformers' Conv1D is a linear layer, and torch's Conv1d a convolution.
+    """
+    package, name = path.split(".")[0], path.rpartition(".")[2]
+    if package == "torch" or name.lower() not in _LIKE_TORCH:
+        return name
+    return f"{package}' {name}" if package.endswith("s") else f"{package}'s {name}"
+
+
+_LIKE_TORCH = frozenset(name.lower() for name, value in vars(nn).items() if isinstance(value, type))
 
 
 @dataclass(frozen=True)
@@ -118,6 +134,7 @@ class Row:
         scales: its scales by name.
         cached: layers of caches that became FP8 for it.
         cache_refused: why others stayed in high precision, with counts.
+        high_precision: the dtype that its FP8 codes had, if it holds any.
     """
 
     activations: str
@@ -126,6 +143,7 @@ class Row:
     scales: dict[str, torch.Tensor]
     cached: int = 0
     cache_refused: dict[str, int] = field(default_factory=dict)
+    high_precision: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -135,10 +153,12 @@ class Surroundings:
     Attributes:
         model: the model.
         implementations: attention implementations the user chose while loading, by `id` of the configuration.
+        implied: whether what is asked for is all that a model has, as by an empty list of INC's, not all of it by name.
     """
 
     model: nn.Module
     implementations: Mapping[int, str] = field(default_factory=dict)
+    implied: bool = False
 
 
 class ModuleHandler:
@@ -147,16 +167,23 @@ class ModuleHandler:
     Attributes:
         kind: its name.
         types: names of the classes it is for.
+        operations: of attention, by INC's names, that a module of this kind does by itself; lists may switch each.
         known_types: these, and names that lists of a configuration may hold although a model has no such class.
         family: what it has in common with other kinds.
     """
 
     kind: str = ""
     types: tuple[str, ...] = ()
+    operations: tuple[str, ...] = ()
     family: Family
 
     @property
     def known_types(self) -> tuple[str, ...]:
+        return self.types
+
+    @property
+    def spoken_types(self) -> tuple[str, ...]:
+        """The classes as messages call them."""
         return self.types
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModuleHandler:
@@ -177,6 +204,10 @@ class ModuleHandler:
     def refusal(self, module: Any, scheme: Scheme, around: Surroundings) -> Why | None:
         """Why a module of this kind stays in high precision, or None."""
         return None
+
+    def limit(self, module: Any, scheme: Scheme, around: Surroundings) -> tuple[dict[str, Any], str]:
+        """What of a scheme a module of this kind cannot have: fields with the values they get, and why."""
+        return {}, ""
 
     def observe(self, target: Target, observers: Observers) -> None:
         """Have `observers` see what conversion needs ranges of."""
@@ -241,6 +272,10 @@ class ModuleHandler:
     def row(self, module: Any) -> Row | None:
         """What the report says of a module; None where it is not converted."""
         raise NotImplementedError
+
+    def bypassed(self, module: Any) -> str:
+        """Why a module does not do at present what it was prepared or converted for; empty: it does."""
+        return ""
 
 
 Quantize = Callable[[nn.Parameter, torch.Tensor, Scheme], tuple[nn.Parameter, nn.Parameter]]

@@ -10,11 +10,12 @@ from torch import nn
 
 from .. import ops
 from ..errors import FP8CheckpointError, FP8NotAvailableError, FP8ScaleError
-from ..formats import NumberFormat
+from ..formats import NumberFormat, holds_codes
 from ..measure import Observers
 from ..scales import Scheme
-from .base import FP8Module, frozen
-from .handler import Conversion, Family, ModuleHandler, Quantize, Reason, Row, Surroundings, Target, Why
+from .base import FP8Module
+from .handler import Conversion, Family, ModuleHandler, Quantize, Reason, Row, Surroundings, Target, Why, spoken_type
+from .weight import frozen
 
 LAYERS = Family(
     "layers",
@@ -50,6 +51,10 @@ class LayerHandler(ModuleHandler):
     def known_types(self) -> tuple[str, ...]:
         return (*self.types, *self.equivalents)
 
+    @property
+    def spoken_types(self) -> tuple[str, ...]:
+        return tuple(spoken_type(f"{cls.__module__}.{cls.__name__}") for cls in self.classes)
+
     def matches(self, module: nn.Module) -> bool:
         return isinstance(module, self.classes)
 
@@ -62,6 +67,10 @@ class LayerHandler(ModuleHandler):
             return Why(Reason.UNFIT, "its forward was replaced")
         if "weight" not in module._parameters or len(module._parameters) > 2:
             return Why(Reason.UNFIT, "its weight is parametrized")
+        if isinstance(weight, torch.Tensor) and holds_codes(weight.dtype):
+            return Why(Reason.CODES, f"its weight is {weight.dtype}")
+        if scales := [name for name in module._buffers if "scale" in name]:
+            return Why(Reason.UNFIT, f"it has {scales[0]!r} beside its weight")
         if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.numel() == 0:
             found = f"({tuple(weight.shape)}, {weight.dtype})" if isinstance(weight, torch.Tensor) else f"({weight})"
             return Why(Reason.UNFIT, f"its weight is not a floating-point matrix {found}")
@@ -73,8 +82,8 @@ class LayerHandler(ModuleHandler):
         return None
 
     def observe(self, target: Target, observers: Observers) -> None:
-        if "weight" in observers.kinds and not isinstance(target.module, FP8Module):
-            observers.measurements.observe(target.name, "weight", target.module.weight)
+        if not isinstance(target.module, FP8Module):
+            observers.attach_weight(target.name, target.module)
         if target.scheme.needs_ranges:
             observers.attach(target.name, target.module)
 
@@ -122,10 +131,9 @@ class LayerHandler(ModuleHandler):
 
     def expect(self, target: Target, saved: Mapping[str, tuple[int, ...]] | None) -> nn.Module | None:
         made = self.empty(target)
-        made.managed = True
         if saved is None:
             # Checkpoint tensors may be cast to the dtype of the parameter they are for: not to FP8 before scaling.
-            made.weight = frozen(torch.empty(made.weight.shape, device="meta"))
+            made.register_parameter("weight", frozen(torch.empty(made.weight_shape, device="meta")))
         elif target.scheme.is_static:
             made.input_scale = frozen(torch.full((1,), torch.nan, dtype=torch.float32, device="meta"))
         return made
@@ -134,19 +142,19 @@ class LayerHandler(ModuleHandler):
         target.module.set_scheme(target.scheme, target.module.input_scale)
 
     def state(self, module: Any) -> dict[str, torch.Tensor]:
-        return dict(module.named_parameters())
+        return {**dict(module.named_parameters(recurse=False)), "weight": module.codes}
 
     def fit(self, name: str, module: Any, made_for: NumberFormat, fmt: NumberFormat) -> None:
         if fmt.full_scale < made_for.full_scale:
-            if module.weight.device.type == "meta":
+            if module.codes.device.type == "meta":
                 raise FP8NotAvailableError(f"{name}: changing the target to {fmt.target} cannot be offloaded")
-            two = torch.full((1,), 2.0, device=module.weight.device)
-            halved = ops.cast_to_fp8(module.weight, two, fmt.dtype, fmt.full_scale)
+            two = torch.full((1,), 2.0, device=module.codes.device)
+            halved = ops.cast_to_fp8(module.codes, two, fmt.dtype, fmt.full_scale)
             module.set_weight(halved, module.weight_scale * two)
             if module.input_scale is not None:
                 module.input_scale = frozen(module.input_scale * two)
-        elif fmt.full_scale < 448 and module.weight.device.type != "meta":
-            largest = float((module.weight.view(torch.uint8) & 0x7F).max().view(fmt.dtype).float())  # without the sign
+        elif fmt.full_scale < 448 and module.codes.device.type != "meta":
+            largest = float((module.codes.view(torch.uint8) & 0x7F).max().view(fmt.dtype).float())  # without the sign
             if largest > fmt.full_scale:
                 raise FP8CheckpointError(
                     f"{name}.weight holds codes up to {largest:g}, but {fmt.target} reads those above "
@@ -157,7 +165,8 @@ class LayerHandler(ModuleHandler):
     def row(self, module: Any) -> Row | None:
         if not isinstance(module, FP8Module):
             return None
-        return Row(module.activations, module.record, str(module.scheme), module.scales())
+        scheme, scales = str(module.scheme), module.scales()
+        return Row(module.activations, module.record, scheme, scales, high_precision=module.high_precision)
 
 
 def fp8_modules(model: nn.Module) -> dict[str, FP8Module]:

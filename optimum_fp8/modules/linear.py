@@ -10,43 +10,37 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import ops
 from ..errors import FP8StateError
-from ..scales import Scheme
+from ..scales import Scheme, inf_as_nan
+from .autocast import autocast
 from .base import FP8Module
 from .handler import register_handler
 from .layer import LayerHandler
 
 
 class FP8Linear(FP8Module):
-    """y = x Wᵀ + b with an FP8 weight `[out, in]`.
-
-    Conv1D (GPT-2) stores `[in, out]`; here the weight always is `[out, in]`, and `transposed` remembers the origin.
-    """
+    """y = x Wᵀ + b with an FP8 weight `[out, in]`."""
 
     def __init__(self, origin: Any, scheme: Scheme):
-        transposed = isinstance(origin, Conv1D)
-        out_features, in_features = origin.weight.shape[::-1] if transposed else origin.weight.shape
-        super().__init__(torch.Size((out_features, in_features)), origin, scheme)
-        self.in_features, self.out_features, self.transposed = in_features, out_features, transposed
+        super().__init__(self.to_out_in(origin.weight).shape, origin, scheme)
+        self.out_features, self.in_features = self.weight_shape
 
-    def to_out_in(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.t() if self.transposed else weight
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         parameters: dict[str, Any] = self._parameters  # attributes take longer
-        scheme = self.scheme
+        scheme, x = self.scheme, autocast(input)
+        input_scale = self.activation_scale(x)
         try:
             return ops.linear(
-                x,
+                inf_as_nan(x) if scheme.is_dynamic else x,
                 parameters["weight"],
                 parameters["weight_scale"],
-                self.activation_scale(x),
+                input_scale,
                 parameters["bias"],
                 full_scale=scheme.fmt.full_scale,
                 arithmetic=scheme.arithmetic,
                 record=self.record,
             )
         except (RuntimeError, IndexError):
-            self._check_fit(x)
+            self._check_fit(input)
             raise
 
     def _check_fit(self, x: torch.Tensor) -> None:
@@ -62,5 +56,16 @@ class FP8Linear(FP8Module):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {super().extra_repr()}"
 
 
+class FP8Conv1D(FP8Linear):
+    """transformers' Conv1D (GPT-2), a linear layer that stores its weight as `[in, out]`; its codes are `[out, in]`."""
+
+    def to_out_in(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.t() if weight.ndim == 2 else weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+
 # FalconLinear has a forward of its own that computes just what nn.Linear's does.
-register_handler(LayerHandler("linear", (nn.Linear, Conv1D), FP8Linear, equivalents=("FalconLinear",)))
+register_handler(LayerHandler("transposed linear", (Conv1D,), FP8Conv1D))
+register_handler(LayerHandler("linear", (nn.Linear,), FP8Linear, equivalents=("FalconLinear",)))

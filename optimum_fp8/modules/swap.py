@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
+_OF_TORCH = frozenset(vars(nn.Module()))
 _HOOKS = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
@@ -16,7 +18,10 @@ _HOOKS = (
 
 
 def swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Put each replacement wherever its original stands in `model`, shared modules included."""
+    """Put each replacement wherever its original stands in `model`, shared modules included.
+
+    Some models also keep modules in a plain list or dictionary, and call them from there.
+    """
     places = [
         (parent, name, child)
         for parent in list(model.modules())
@@ -33,3 +38,20 @@ def swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
 
             add_hook_to_module(new, child._hf_hook)
         parent._modules[name] = new
+    for parent in list(model.modules()) if places else ():
+        for name, value in vars(parent).items():
+            if name not in _OF_TORCH:
+                vars(parent)[name] = _replaced(value, replacements)
+
+
+def _replaced(value: Any, replacements: Mapping[nn.Module, nn.Module]) -> Any:
+    """An attribute with the replacements of modules that are in it; lists and dictionaries stay the same object."""
+    if isinstance(value, nn.Module):
+        return replacements.get(value, value)
+    if type(value) is tuple and any(isinstance(item, nn.Module) for item in value):
+        return tuple(_replaced(item, replacements) for item in value)
+    if type(value) in (list, dict):
+        for key, item in list(value.items() if type(value) is dict else enumerate(value)):
+            if isinstance(item, nn.Module):
+                value[key] = replacements.get(item, item)
+    return value

@@ -78,6 +78,8 @@ def dynamic_scale(
 ) -> torch.Tensor:
     """The scale of `x` from its own range: round(max|x| / divisor), as `scales.activation_scale(dynamic=True)`.
 
+    What is NaN or Inf does not count: it would leave nothing of the values that share the scale with it.
+
     Args:
         x: `[…, features]`, a floating-point dtype.
         group: what shares a scale, as in `maxabs`.

@@ -11,25 +11,37 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from ..errors import FP8NotAvailableError
 from . import dispatch
+from .operands import refuse_absent
 from .prepared import is_plain, run, run_prepared
 from .records import CallRecord, record_of
 
 _library = torch.library.Library("optimum_fp8", "DEF")
 _calling: ContextVar[CallRecord | None] = ContextVar("optimum_fp8_record", default=None)
 _is_compiling = torch.compiler.is_compiling
+_NO_ONNX = "optimum_fp8::{} cannot be exported to ONNX: export what optimum_fp8.dequantize(model) returns"
+_NO_GRADIENT = (
+    "there is no gradient through optimum_fp8::{}: FP8 modules are for inference; "
+    "call optimum_fp8.dequantize(model) to fine-tune, or run under torch.no_grad()"
+)
 
 
 def call(op: str, arguments: Any, record: CallRecord | None = None) -> Any:
     """Call an operator: through torch's dispatcher where something on the way wants to see the call, else at once."""
-    if _is_compiling():  # a graph has no records: its calls are attributed by the tensors they come with
+    if _is_compiling():
+        if torch.onnx.is_in_onnx_export():
+            raise FP8NotAvailableError(_NO_ONNX.format(op))
+        # A graph has no records: its calls are attributed by the tensors they come with.
         return getattr(torch.ops.optimum_fp8, op)(*arguments)
     if record is not None and is_plain(arguments[:1]) and (found := run_prepared(op, arguments, record)) is not None:
         return found
     if is_plain(arguments):
         return run(op, arguments, record)
+    if torch.onnx.is_in_onnx_export():
+        raise FP8NotAvailableError(_NO_ONNX.format(op))
     token = _calling.set(record)
     try:
         return getattr(torch.ops.optimum_fp8, op)(*arguments)
@@ -65,12 +77,15 @@ def declare(
         found = None if record is None else run_prepared(op, call, record)
         return run(op, call, record) if found is None else found
 
+    def without_values(*args: Any, **kwargs: Any) -> Any:
+        call = arguments(*args, **kwargs)
+        refuse_absent(op, call._fields, call)
+        return fake(call)
+
     _library.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(op, implementation, "CompositeExplicitAutograd")
     _library.impl(op, _autograd(op, implementation), "Autograd", with_keyset=True)
-    torch.library.register_fake(
-        f"optimum_fp8::{op}", lambda *args, **kwargs: fake(arguments(*args, **kwargs)), lib=_library
-    )
+    torch.library.register_fake(f"optimum_fp8::{op}", without_values, lib=_library)
     dispatch.register_kernel(op, dispatch.Kernel(dispatch.REFERENCE, None, reference))
 
 
@@ -90,16 +105,22 @@ def _autograd(op: str, implementation: Callable[..., Any]) -> Callable[..., Any]
 
         @staticmethod
         def backward(ctx: Any, *gradients: Any) -> Any:
-            raise FP8NotAvailableError(
-                f"there is no gradient through optimum_fp8::{op}: FP8 modules are for inference; "
-                "call optimum_fp8.dequantize(model) to fine-tune, or run under torch.no_grad()"
-            )
+            raise FP8NotAvailableError(_NO_GRADIENT.format(op))
 
     def kernel(keyset: Any, *args: Any) -> Any:
         if is_plain(args):
             return implementation(*args)
+        if any(_has_tangent(arg) for arg in args):
+            raise FP8NotAvailableError(_NO_GRADIENT.format(op))
         if torch.is_grad_enabled() and any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args):
             return NoGradient.apply(keyset, *args)
         return below(keyset, *args)
 
     return kernel
+
+
+def _has_tangent(argument: Any) -> bool:
+    """Whether it carries a gradient forwards, as inside of torch.func.jvp."""
+    if forward_ad._current_level < 0 or not isinstance(argument, torch.Tensor):
+        return False
+    return forward_ad.unpack_dual(argument).tangent is not None

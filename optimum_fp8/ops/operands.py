@@ -9,10 +9,11 @@ its shape alone: shapes that could be read in two ways mean the same in both.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from ..errors import FP8ConfigError, FP8ScaleError
+from ..errors import FP8ConfigError, FP8OperandError, FP8ScaleError
 from ..formats import FP8_DTYPES
 
 HIGH_PRECISION = frozenset({torch.float32, torch.bfloat16, torch.float16})  # what fast kernels take beside FP8
@@ -120,6 +121,23 @@ def _layouts(x: torch.Tensor) -> str:
     blocks = (*leading, parts(out, BLOCK), parts(size, BLOCK))
     groups = " or ".join(f"{(*leading, out, parts(size, group))}" for group in GROUPS)
     return f"(1,), ({', '.join(map(str, (*leading, out)))}, 1), by blocks of {BLOCK} {blocks}, or by groups {groups}"
+
+
+def refuse_absent(op: str, names: Sequence[str], arguments: Sequence[Any]) -> None:
+    """Refuse a call in which the values of some tensors are not there (device "meta") and those of others are: its
+    result would be what happens to stand in memory.
+
+    Raises:
+        FP8OperandError: names the tensors.
+    """
+    tensors = {name: value for name, value in zip(names, arguments, strict=True) if isinstance(value, torch.Tensor)}
+    absent = [name for name, tensor in tensors.items() if tensor.device.type == "meta"]
+    if absent and len(absent) < len(tensors):
+        there = ", ".join(name for name in tensors if name not in absent)
+        raise FP8OperandError(
+            f"{op}: {', '.join(absent)} on the device meta, which has no values, and {there} with values: expected all "
+            "or none; load the weights, or call an offloaded module with the hooks that bring its weights"
+        )
 
 
 def refuses_format(dtype: torch.dtype, full_scale: float) -> str | None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from . import dispatch
 from .records import CallRecord, Prepared
@@ -21,11 +22,14 @@ _PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 _is_compiling, _records_gradients = torch.compiler.is_compiling, torch.is_grad_enabled
 
 
-def _watchers(namespace: Any = torch) -> tuple[Callable[[], Any], Callable[[], Any], Callable[[], Any]] | None:
-    """Torch's own questions for modes, function transforms and the profiler; None where it has moved one of them."""
+def _watchers(namespace: Any = torch) -> tuple[Callable[[], Any], ...] | None:
+    """Torch's own questions for modes, function transforms, torch.jit.trace, the profiler and function modes; None
+    where it has moved one of them."""
     try:
-        modes, transforms = namespace._C._len_torch_dispatch_stack, namespace._C._functorch.peek_interpreter_stack
-        return modes, transforms, namespace.autograd._profiler_enabled
+        C, _ = namespace._C, namespace.autograd.forward_ad._current_level
+        modes, transforms, is_tracing = C._len_torch_dispatch_stack, C._functorch.peek_interpreter_stack, C._is_tracing
+        functions, _ = C._len_torch_function_stack, C._get_function_stack_at
+        return modes, transforms, is_tracing, namespace.autograd._profiler_enabled, functions
     except AttributeError:
         return None
 
@@ -38,8 +42,10 @@ def is_plain(arguments: Iterable[Any]) -> bool:
     values left out (meta), no gradient, no tracing, no mode and no profiler that would want to see the operator."""
     if _torch_watches is None or _is_compiling():
         return False
-    modes, transforms, is_profiling = _torch_watches
-    if modes() or transforms() is not None or is_profiling():
+    modes, transforms, is_tracing, is_profiling, functions = _torch_watches
+    if modes() or transforms() is not None or is_tracing() or is_profiling() or forward_ad._current_level >= 0:
+        return False
+    if (depth := functions()) and any(_sees_operators(place) for place in range(depth)):
         return False
     gradients = _records_gradients()
     for argument in arguments:
@@ -50,6 +56,11 @@ def is_plain(arguments: Iterable[Any]) -> bool:
         elif kind not in _NO_TENSORS and isinstance(argument, torch.Tensor):
             return False
     return True
+
+
+def _sees_operators(place: int) -> bool:
+    """Whether the function mode at a place of torch's stack is another's; ours say that operators are not for them."""
+    return getattr(torch._C._get_function_stack_at(place), "sees_operators", True)
 
 
 def run_prepared(op: str, call: Any, record: CallRecord) -> Any:

@@ -89,7 +89,7 @@ def dynamic_scale(
     x: torch.Tensor, group: int, divisor: float, rounding: str, fp8_config: str, target: str, hp_dtype: torch.dtype
 ) -> torch.Tensor:
     fmt = number_format(fp8_config, target)
-    ranges = maxabs(x, group).to(x.dtype)
+    ranges = maxabs(x.where(x.isfinite(), 0), group).to(x.dtype)
     if x.numel() == 0:
         return torch.ones_like(ranges, dtype=torch.float32)
     return scale_from_maxabs(ranges, divisor, rounding, fmt, hp_dtype, reciprocal=fmt.is_gaudi and group == 0)

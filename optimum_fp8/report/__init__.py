@@ -1,5 +1,16 @@
 """Reports: what became of a model."""
 
-from .report import ModuleReport, QuantizationReport, quantization_report
+from .modules import ModuleReport, OtherReport
+from .report import QuantizationReport, quantization_report
+from .size import Size
+from .table import format_bytes, format_share
 
-__all__ = ["ModuleReport", "QuantizationReport", "quantization_report"]
+__all__ = [
+    "ModuleReport",
+    "OtherReport",
+    "QuantizationReport",
+    "Size",
+    "format_bytes",
+    "format_share",
+    "quantization_report",
+]

@@ -3,46 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
 
 from .. import ops
-from ..formats import is_fp8
-from ..lifecycle import FP8State, Phase, state_of
-from ..modules.handler import Row, converted_modules, find_all
-from .attention import AttentionReport, attention_lines, attention_report
-from .table import call_counts, counts, format_range, min_max, table
-
-
-@dataclass(frozen=True)
-class ModuleReport:
-    """One candidate module.
-
-    Attributes:
-        name: qualified name.
-        type: class of the original module.
-        quantized: whether it is an FP8 module now.
-        reason: why not (or "selected").
-        activations: "static", "dynamic", "weight_only", "measuring", or "" in high precision.
-        weight_scale: smallest and largest, or None.
-        input_scale: the static scale, or None.
-        kernels: calls by backend.
-        fallbacks: calls that a backend refused, by "backend: reason".
-        scheme: how it is scaled and computed; empty in high precision.
-    """
-
-    name: str
-    type: str
-    quantized: bool
-    reason: str
-    activations: str = ""
-    weight_scale: tuple[float, float] | None = None
-    input_scale: float | None = None
-    kernels: dict[str, int] = field(default_factory=dict)
-    fallbacks: dict[str, int] = field(default_factory=dict)
-    scheme: str = ""
+from ..errors import FP8StateError
+from ..lifecycle import Phase, state_of, unwrapped
+from ..modules.handler import Reason, converted_modules, find_all
+from ..selection import type_names
+from .attention import AttentionReport, attention_lines, attention_report, lists_lines
+from .modules import ModuleReport, OtherReport, module_lines, module_report
+from .size import Size, size_of
+from .table import counts, format_bytes, format_share
 
 
 @dataclass(frozen=True)
@@ -53,13 +28,29 @@ class QuantizationReport:
         modules: the candidates.
         phase: "high precision", "measuring", "converted", …
         attention: attention modules, where a configuration asks for them.
-        share: of all values of the model's parameters (candidates or not), how many are stored in FP8, 0 to 1.
+        others: the modules that hold parameters and were no candidates, by class.
+        size: parameters, and bytes now and in high precision.
+        lists: of a file of INC's: whether its lists select each operation of attention, and why.
     """
 
     modules: list[ModuleReport]
     phase: str
-    attention: list[AttentionReport] = field(default_factory=list)
-    share: float = 0.0
+    attention: list[AttentionReport]
+    others: list[OtherReport]
+    size: Size
+    lists: dict[str, tuple[bool, str]] = field(default_factory=dict)
+
+    @property
+    def share(self) -> float:
+        """Of all values of the model's parameters (candidates or not), how many are stored in FP8, 0 to 1."""
+        return self.size.share
+
+    @property
+    def kept(self) -> list[ModuleReport | OtherReport]:
+        """What stays in high precision, candidate or not, that with the most parameters first."""
+        found: list[ModuleReport | OtherReport] = [module for module in self.modules if not module.quantized]
+        found += self.others
+        return sorted(found, key=lambda each: -each.parameters)
 
     @property
     def quantized(self) -> list[ModuleReport]:
@@ -81,97 +72,111 @@ class QuantizationReport:
 
     def to_dict(self) -> dict[str, Any]:
         attention = {"attention": [asdict(module) for module in self.attention]} if self.attention else {}
-        modules = [asdict(module) for module in self.modules]
-        return {"phase": self.phase, "share": self.share, "modules": modules, **attention}
+        lists = {"lists": {kind: list(found) for kind, found in self.lists.items()}} if self.lists else {}
+        return {
+            "phase": self.phase,
+            "share": self.share,
+            "parameters": self.size.parameters,
+            "bytes": self.size.to_dict(),
+            "modules": [asdict(module) for module in self.modules],
+            "others": [asdict(other) for other in self.others],
+            **attention,
+            **lists,
+        }
+
+    @property
+    def _summary(self) -> str:
+        return (
+            f"{format_share(self.size.in_fp8, self.size.parameters)} of all parameters in FP8; {len(self.quantized)} "
+            f"of {len(self.modules)} candidate modules in FP8; state: {self.phase}"
+        )
+
+    def __repr__(self) -> str:
+        return f"<QuantizationReport: {self._summary}>"
 
     def __str__(self) -> str:
-        mixed = len({module.scheme for module in self.quantized}) > 1
-        header = ("module", "type", "FP8", "activations", "weight scale", "input scale", "kernels", "reason")
-        lines = table([(*header, "scheme") if mixed else header, *(_cells(module, mixed) for module in self.modules)])
+        lines = [self._summary, _size_line(self.size), ""]
+        lines += module_lines(self.modules, self.others, self.size.parameters)
         missing = ops.why_reference() if "reference" in self.kernels else None
         if missing:
             lines.append(f"the reference runs, which is slow: {missing}")
         if self.attention:
             lines += ["", *attention_lines(self.attention)]
+        lines += lists_lines(self.lists)
         silent = [module.name for module in self.quantized if not module.kernels]
         if silent and self.kernels:
             lines.append(f"{len(silent)} FP8 modules made no call although others did: {', '.join(silent[:8])}")
-        lines.append(
-            f"{len(self.quantized)} of {len(self.modules)} candidate modules in FP8, with {self.share:.1%} of all "
-            f"parameters; state: {self.phase}; calls: {counts(self.kernels) or 'none yet'}; fallbacks: "
-            f"{counts(self.fallbacks) or 'none'}"
-        )
+        lines += ["", f"calls: {counts(self.kernels) or 'none yet'}; fallbacks: {counts(self.fallbacks) or 'none'}"]
         return "\n".join(lines)
 
 
 def quantization_report(model: nn.Module) -> QuantizationReport:
     """Report on every candidate module of `model`, quantized or not; calls are counted since the conversion."""
-    model = getattr(model, "_orig_mod", model)  # what torch.compile was given
-    state = state_of(model)
+    if not isinstance(model, nn.Module):
+        raise FP8StateError(f"quantization_report: expected a torch.nn.Module, found {type(model).__name__}")
+    model = unwrapped(model)
+    state, size = state_of(model), size_of(model)
     if state is None:
-        return _without_state(model)
+        return _without_state(model, size)
     modules, phase = dict(model.named_modules()), state.phase.value
     rows: list[ModuleReport] = []
     attention: list[AttentionReport] = []
+    held = _held_by([each.name for each in state.decisions if each.handler.family.replaced], size.held)
     for each in state.decisions:
         module = modules.get(each.name)
         row = each.handler.row(module) if module is not None else None
         if each.handler.family.replaced:
-            rows.append(_module_report(each.name, each.type, each.reason, row, state))
+            types, parameters, measuring = each.types, held.pop(each.name, 0), state.phase is Phase.MEASURING
+            rows.append(module_report(each.name, types, each.reason, row, parameters, measuring=measuring))
         else:
-            attention.append(attention_report(each.name, each.type, each.reason, row, phase))
-    return QuantizationReport(rows, phase, attention, _share_in_fp8(model))
+            bypassed = each.handler.bypassed(module) if module is not None else ""
+            attention.append(attention_report(each.name, each.type, each.why, row, phase, bypassed))
+    return QuantizationReport(rows, phase, attention, _others(model, held), size, state.config.operations)
 
 
-def _without_state(model: nn.Module) -> QuantizationReport:
+def _without_state(model: nn.Module, size: Size) -> QuantizationReport:
     """A model that nothing was done to, or a part of one."""
     converted = {name: entry for name, entry in converted_modules(model).items() if entry[1].family.replaced}
-    rows = [
-        ModuleReport(name, type(module).__name__, False, "not prepared")
-        for name, (module, handler) in find_all(model).items()
-        if handler.family.replaced and name not in converted
-    ]
-    for name, (module, handler) in converted.items():
-        rows.append(_module_report(name, type(module).__name__, "selected", handler.row(module), None))
+    found = {name: entry for name, entry in find_all(model).items() if entry[1].family.replaced} | converted
+    held, rows = _held_by(found, size.held), []
+    for name, _ in model.named_modules():
+        if name in found:
+            module, handler = found[name]
+            row, reason = (handler.row(module), "selected") if name in converted else (None, "not prepared")
+            types, parameters = type_names(module), held.pop(name, 0)
+            rows.append(module_report(name, types, reason, row, parameters, measuring=False))
     phase = "converted" if converted else "high precision"
-    return QuantizationReport(rows, phase, [], _share_in_fp8(model))
+    return QuantizationReport(rows, phase, [], _others(model, held), size)
 
 
-def _share_in_fp8(model: nn.Module) -> float:
-    sizes = [(parameter.numel(), is_fp8(parameter.dtype)) for parameter in model.parameters()]
-    return sum(size for size, in_fp8 in sizes if in_fp8) / max(1, sum(size for size, _ in sizes))
+def _held_by(candidates: Iterable[str], held: Mapping[str, int]) -> dict[str, int]:
+    """Parameters by the module that stands for them: the candidate they are in, else the module that holds them."""
+    known, sums = set(candidates), dict[str, int]()
+    for name, count in held.items():
+        parts = name.split(".")
+        around = (".".join(parts[:depth]) for depth in range(len(parts), 0, -1))
+        owner = next((each for each in around if each in known), name)
+        sums[owner] = sums.get(owner, 0) + count
+    return sums
 
 
-def _module_report(name: str, type_name: str, reason: str, row: Row | None, state: FP8State | None) -> ModuleReport:
-    measuring = state is not None and state.phase is Phase.MEASURING
-    if row is None:
-        return ModuleReport(name, type_name, False, "measuring" if reason == "selected" else reason)
-    kernels, fallbacks = call_counts(row.record)
-    scales = {key: min_max(scale) for key, scale in row.scales.items()}
-    return ModuleReport(
-        name,
-        type_name,
-        True,
-        "selected",
-        "measuring" if measuring else row.activations,
-        scales.get("weight_scale"),
-        scales["input_scale"][0] if "input_scale" in scales else None,
-        kernels,
-        fallbacks,
-        row.scheme,
-    )
+def _others(model: nn.Module, held: Mapping[str, int]) -> list[OtherReport]:
+    """The rows of what holds parameters and was no candidate, by class."""
+    names: dict[tuple[Reason, tuple[str, ...]], list[str]] = {}
+    known = {name for name, (_, handler) in find_all(model).items() if handler.family.replaced}
+    for name in held:  # a module of a known kind that nothing was decided about came later, an adapter say
+        reason = Reason.NOT_ASKED_FOR if name in known else Reason.NO_CANDIDATE
+        names.setdefault((reason, type_names(model.get_submodule(name))), []).append(name)
+    return [
+        OtherReport(found, types[0], reason.value, types[-1], sum(held[name] for name in found))
+        for (reason, types), found in names.items()
+    ]
 
 
-def _cells(module: ModuleReport, with_scheme: bool) -> tuple[str, ...]:
-    weight_scale = "" if module.weight_scale is None else format_range(module.weight_scale)
-    cells = (
-        module.name,
-        module.type,
-        "yes" if module.quantized else "no",
-        module.activations,
-        weight_scale,
-        "" if module.input_scale is None else f"{module.input_scale:.4g}",
-        counts(module.kernels),
-        "" if module.quantized else module.reason,
-    )
-    return (*cells, module.scheme) if with_scheme else cells
+def _size_line(size: Size) -> str:
+    now = f"parameters and buffers: {format_bytes(size.now)}"
+    if not size.codes:
+        return now
+    parts = {"codes": size.codes, "scales": size.scales, "rest": size.rest}
+    listed = ", ".join(f"{name} {format_bytes(count)}" for name, count in parts.items())
+    return f"{now} ({listed}); in high precision {format_bytes(size.high_precision)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -30,6 +31,27 @@ def min_max(scale: torch.Tensor) -> tuple[float, float]:
 def format_range(pair: tuple[float, float]) -> str:
     """The smallest and the largest value of a scale, in four digits."""
     return f"{pair[0]:.4g}" if pair[0] == pair[1] else f"{pair[0]:.4g} … {pair[1]:.4g}"
+
+
+def format_share(part: int, whole: int) -> str:
+    """A part of a whole in percent; what is there never reads as nothing, nor less than all as all."""
+    share = part / max(1, whole)
+    if 0 < share < 0.001:
+        return "<0.1%"
+    return ">99.9%" if 0.9995 <= share < 1 else f"{share:.1%}"
+
+
+def format_bytes(count: int) -> str:
+    """A number of bytes in the unit that suits it."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"
+
+
+def name_pattern(name: str) -> str:
+    """A qualified name without its numbers: "layers.*.mlp" stands for the modules of all layers."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> list[str]:

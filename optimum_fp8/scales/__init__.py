@@ -3,7 +3,7 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
-from .activation import activation_divisor, activation_scale, dynamic_scale, scale_of_range
+from .activation import activation_divisor, activation_scale, dynamic_scale, inf_as_nan, scale_of_range
 from .check import is_sound, unsound
 from .granularity import Granularity, PerBlock, PerChannel, PerGroup, PerHead, PerTensor, PerToken
 from .methods import SCALE_METHODS, ScaleMethod, register_method, scale_method
@@ -34,6 +34,7 @@ __all__ = [
     "activation_divisor",
     "activation_scale",
     "dynamic_scale",
+    "inf_as_nan",
     "is_sound",
     "quantize_weight",
     "quantized_weight",

@@ -78,6 +78,14 @@ def dynamic_scale(x: torch.Tensor, rule: ScaleRule, fmt: NumberFormat, hp_dtype:
     )
 
 
+def inf_as_nan(x: torch.Tensor) -> torch.Tensor:
+    """What is cast with a dynamic scale: `x` with NaN in the place of Inf, which is no part of the scale's range.
+
+    A cast keeps NaN; it would saturate Inf, and make of it a value like any other.
+    """
+    return x.nan_to_num(nan=torch.nan, posinf=torch.nan, neginf=torch.nan)
+
+
 def activation_divisor(rule: ScaleRule, fmt: NumberFormat, *, backoff: float | None, dynamic: bool) -> float:
     """The FP8 value that the largest activation is mapped to: full scale times backoff."""
     return rule.with_backoff(backoff, dynamic=dynamic).divisor(fmt)

@@ -7,17 +7,24 @@ largest value may use (the backoff; activations keep more headroom than weights 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import FP8ConfigError, nearest
 from ..rounding import check_rounding
-from .granularity import PerChannel, PerTensor, PerToken
+from .granularity import Granularity, PerChannel, PerTensor, PerToken
 from .rule import DYNAMIC_BACKOFF, ScaleRule, value_of
 
 
 @dataclass(frozen=True)
 class ScaleMethod:
-    """A named pair of rules; `dynamic_only` methods scale tokens or groups by their own range and are never calibrated.
+    """A named pair of rules.
+
+    Attributes:
+        name: what configurations and checkpoints call it.
+        weight: how weights are scaled.
+        activation: how activations are.
+        dynamic_only: whether it scales tokens or groups by their own range, and is never calibrated.
+        dynamic: the granularity of activations where they are scaled dynamically; None: that of `activation`.
 
     Raises:
         FP8ConfigError: a granularity that weights or activations do not have, or activations scaled by tokens or groups
@@ -28,11 +35,18 @@ class ScaleMethod:
     weight: ScaleRule
     activation: ScaleRule
     dynamic_only: bool = False
+    dynamic: Granularity | None = None
+
+    @property
+    def dynamic_activation(self) -> ScaleRule:
+        """How activations are scaled by their own range, but for the backoff."""
+        return self.activation if self.dynamic is None else replace(self.activation, granularity=self.dynamic)
 
     def __post_init__(self) -> None:
         for what, granularity, fits in (
             ("weights", self.weight.granularity, self.weight.granularity.of_weights),
             ("activations", self.activation.granularity, self.activation.granularity.of_activations),
+            ("activations", self.dynamic, self.dynamic is None or self.dynamic.of_activations),
         ):
             if not fits:
                 raise FP8ConfigError(f"scale_method {self.name!r} scales {what} {granularity}, which {what} cannot be")
@@ -62,18 +76,23 @@ _ACTIVATION = {
     "token_pow2": ScaleRule(PerToken(), "maxabs", "pow2", DYNAMIC_BACKOFF),
 }
 
+# INC has no dynamic scales with hardware rounding, and those it has with the others are per tensor, as their names say.
 SCALE_METHODS: dict[str, ScaleMethod] = {
     method.name: method
     for method in (
         ScaleMethod("unit_scale", _UNIT, _UNIT),
         ScaleMethod("hw_aligned_single_scale", _FIRST_HARDWARE, _FIRST_HARDWARE),
-        ScaleMethod("maxabs_hw", _WEIGHT["hw"], _ACTIVATION["hw"]),
+        ScaleMethod("maxabs_hw", _WEIGHT["hw"], _ACTIVATION["hw"], dynamic=PerToken()),
         ScaleMethod("maxabs_pow2", _WEIGHT["pow2"], _ACTIVATION["pow2"]),
         ScaleMethod("maxabs_arbitrary", _WEIGHT["arbitrary"], _ACTIVATION["arbitrary"]),
-        ScaleMethod("maxabs_hw_opt_weight", _WEIGHT["opt_hw"], _ACTIVATION["hw"]),
+        ScaleMethod("maxabs_hw_opt_weight", _WEIGHT["opt_hw"], _ACTIVATION["hw"], dynamic=PerToken()),
         ScaleMethod("maxabs_pow2_opt_weight", _WEIGHT["opt_pow2"], _ACTIVATION["pow2"]),
-        ScaleMethod("act_maxabs_hw_weights_pcs_maxabs_pow2", _WEIGHT["pcs_pow2"], _ACTIVATION["hw"]),
-        ScaleMethod("act_maxabs_hw_weights_pcs_opt_pow2", _WEIGHT["pcs_opt_pow2"], _ACTIVATION["hw"]),
+        ScaleMethod(
+            "act_maxabs_hw_weights_pcs_maxabs_pow2", _WEIGHT["pcs_pow2"], _ACTIVATION["hw"], dynamic=PerToken()
+        ),
+        ScaleMethod(
+            "act_maxabs_hw_weights_pcs_opt_pow2", _WEIGHT["pcs_opt_pow2"], _ACTIVATION["hw"], dynamic=PerToken()
+        ),
         ScaleMethod("act_maxabs_pow2_weights_pcs_maxabs_pow2", _WEIGHT["pcs_pow2"], _ACTIVATION["pow2"]),
         ScaleMethod("act_maxabs_pow2_weights_pcs_opt_pow2", _WEIGHT["pcs_opt_pow2"], _ACTIVATION["pow2"]),
         ScaleMethod(

@@ -1,11 +1,12 @@
 """Which modules are quantized and how each of them, and why each of the others is not."""
 
-from .decision import Decision, leave_out
+from .decision import Decision, leave_out, with_limits
 from .schemes import scheme_for
 from .select import (
     all_names,
     config_names,
     default_skips,
+    limited,
     matches_name,
     names_in_checkpoint,
     of_kinds_asked_for,
@@ -14,6 +15,7 @@ from .select import (
     select,
     type_names,
 )
+from .weight_reads import read_by_owner
 
 __all__ = [
     "Decision",
@@ -21,12 +23,15 @@ __all__ = [
     "config_names",
     "default_skips",
     "leave_out",
+    "limited",
     "matches_name",
     "names_in_checkpoint",
     "of_kinds_asked_for",
+    "read_by_owner",
     "reschemed",
     "scheme_for",
     "schemes_of",
     "select",
     "type_names",
+    "with_limits",
 ]

@@ -25,7 +25,8 @@ def scheme_for(
     fmt, method = own.number_format, own.method
     activations = own.scheme if own.scheme != "auto" else STATIC if calibrated else DYNAMIC
     static = activations == STATIC
-    rule = method.activation.with_backoff(own.input_backoff, dynamic=not static)
+    activation = method.activation if static else method.dynamic_activation
+    rule = activation.with_backoff(own.input_backoff, dynamic=not static)
     by_head = PerHead() if own.attention_granularity == "head" else PerTensor()
     softmax_backoff = own.input_backoff if own.softmax_backoff is None else own.softmax_backoff
     return Scheme(

@@ -18,6 +18,8 @@ from ..errors import FP8SelectionError, nearest
 from ..modules.handler import ModuleHandler, Reason, Surroundings, Why, find_all, handlers
 from ..scales import Scheme
 from .decision import Decision
+from .idle import warn_of_idle_entries
+from .operations import allowlist_tells, helper_names, limits_by_lists
 from .schemes import scheme_for
 from .weight_reads import first_modules, read_by_owner
 
@@ -33,30 +35,62 @@ def select(model: nn.Module, config: FP8Config, implementations: Mapping[int, st
         implementations: attention implementations that a user chose while loading, by `id` of the configuration.
 
     Raises:
-        FP8SelectionError: a pattern matches no module (a warning for INC's files), or nothing is left to quantize.
+        FP8SelectionError: a pattern matches no module (a warning for INC's files), a weight is quantized already, or
+            nothing is left to quantize.
     """
-    found, around = find_all(model), Surroundings(model, implementations or {})
+    found, around = find_all(model), Surroundings(model, implementations or {}, config.lenient)
     if "" in found and found[""][1].family.replaced:
         raise FP8SelectionError(f"a {type(model).__name__} cannot replace itself: wrap it, as nn.Sequential(layer)")
     _check_patterns(model, config, found)
     schemes, in_config = schemes_of(model, found, config), config_names(model, found)
-    found = of_kinds_asked_for(found, schemes)
+    known, found = found, of_kinds_asked_for(found, schemes)
     skipped, unfit, aliases = _skipped(model, config, found), _unfit_modules(model), all_names(model)
     decisions = []
     for name, (module, handler) in found.items():
         names = aliases[module]
         why = _listed(names, module, config)
-        if why is None and not handler.concerned(schemes[name]):
-            why = Why(Reason.NOT_ASKED_FOR)
-        why = why or handler.refusal(module, schemes[name], around) or unfit.get(name)
-        if why is None and handler.family.replaced:
-            why = _left_out(names, module, config, skipped)
-        why = why or Why(Reason.SELECTED)
+        scheme, limits, selected = limited(handler, module, schemes[name], around, names, config)
+        if why is None and selected.reason is not Reason.SELECTED:
+            why = selected
+        why = why or handler.refusal(module, scheme, around) or unfit.get(name)
+        if (why is None or why.reason is Reason.CODES) and handler.family.replaced:
+            why = _left_out(names, module, config, skipped) or why
+        elif why is None and not handler.operations and allowlist_tells(config):
+            why = _not_allowed(names, module, config)
+        why = why or selected
         types = type_names(module)
-        decisions.append(Decision(name, type(module).__name__, why, handler, schemes[name], types, in_config[name]))
+        decisions.append(Decision(name, type(module).__name__, why, handler, scheme, types, in_config[name], limits))
+    _refuse_codes(decisions)
     _refuse_nothing(model, decisions)
     _warn_of_nothing_found(model, decisions, config)
+    whys, not_asked = {decision.name: decision.why for decision in decisions}, Why(Reason.NOT_ASKED_FOR)
+    entries = [(in_config[name], type_names(each), whys.get(name, not_asked)) for name, (each, _) in known.items()]
+    warn_of_idle_entries(entries, {kind for module in aliases for kind in type_names(module)}, config)
     return decisions
+
+
+def limited(
+    handler: ModuleHandler,
+    module: Any,
+    scheme: Scheme,
+    around: Surroundings,
+    names: Sequence[str],
+    config: FP8Config,
+) -> tuple[Scheme, dict[str, Any], Why]:
+    """The scheme that a module can have, the fields in which that is not the scheme asked for, and why.
+
+    It is not selected where nothing is asked of it, or nothing is left.
+    """
+    if not handler.concerned(scheme):
+        return scheme, {}, Why(Reason.NOT_ASKED_FOR)
+    fields: dict[str, Any] = {}
+    texts: list[str] = []
+    for found, text in (limits_by_lists(handler, names, scheme, config), handler.limit(module, scheme, around)):
+        fields |= found
+        texts += [text] if text else []
+    limits = {name: value for name, value in fields.items() if getattr(scheme, name) != value}
+    scheme = replace(scheme, **limits)
+    return scheme, limits, Why(Reason.SELECTED if handler.concerned(scheme) else Reason.UNFIT, "; ".join(texts))
 
 
 def of_kinds_asked_for(
@@ -111,7 +145,7 @@ def reschemed(
     modules = dict(model.named_modules())
     found = {each.name: (modules[each.name], each.handler) for each in decisions}
     schemes = schemes_of(model, found, config, calibrated=calibrated)
-    return [replace(each, scheme=schemes[each.name]) for each in decisions]
+    return [replace(each, scheme=replace(schemes[each.name], **each.limits)) for each in decisions]
 
 
 def names_in_checkpoint(name: str, prefix: str) -> list[str]:
@@ -119,11 +153,23 @@ def names_in_checkpoint(name: str, prefix: str) -> list[str]:
     return list(dict.fromkeys((name, name.removeprefix(prefix), f"{prefix}{name}" if len(prefix) > 1 else name)))
 
 
+def _refuse_codes(decisions: list[Decision]) -> None:
+    codes = [decision for decision in decisions if decision.why.reason is Reason.CODES]
+    if codes:
+        raise FP8SelectionError(
+            f"{len(codes)} modules are quantized already, and their codes would be taken for values ({codes[0].name}: "
+            f"{codes[0].reason}, expected bfloat16, float16 or float32): quantize the model in high precision, or put "
+            "them on the blocklist"
+        )
+
+
 def _refuse_nothing(model: nn.Module, decisions: list[Decision]) -> None:
     if any(decision.selected for decision in decisions):
         return
     if not decisions:
-        *types, last = sorted(kind for handler in handlers() if handler.family.replaced for kind in handler.types)
+        *types, last = sorted(
+            kind for handler in handlers() if handler.family.replaced for kind in handler.spoken_types
+        )
         known = f"{', '.join(types)} or {last}"
         raise FP8SelectionError(f"{type(model).__name__} has no {known}: there is nothing to quantize")
     shown = "; ".join(f"{decision.name}: {decision.reason}" for decision in decisions[:5])
@@ -137,7 +183,7 @@ def _warn_of_nothing_found(model: nn.Module, decisions: list[Decision], config: 
     scheme, there = scheme_for(config), {decision.handler.family.name for decision in decisions}
     asked = {handler.family.name: handler.family for handler in handlers() if handler.concerned(scheme)}
     for family in asked.values():
-        if family.keys and family.name not in there:
+        if family.keys and family.name not in there and not config.lenient:
             logger.warning("%s has no %s that are known: %s do nothing", type(model).__name__, family.noun, family.keys)
 
 
@@ -181,13 +227,27 @@ def _unfit_modules(model: nn.Module) -> dict[str, Why]:
     """Modules that would break the code around them in FP8, and why."""
     bypassed = {module.out_proj for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
     first = first_modules(model)
-    unfit = dict.fromkeys(read_by_owner(model), "the code around it reads its weight")
+    unfit = dict.fromkeys(read_by_owner(model), "the code around it multiplies by its weight")
+    adapters = _adapters(model)
     for name, module in model.named_modules():
         if module in bypassed:
             unfit[name] = "nn.MultiheadAttention reads its weight and never calls it"
         elif module in first:
             unfit[name] = "its weight is the first of the model and tells the model's dtype"
+        elif module in adapters:
+            unfit[name] = "it belongs to an adapter"
     return {name: Why(Reason.UNFIT, text) for name, text in unfit.items()}
+
+
+def _adapters(model: nn.Module) -> set[nn.Module]:
+    """Modules of adapters (LoRA and its like), which are trained and merged: peft's layers name theirs."""
+    parts = [
+        part
+        for module in model.modules()
+        for name in getattr(module, "adapter_layer_names", ())
+        if isinstance(part := getattr(module, name, None), nn.Module)
+    ]
+    return {inner for part in parts for inner in part.modules()}
 
 
 def _listed(names: list[str], module: nn.Module, config: FP8Config) -> Why | None:
@@ -209,6 +269,11 @@ def _left_out(names: list[str], module: nn.Module, config: FP8Config, skipped: s
     """Why the defaults, or an allowlist, leave out a layer with these names, or None."""
     if skipped.intersection(names):
         return Why(Reason.KEPT)
+    return _not_allowed(names, module, config)
+
+
+def _not_allowed(names: list[str], module: nn.Module, config: FP8Config) -> Why | None:
+    """Why an allowlist leaves out a module with these names, or None."""
     allow = config.allowlist
     allowed = not (allow["names"] or allow["types"]) or any(_is_type(module, kind) for kind in allow["types"])
     if allowed or all(any(re.search(pattern, name) for pattern in allow["names"]) for name in names):
@@ -223,6 +288,8 @@ def _is_type(module: nn.Module, kind: str) -> bool:
 
 def _check_patterns(model: nn.Module, config: FP8Config, found: Mapping[str, tuple[Any, ModuleHandler]]) -> None:
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    if config.lenient:  # INC's names may be those of helper modules
+        names += helper_names([name for name, (_, handler) in found.items() if handler.operations])
     modules = list(model.modules())
     known = {*INC_TYPES_NOT_THERE, *(kind for handler in handlers() for kind in handler.known_types)}
     known |= {f"torch.nn.{kind}" for kind in known}

@@ -1,47 +1,52 @@
-"""Weights that other code reads instead of calling their module: they must stay in high precision.
+"""Weights that code multiplies by instead of calling their module: such a module had better stay in high precision.
 
-Modeling code often casts an activation to the dtype of a weight (`x.to(self.projection.weight.dtype)`), or multiplies
-with the weight itself; a transformers model takes the dtype of its first parameter for its own. Such code would take
-FP8 codes for values, silently. Which weights are read is found in the source of the classes around them.
+Foreign code sees the values of an FP8 module's weight, so that reading it computes right, but it dequantizes the whole
+weight each time. Which weights are multiplied by in every forward pass is found in the source of the classes around
+them; what syntax cannot tell costs time, not correctness. A transformers model also takes the dtype of its first
+parameter for its own.
 """
 
 from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from functools import cache
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import transformers
 from torch import nn
 
 from ..modules.class_source import class_tree
 
-# Methods that run when nothing is computed, and attributes of a weight that are the same in FP8.
-_SETUP_METHODS = (
-    *("__init__", "_init", "init", "reset", "tie_", "_tie", "resize", "_resize", "get_", "set_", "extra_repr"),
-    *("prune", "_prune", "load", "_load", "save", "from_pretrained", "convert", "remove"),
-)
-_HARMLESS = {"shape", "device", "requires_grad", "ndim", "size", "numel", "dim", "is_meta", "is_cuda"}
+# Attributes of a weight that need none of its values.
+_HARMLESS = {"shape", "device", "dtype", "requires_grad", "ndim", "size", "numel", "dim", "is_meta", "is_cuda"}
 
 
 class Read(NamedTuple):
-    """`….<holder>.weight` is read, unless an attribute of the reading object named in `guards` is false."""
+    """`….<holder>.weight` is read, if all attributes of the reading object that are named in `guards` are true, and, if
+    it is not `certain`, only under conditions that are known when it runs."""
 
     holder: str
-    guards: frozenset[str]
+    guards: frozenset[str] = frozenset()
+    certain: bool = True
 
 
-def read_by_owner(model: nn.Module) -> set[str]:
-    """Names of the modules `….X` for which the code of a class around them reads `X.weight`."""
+def read_by_owner(model: nn.Module, *, certain: bool = True) -> set[str]:
+    """Names of the modules `….X` for which a class around them reads the values of `X.weight` in its forward pass.
+
+    Args:
+        model: the model.
+        certain: whether in every forward pass; else also in some.
+    """
     modules, found = dict(model.named_modules()), set()
     for name in modules:
         parts = name.split(".")
         holder = next((part for part in reversed(parts) if not part.isdigit()), None)
         owners = [modules[parent] for parent in _parents(parts) if parent in modules]
         if name and any(
-            read.holder == holder and all(getattr(owner, guard, True) for guard in read.guards)
+            read.holder == holder
+            and (not certain or (read.certain and all(getattr(owner, guard, True) for guard in read.guards)))
             for owner in owners
             for read in _weights_read_by(cast(Hashable, type(owner)))
         ):
@@ -70,53 +75,91 @@ def _has_own_floats(module: nn.Module) -> bool:
 
 @cache
 def _weights_read_by(owner: Hashable) -> frozenset[Read]:
-    """Every X in `….X.weight` or `….X[i].weight` in the computing methods of a class and its bases."""
+    """Every X in `….X.weight` or `….X[i].weight` in the forward pass of a class: its `forward`, and the methods of its
+    own that are called from there. Without source there are none."""
     general = (*transformers.PreTrainedModel.__mro__, nn.Module)
-    bases = [base for base in inspect.getmro(cast(type, owner)) if base not in general]
-    return frozenset(read for base in bases for read in _reads_in(base))
+    methods: dict[str, ast.FunctionDef] = {}
+    for base in inspect.getmro(cast(type, owner)):
+        tree = None if base in general else class_tree(base)
+        for node in ast.walk(tree) if tree is not None else ():
+            if isinstance(node, ast.FunctionDef):
+                methods.setdefault(node.name, node)
+    return frozenset(_Search(methods).reads_of("forward", {}))
 
 
-@cache
-def _reads_in(cls: Any) -> frozenset[Read]:
-    tree = class_tree(cls)
-    if tree is None:
-        return frozenset()  # FP8 modules refuse inputs that are not high precision
-    methods = [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) and not node.name.startswith(_SETUP_METHODS)
-    ]
-    return frozenset(read for method in methods for read in _reads_below(method, frozenset()))
+class _Search:
+    """A walk through the methods of a class, by name, from one to those that it calls."""
+
+    def __init__(self, methods: dict[str, ast.FunctionDef]):
+        self.methods = methods
+        self.callers: list[tuple[str, dict[str, str]]] = []
+
+    def reads_of(self, name: str, given: dict[str, str]) -> Iterator[Read]:
+        """The reads of a method that is given modules: {parameter: attribute of `self`}."""
+        if name in self.methods and (name, given) not in self.callers:
+            self.callers.append((name, given))
+            yield from self._reads_in(self.methods[name].body, given)
+            self.callers.pop()
+
+    def _reads_in(self, nodes: Iterable[ast.AST], given: dict[str, str]) -> Iterator[Read]:
+        for node in nodes:
+            if isinstance(node, (ast.If, ast.IfExp)):
+                yield from self._reads_in([node.test], given)
+                yield from self._reads_of_branches(node, given)
+                continue
+            if isinstance(node, ast.Attribute):
+                if node.attr in _HARMLESS:
+                    continue
+                if (holder := _holder(node, given)) is not None:
+                    yield Read(holder)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _is_self(node.func.value):
+                yield from self.reads_of(node.func.attr, self._given(node, node.func.attr))
+            yield from self._reads_in(ast.iter_child_nodes(node), given)
+
+    def _given(self, call: ast.Call, name: str) -> dict[str, str]:
+        """Which parameters of a method a call gives which attributes of `self`."""
+        if name not in self.methods:
+            return {}
+        method = self.methods[name]
+        parameters = [argument.arg for argument in (*method.args.posonlyargs, *method.args.args)]
+        if not any(isinstance(each, ast.Name) and each.id == "staticmethod" for each in method.decorator_list):
+            parameters = parameters[1:]
+        pairs = [*zip(parameters, call.args, strict=False), *((word.arg, word.value) for word in call.keywords)]
+        return {name: x.attr for name, x in pairs if name and isinstance(x, ast.Attribute) and _is_self(x.value)}
+
+    def _reads_of_branches(self, node: ast.If | ast.IfExp, given: dict[str, str]) -> Iterator[Read]:
+        """Reads in both branches are certain; those in one depend on the condition, which attributes may tell."""
+        branches: list[list[Read]] = []
+        for branch in (node.body, node.orelse):
+            branches.append(list(self._reads_in(branch if isinstance(branch, list) else [branch], given)))
+        both = {read.holder for read in branches[0]} & {read.holder for read in branches[1]}
+        required = _required(node.test)
+        for read in branches[0]:
+            if read.holder in both:
+                yield read
+            elif required is None:
+                yield read._replace(certain=False)
+            else:
+                yield read._replace(guards=read.guards | required)
+        yield from (read if read.holder in both else read._replace(certain=False) for read in branches[1])
 
 
-def _reads_below(node: ast.AST, guards: frozenset[str]) -> Iterator[Read]:
-    """Reads in a syntax tree; those inside `if self.a and self.b:` only happen where both are true."""
-    if isinstance(node, ast.Attribute):
-        if node.attr in _HARMLESS:
-            return
-        holder = _holder(node)
-        if holder is not None:
-            yield Read(holder, guards)
-    for field, value in ast.iter_fields(node):
-        inner = guards | _required(node.test) if isinstance(node, ast.If) and field == "body" else guards
-        for child in value if isinstance(value, list) else [value]:
-            if isinstance(child, ast.AST):
-                yield from _reads_below(child, inner)
-
-
-def _required(test: ast.expr) -> frozenset[str]:
-    """The attributes of `self` that must be true for a condition to hold."""
+def _required(test: ast.expr) -> frozenset[str] | None:
+    """The attributes of `self` whose truth is the condition; None where it depends on anything else."""
     operands = test.values if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And) else [test]
-    return frozenset(
-        operand.attr
-        for operand in operands
-        if isinstance(operand, ast.Attribute) and isinstance(operand.value, ast.Name) and operand.value.id == "self"
-    )
+    names = [operand.attr for operand in operands if isinstance(operand, ast.Attribute) and _is_self(operand.value)]
+    return frozenset(names) if len(names) == len(operands) else None
 
 
-def _holder(node: ast.Attribute) -> str | None:
-    """X of `….X.weight` and `….X[i].weight`."""
+def _is_self(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id == "self"
+
+
+def _holder(node: ast.Attribute, given: dict[str, str]) -> str | None:
+    """X of `….X.weight` and `….X[i].weight`, and of `p.weight` where the parameter p is given X."""
     if node.attr != "weight" or not isinstance(node.ctx, ast.Load):
         return None
     holder = node.value.value if isinstance(node.value, ast.Subscript) else node.value
+    if isinstance(holder, ast.Name):
+        return given.get(holder.id)
     return holder.attr if isinstance(holder, ast.Attribute) else None

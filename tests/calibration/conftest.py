@@ -12,7 +12,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from optimum_fp8 import FP8Config
-from optimum_fp8.calibration import check_dataset
+from optimum_fp8.calibration import ModelFacts, check_dataset
 
 
 def _tokenizer(**special: str) -> PreTrainedTokenizerFast:
@@ -34,11 +34,11 @@ def tokenizer_without_padding() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def load() -> Callable[..., list[Any]]:
-    """`load(dataset, name_or_path="", **keys)`: its batches, under a config with these keys."""
+    """`load(dataset, model=ModelFacts(), **keys)`: its batches for a model, under a config with these keys."""
 
-    def load(dataset: Any, name_or_path: str = "", **keys: Any) -> list[Any]:
+    def load(dataset: Any, model: ModelFacts | None = None, **keys: Any) -> list[Any]:
         config = FP8Config(dataset=dataset, **keys)
-        return list(check_dataset(config.dataset).batches(config.dataset, config, name_or_path))
+        return list(check_dataset(config.dataset).batches(config.dataset, config, model or ModelFacts()))
 
     return load
 

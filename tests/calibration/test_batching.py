@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from optimum_fp8.calibration import batch_size_of, groups
+from optimum_fp8.calibration import ModelFacts, batch_size_of, groups
 from optimum_fp8.errors import FP8CalibrationError
+from optimum_fp8.lifecycle import Origin
 
 TEXTS = ["a b c", "b", "c c c c", "a"]
 
@@ -34,7 +35,7 @@ def test_blank_texts_do_not_count_as_samples(load, ids, tokenizer):
 def test_a_tokenizer_in_a_folder(tmp_path, load, ids, tokenizer):
     tokenizer.save_pretrained(tmp_path)
     assert ids(load(["a b"], tokenizer=str(tmp_path))[0]) == [[2, 3]]
-    assert ids(load(["a b"], str(tmp_path))[0]) == [[2, 3]], "or beside the model"
+    assert ids(load(["a b"], ModelFacts(Origin(str(tmp_path))))[0]) == [[2, 3]], "or beside the model"
 
 
 def test_a_processor_tokenizes_where_there_is_no_tokenizer(load, ids, tokenizer):

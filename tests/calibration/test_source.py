@@ -46,8 +46,8 @@ def test_a_kind_of_ones_own(outside, load, ids, tokenizer):
             if getattr(dataset, "broken", False):
                 raise FP8CalibrationError("broken prompts")
 
-        def batches(self, dataset, config, name_or_path):
-            return tokenized(dataset, config, name_or_path)
+        def batches(self, dataset, config, model):
+            return tokenized(dataset, config, model)
 
     assert [ids(batch) for batch in load(Prompts(), tokenizer=tokenizer)] == [[[2, 3]], [[4]]]
     broken = Prompts()
@@ -80,7 +80,7 @@ def test_the_latest_kind_is_asked_first(outside):
         def accepts(self, dataset):
             return True
 
-        def batches(self, dataset, config, name_or_path):
+        def batches(self, dataset, config, model):
             return iter(())
 
     first, second = (type(name, (Every,), {}) for name in ("First", "Second"))

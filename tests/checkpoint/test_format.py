@@ -88,7 +88,7 @@ def test_records_hold_what_is_in_memory(language_model):
     up = language_model.model.layers[0].mlp.up_proj
     record = records["model.layers.0.mlp.up_proj"]
     assert (record.kind, record.scheme) == ("linear", up.scheme)
-    assert set(record.tensors) == {"weight", "weight_scale", "input_scale"} and record.tensors["weight"] is up.weight
+    assert set(record.tensors) == {"weight", "weight_scale", "input_scale"} and record.tensors["weight"] is up.codes
     attention = records["model.layers.0.self_attn"]
     assert attention.kind == "attention interface"
     assert {f"fp8_scales.{name}_scale" for name in ("q", "k", "v", "p", "output")} == set(attention.tensors)

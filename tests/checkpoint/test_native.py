@@ -81,7 +81,7 @@ def test_dequantize_while_loading(checkpoint, quantized, ids, tmp_path):
     plain = AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=FP8Config(dequantize=True))
     assert not fp8_modules(plain) and not hasattr(plain.config, "quantization_config")
     up = quantized.model.layers[0].mlp.up_proj
-    expected = (up.weight.float() * up.weight_scale).to(torch.bfloat16)
+    expected = (up.codes.float() * up.weight_scale).to(torch.bfloat16)
     assert torch.equal(plain.model.layers[0].mlp.up_proj.weight, expected)
     plain.save_pretrained(tmp_path / "plain")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
@@ -121,8 +121,8 @@ def test_a_target_of_a_smaller_full_scale_takes_effect(save, ids, batches, tmp_p
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "fp8", quantization_config=FP8Config(target="gaudi2"))
     for name, module in fp8_modules(model).items():
         before = original.get_submodule(name)
-        codes = module.weight.view(torch.uint8) & 0x7F
-        assert codes.max() <= 0x77 < (before.weight.view(torch.uint8) & 0x7F).max()
+        codes = module.codes.view(torch.uint8) & 0x7F
+        assert codes.max() <= 0x77 < (before.codes.view(torch.uint8) & 0x7F).max()
         values, expected = module.dequantized_weight(torch.float32), before.dequantized_weight(torch.float32)
         assert torch.equal(module.weight_scale, 2 * before.weight_scale)
         assert ((values - expected).abs() <= before.weight_scale * 2**-9).all(), "only subnormal codes may round"
@@ -140,6 +140,11 @@ def test_a_target_written_into_the_configuration_is_checked(save, tmp_path):
     AutoModelForCausalLM.from_pretrained(save(llama()), quantization_config=config).save_pretrained(tmp_path / "fp8")
     edited = AutoConfig.from_pretrained(tmp_path / "fp8")
     edited.quantization_config["target"] = "gaudi2"
+    with pytest.raises(FP8CheckpointError, match=r"made with target='cpu', .* says 'gaudi2'.*FP8Config\(target=…\)"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "fp8", config=edited)
+    edited = AutoConfig.from_pretrained(tmp_path / "fp8")
+    edited.quantization_config["target"] = "gaudi2"
+    edit(tmp_path / "fp8", lambda tensors: None)  # as a tool does that copies tensors alone
     with pytest.raises(FP8CheckpointError, match=r"codes up to \d+.*gaudi2 reads those above 240 as Inf"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "fp8", config=edited)
 
@@ -227,10 +232,10 @@ def test_converted_by_hand_is_saved_like_any_other(save, ids, batches, tmp_path)
 
 
 def test_casting_a_quantized_model_keeps_its_fp8_weights(quantized, ids):
-    before = {name: module.weight.clone() for name, module in fp8_modules(quantized).items()}
+    before = {name: module.codes.clone() for name, module in fp8_modules(quantized).items()}
     quantized.to(torch.float16)
     for name, module in fp8_modules(quantized).items():
-        assert torch.equal(module.weight.view(torch.uint8), before[name].view(torch.uint8))
+        assert torch.equal(module.codes.view(torch.uint8), before[name].view(torch.uint8))
         assert module.weight_scale.dtype == module.input_scale.dtype == torch.float32
     assert logits(quantized, ids).dtype == torch.float16
 
@@ -277,10 +282,9 @@ def test_what_is_saved_is_what_was_done(quantized, ids, tmp_path):
     assert torch.equal(logits(reloaded, ids), logits(quantized, ids))
 
 
-@pytest.mark.parametrize("part", [lambda model: model.model.layers[0], lambda model: nn.ModuleList([model])])
-def test_a_model_of_which_a_part_was_converted_is_not_misread(save, tmp_path, part):
+def test_a_model_of_which_layers_were_converted_is_not_misread(save, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(save(llama()))
-    convert(part(model), FP8Config(activation_scheme="dynamic"))
+    convert(model.model.layers[0], FP8Config(activation_scheme="dynamic"))
     model.save_pretrained(tmp_path / "part")
     with pytest.raises(RuntimeError, match="mismatch"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "part")
@@ -290,3 +294,15 @@ def test_the_head_of_a_wrapped_model_keeps_its_precision(save):
     wrapper = nn.ModuleList([AutoModelForCausalLM.from_pretrained(save(llama()))])
     convert(wrapper, FP8Config(activation_scheme="dynamic"))
     assert len(fp8_modules(wrapper)) == 14 and type(wrapper[0].lm_head) is nn.Linear
+
+
+@pytest.mark.parametrize("options", [{}, {"blocklist": {"names": ["up_proj"]}}], ids=["head", "head and others"])
+def test_after_reloading_the_report_says_why_the_head_is_in_high_precision(options, tmp_path):
+    model = convert(llama(), FP8Config(activation_scheme="dynamic", **options))
+    model.save_pretrained(tmp_path)
+    reasons = {
+        row.name: row.reason for row in quantization_report(AutoModelForCausalLM.from_pretrained(tmp_path)).modules
+    }
+    assert reasons.pop("lm_head") == "not FP8 in the checkpoint, kept by default: head, tied or float32"
+    others = {reason for name, reason in reasons.items() if "up_proj" in name and options}
+    assert others <= {"not FP8 in the checkpoint"}

@@ -19,6 +19,7 @@ from optimum_fp8.modules import fp8_modules
 
 ROOT = Path(__file__).parents[2]
 TINY_LM = ROOT / "examples" / "llm" / "tiny_lm"
+INC = Path(__file__).parents[1] / "data" / "inc"
 
 
 def parse(*arguments: object):
@@ -63,7 +64,7 @@ def test_writes_a_complete_checkpoint(quantized):
     assert {module.activations for module in fp8_modules(model).values()} == {"static"}
     ids = AutoTokenizer.from_pretrained(output)("import os", return_tensors="pt").input_ids
     assert torch.isfinite(model(ids).logits).all()
-    assert not (output / "heldout.txt").exists() and not list(output.parent.glob(".fp8-*"))
+    assert (output / "heldout.txt").exists() and not list(output.parent.glob(".fp8-*"))
 
 
 def test_config_file_and_flags(tmp_path, run):
@@ -101,6 +102,8 @@ def test_flags_win_over_the_file(tmp_path):
         ({"--mode": "measure"}, "--mode MEASURE makes no checkpoint"),
         ({"--config": "no-such-config.json"}, "cannot read the configuration"),
         ({"--activation-scheme": "static"}, "pass --dataset"),
+        ({"--model": INC / "saved"}, "was written by Intel Neural Compressor"),
+        ({"--mode": "QUANTIZE", "--dump-stats-path": INC / "measured" / "measure"}, "only INC's own"),
         ({"--modules-to-not-convert": "no_such_module"}, "matches no module"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -136,6 +139,34 @@ def test_the_models_own_folder_is_refused(run):
     assert status == 1 and "own folder" in err and (TINY_LM / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("output", ["file/fp8", "file/deep/er/fp8", "/proc/fp8"])
+def test_an_output_that_cannot_be_written_is_found_before_weights_are_read(run, tmp_path, monkeypatch, output):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("transformers.PreTrainedModel._load_pretrained_model", None)
+    status, _, err = run("--model", TINY_LM, "--output", tmp_path / output)
+    assert status == 1 and f"--output '{tmp_path / output}' cannot be made" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--activation-scheme", "static"], "pass --dataset"),
+        (["--mode", "quantize"], "no measurements at"),
+        (["--dataset", "empty.txt"], "dataset='empty.txt' is empty"),
+        (["--dataset", "lines.jsonl", "--text-column", "body"], "set text_column to one of ['text']"),
+        (["--dataset", "lines.jsonl", "--tokenizer", "./nowhere"], "no tokenizer at './nowhere'"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_data_are_looked_at_before_weights_are_read(run, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "lines.jsonl").write_text('{"text": "import os"}')
+    monkeypatch.setattr("transformers.PreTrainedModel._load_pretrained_model", None)
+    status, _, err = run("--model", TINY_LM, "--output", tmp_path / "fp8", *options)
+    assert status == 1 and message in err.splitlines()[-1]
+
+
 def test_a_measuring_config_still_makes_one_whole_run(tmp_path, run):
     config = tmp_path / "inc.json"
     config.write_text(json.dumps({"mode": "MEASURE", "scale_method": "maxabs_pow2"}))
@@ -147,11 +178,39 @@ def test_a_measuring_config_still_makes_one_whole_run(tmp_path, run):
     assert status == 0, err
 
 
+def summary_lines(out: str) -> dict[str, str]:
+    return {line.split("  ")[0].strip(): line for line in out.splitlines()}
+
+
+def test_the_summary_says_how_much_of_the_model_is_in_fp8(tmp_path, run):
+    status, out, err = run("--model", TINY_LM, "--output", tmp_path / "fp8", "--activation-scheme", "dynamic")
+    assert status == 0 and "warning: only" not in err
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "fp8")
+    codes = sum(p.numel() for p in model.parameters() if p.dtype == torch.float8_e4m3fn)
+    everything = sum(p.numel() for name, p in model.named_parameters() if not name.endswith("_scale"))
+    lines = summary_lines(out)
+    assert f"{codes / everything:.1%} of all" in lines["parameters in FP8"]
+    assert "28 of 29 candidates" in lines["modules in FP8"]
+    kept = lines["kept in high precision"]
+    assert "Embedding (" in kept and "kept by default: head, tied or float32" in kept
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
+    now = sum(t.numel() * t.element_size() for t in tensors)
+    assert f"in bfloat16, now {now / 2**20:.1f} MiB" in lines["size"]
+
+
+def test_a_model_of_which_little_is_in_fp8_is_warned_of(tmp_path, run):
+    options = ("--activation-scheme", "dynamic", "--blocklist", '{"names": ["mlp"]}')
+    status, out, err = run("--model", TINY_LM, "--output", tmp_path / "fp8", *options)
+    (warning,) = [line for line in err.splitlines() if line.startswith("warning: only")]
+    assert status == 0 and "of all parameters are in FP8" in warning and "blocklist name 'mlp'" in warning
+    assert warning.split()[2] in summary_lines(out)["parameters in FP8"]
+
+
 def test_the_summary_names_every_format_and_scheme_of_activations(run, tmp_path):
     overrides = {r"mlp\.up_proj$": {"fp8_config": "E5M2", "activation_scheme": "weight_only"}}
     options = ("--activation-scheme", "dynamic", "--target", "cpu", "--overrides", json.dumps(overrides))
     status, out, err = run("--model", TINY_LM, "--output", tmp_path / "fp8", *options)
     assert status == 0, err
-    lines = {line.split("  ")[0].strip(): line for line in out.splitlines()}
+    lines = summary_lines(out)
     assert "E4M3 for cpu, E5M2 for cpu" in lines["format"]
     assert "dynamic, weight_only" in lines["activations"]

@@ -296,3 +296,10 @@ def test_repr_does_not_hide_live_objects():
 def test_inc_scripts_ask_the_config_what_to_do(mode):
     config = FP8Config(mode=mode)
     assert (config.measure, config.quantize) == (mode == "MEASURE", mode == "QUANTIZE")
+
+
+def test_it_is_asked_like_the_dict_that_it_is_on_disk():
+    config = FP8Config(target="gaudi2", hp_dtype=torch.float16)
+    for key, value in config.to_dict().items():
+        assert config.get(key) == config.get(key, "other") == value
+    assert config.get("weight_block_size") is None and config.get("activation", 3) == 3

@@ -160,7 +160,7 @@ def parser():
 
 def test_every_key_that_can_be_said_has_a_flag(parser):
     flags = {action.dest for action in parser._actions} - {"help"}
-    assert set(KEYS) - flags == {"dequantize", "format_version"}
+    assert set(KEYS) - flags == {"dequantize", "format_version", "model_class"}
     assert given_flags(parser.parse_args([])) == {}
     assert parser.format_help()
 

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming
 
 from optimum_fp8 import FP8Config, convert
-from optimum_fp8.hf.conversions import Loading, QuantizeWeight, ScaleRenaming, SqueezeWeight, without_fp8
+from optimum_fp8.hf.conversions import CheckCodes, Loading, QuantizeWeight, ScaleRenaming, without_fp8
 from optimum_fp8.modules import FP8Linear
 
 MODULES = ["model.layers.0.self_attn", "model.layers.1.self_attn", "encoder.attention"]
@@ -80,14 +80,14 @@ def test_names_of_modules_are_taken_literally():
 
 
 @pytest.mark.core
-def test_weights_of_fp8_modules_are_squeezed_and_others_pass(model, loading):
-    squeeze, codes = SqueezeWeight(loading), torch.ones(1, 3, 4).to(torch.float8_e4m3fn)
-    (found,) = squeeze.convert({"weight": [codes]}, model=model, full_layer_name="0.weight").values()
-    assert found.shape == (3, 4) and found.data_ptr() == codes.data_ptr()
-    (found,) = squeeze.convert({"weight": [torch.ones(1, 3)]}, model=model, full_layer_name="1.weight").values()
+def test_stored_codes_and_weights_of_other_modules_pass(model, loading):
+    check, codes = CheckCodes(loading), torch.ones(1, 3, 4).to(torch.float8_e4m3fn)
+    (found,) = check.convert({"weight": [codes]}, model=model, full_layer_name="0.weight").values()
+    assert found.shape == (1, 3, 4) and found.data_ptr() == codes.data_ptr()
+    (found,) = check.convert({"weight": [torch.ones(1, 3)]}, model=model, full_layer_name="1.weight").values()
     assert found.shape == (1, 3) and not loading.failures
     missing = {"a"}
-    squeeze.convert({"weight": [codes]}, model=model, full_layer_name="0.weight", missing_keys=missing)
+    check.convert({"weight": [codes]}, model=model, full_layer_name="0.weight", missing_keys=missing)
     assert loading.missing_keys is missing
 
 
@@ -95,8 +95,8 @@ def test_weights_of_fp8_modules_are_squeezed_and_others_pass(model, loading):
     "weight", [torch.ones(3, 4).to(torch.float8_e4m3fn), torch.ones(1, 3, 4), torch.ones(1, 3, 4).to(torch.float8_e5m2)]
 )
 def test_a_weight_that_was_not_written_so_is_remembered_as_a_failure(model, loading, weight):
-    (found,) = SqueezeWeight(loading).convert({"weight": [weight]}, model=model, full_layer_name="0.weight").values()
-    assert found.shape == (3, 4), "loading goes on, and the failure is raised after it"
+    (found,) = CheckCodes(loading).convert({"weight": [weight]}, model=model, full_layer_name="0.weight").values()
+    assert found.shape == (1, 3, 4), "loading goes on, and the failure is raised after it"
     assert f"found {(weight.dtype, tuple(weight.shape))}, expected" in loading.failures["0"]
 
 

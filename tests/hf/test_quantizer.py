@@ -91,7 +91,7 @@ def test_the_reloaded_model_computes_with_the_fp8_bytes(save, ids, batches, tmp_
     quantized.save_pretrained(tmp_path / "fp8")
     reloaded = load(str(tmp_path / "fp8"))
     before = logits(reloaded, ids)
-    weight = reloaded.model.layers[0].mlp.down_proj.weight
+    weight = reloaded.model.layers[0].mlp.down_proj.codes
     assert is_fp8(weight.dtype)
     weight.data.view(torch.uint8)[0, 0] ^= 0x80 | 0x40
     assert not torch.equal(logits(reloaded, ids), before)
@@ -145,11 +145,11 @@ def test_disk_offload_of_a_quantized_checkpoint_is_exact(save, ids, batches, tmp
 
 def test_quantized_head_of_a_tied_model_gets_its_own_weight(save, ids, batches, tmp_path):
     quantized = load(save(llama(tied=True)), FP8Config(dataset=batches, quantize_lm_head=True))
-    assert is_fp8(quantized.lm_head.weight.dtype)
+    assert is_fp8(quantized.lm_head.codes.dtype)
     assert quantized.model.embed_tokens.weight.dtype == torch.bfloat16
     quantized.save_pretrained(tmp_path / "fp8")
     reloaded = load(str(tmp_path / "fp8"))
-    assert is_fp8(reloaded.lm_head.weight.dtype)
+    assert is_fp8(reloaded.lm_head.codes.dtype)
     assert torch.equal(logits(reloaded, ids), logits(quantized, ids))
 
 

@@ -66,7 +66,7 @@ def test_a_copy_computes_the_same_and_counts_for_itself(quantized, ids):
 def test_an_input_cast_to_fp8_by_other_code_is_refused(quantized):
     linear = quantized.model.layers[0].mlp.up_proj
     with pytest.raises(FP8StateError, match="without a scale.*blocklist"):
-        linear(torch.ones(1, 64).to(linear.weight.dtype))
+        linear(torch.ones(1, 64).to(linear.codes.dtype))
 
 
 def test_memory_planning_counts_a_byte_for_each_weight(quantized):

@@ -152,11 +152,11 @@ def test_tied_weights_are_quantized_once_unless_their_schemes_differ(monkeypatch
         return convert(model, FP8Config(activation_scheme="weight_only", target="cpu", **options))
 
     model = tied()
-    assert len(calls) == 2 and model[0].weight is model[1].weight is model[3].weight
-    assert model[0].weight_scale is model[3].weight_scale and model[2].weight is not model[0].weight
+    assert len(calls) == 2 and model[0].codes is model[1].codes is model[3].codes
+    assert model[0].weight_scale is model[3].weight_scale and model[2].codes is not model[0].codes
     model = tied(overrides={"^3$": {"fp8_config": "E5M2"}})
-    assert len(calls) == 3 and model[0].weight is model[1].weight
-    assert (model[0].weight.dtype, model[3].weight.dtype) == (torch.float8_e4m3fn, torch.float8_e5m2)
+    assert len(calls) == 3 and model[0].codes is model[1].codes
+    assert (model[0].codes.dtype, model[3].codes.dtype) == (torch.float8_e4m3fn, torch.float8_e5m2)
     model = tied(overrides={"^3$": {"input_backoff": 0.5}})
     assert len(calls) == 2, "what is not about the weight does not part them"
 
@@ -166,7 +166,7 @@ def test_a_module_in_two_places_is_meant_by_each_of_its_names_also_without_data(
     model = nn.ModuleDict({"a": layer, "b": layer, "c": nn.Linear(4, 4)})
     convert(model, FP8Config(target="cpu", overrides={"^b$": {"fp8_config": "E5M2"}}))
     assert model["a"] is model["b"] and model["a"].activations == "dynamic"
-    assert (model["a"].weight.dtype, model["c"].weight.dtype) == (torch.float8_e5m2, torch.float8_e4m3fn)
+    assert (model["a"].codes.dtype, model["c"].codes.dtype) == (torch.float8_e5m2, torch.float8_e4m3fn)
     assert state_of(model).config.for_module(["a"]).fp8_config == "E5M2"
 
 

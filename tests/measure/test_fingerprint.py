@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from optimum_fp8 import FP8Config, convert
-from optimum_fp8.measure import model_fingerprint, weight_digest
+from optimum_fp8.measure import architecture, difference, model_fingerprint, weight_digest
 
 WEIGHT = torch.arange(6000, dtype=torch.float32).reshape(60, 100).sin().bfloat16().float()
 
@@ -48,3 +48,19 @@ def test_weights_that_became_fp8_count_as_they_were():
     whole, known = model_fingerprint(model), {"1.weight": weight_digest(model[1].weight)}
     convert(model, FP8Config(activation_scheme="weight_only"))
     assert model_fingerprint(model, known) == whole
+
+
+@pytest.mark.core
+def test_what_holds_nothing_is_told_by_its_class():
+    relu, gelu = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Sequential(nn.Linear(4, 4), nn.GELU())
+    assert architecture(relu) == {"1": "ReLU"} and architecture(gelu) == {"1": "GELU"}
+    assert difference(architecture(relu), architecture(gelu)) == "1 is ReLU, not GELU"
+    assert difference(architecture(relu), architecture(relu)) is None
+    assert difference(architecture(relu), {}) is None, "what only one of them has tells nothing"
+
+
+def test_the_architecture_stays_when_modules_become_fp8():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    before = architecture(model)
+    convert(model, FP8Config(activation_scheme="weight_only"))
+    assert architecture(model) == before == {"1": "ReLU"}

@@ -34,8 +34,8 @@ def test_tied_weights_stay_tied():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     model[2].weight = model[0].weight
     converted(model, torch.randn(2, 4))
-    assert model[0].weight is model[2].weight and model[0].weight_scale is model[2].weight_scale
-    assert model[0].weight is not model[1].weight
+    assert model[0].codes is model[2].codes and model[0].weight_scale is model[2].weight_scale
+    assert model[0].codes is not model[1].codes
     assert model[0].bias is not model[2].bias
 
 

@@ -62,7 +62,7 @@ def test_it_is_the_convolution_of_rounded_values(cls, geometry):
     plain, module, x = made(cls, geometry)
     assert type(module) is (FP8Conv2d if cls is nn.Conv2d else FP8Conv)
     with torch.no_grad():
-        plain.weight.copy_(module.weight.float() * module.weight_scale)
+        plain.weight.copy_(module.codes.float() * module.weight_scale)
         expected = plain(rounded(x, module.input_scale))
         torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5)
         unbatched = plain(rounded(x[0], module.input_scale))
@@ -75,7 +75,7 @@ def test_it_is_the_convolution_of_rounded_values(cls, geometry):
 def test_dynamic_and_weight_only(cls, scheme, method):
     plain, module, x = made(cls, "padding", activation_scheme=scheme, scale_method=method)
     with torch.no_grad():
-        plain.weight.copy_(module.weight.float() * module.weight_scale)
+        plain.weight.copy_(module.codes.float() * module.weight_scale)
         seen = x
         if scheme == "dynamic":
             seen = rounded(x, torch.exp2(torch.ceil(torch.log2(x.abs().max() / 224))))
@@ -87,7 +87,7 @@ def test_a_scale_for_each_output_channel(cls):
     plain, module, x = made(cls, "groups", scale_method="act_maxabs_pow2_weights_pcs_maxabs_pow2")
     assert module.weight_scale.shape == (8, *[1] * (plain.weight.ndim - 1))
     with torch.no_grad():
-        plain.weight.copy_(module.weight.float() * module.weight_scale)
+        plain.weight.copy_(module.codes.float() * module.weight_scale)
         torch.testing.assert_close(module(x), plain(rounded(x, module.input_scale)), rtol=1e-4, atol=1e-5)
 
 

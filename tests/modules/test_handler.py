@@ -45,7 +45,7 @@ class FP8Embedding(FP8Module):
         super().__init__(origin.weight.shape, origin, scheme)
 
     def forward(self, ids):
-        rows = F.embedding(ids, self.weight.view(torch.uint8)).view(self.weight.dtype)
+        rows = F.embedding(ids, self.codes.view(torch.uint8)).view(self.codes.dtype)
         scale = self.weight_scale
         scale = F.embedding(ids, scale) if scale.numel() > 1 else scale
         return ops.cast_from_fp8(rows, scale, self.high_precision)
@@ -185,7 +185,7 @@ def test_lists_of_the_configuration_know_its_type():
     assert list(fp8_modules(model)) == ["0", "2"]
     overrides = {"^0$": {"fp8_config": "E5M2"}}
     model = convert(conv1d_net(), FP8Config(activation_scheme="dynamic", overrides=overrides))
-    assert (model[0].weight.dtype, model[2].weight.dtype) == (torch.float8_e5m2, torch.float8_e4m3fn)
+    assert (model[0].codes.dtype, model[2].codes.dtype) == (torch.float8_e5m2, torch.float8_e4m3fn)
 
 
 # --- tables -------------------------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def test_a_table_that_needs_no_ranges(method):
     model = prepare(model, config)
     model(ids)
     convert(model)
-    assert type(model[0]) is FP8Embedding and model[0].weight.dtype == torch.float8_e4m3fn
+    assert type(model[0]) is FP8Embedding and model[0].codes.dtype == torch.float8_e4m3fn
     assert torch.equal(model[0](ids), F.embedding(ids, model[0].dequantized_weight(torch.float32)))
     assert torch.allclose(model[0](ids), F.embedding(ids, original), rtol=2**-4, atol=1e-3)
     rows = {row.name: row for row in quantization_report(model).modules}
@@ -219,7 +219,7 @@ def test_a_table_tied_to_a_layer_shares_its_codes():
     model = nn.ModuleDict({"table": nn.Embedding(8, 4), "head": nn.Linear(4, 8, bias=False)})
     model["head"].weight = model["table"].weight
     convert(model, FP8Config(activation_scheme="dynamic", **CPU))
-    assert model["head"].weight is model["table"].weight and model["head"].weight_scale is model["table"].weight_scale
+    assert model["head"].codes is model["table"].codes and model["head"].weight_scale is model["table"].weight_scale
 
 
 # --- in place -----------------------------------------------------------------------------------------------------

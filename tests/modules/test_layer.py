@@ -50,11 +50,6 @@ def empty(module):
     return module
 
 
-def integers(module):
-    module.weight = nn.Parameter(torch.ones(3, 4, dtype=torch.int8), requires_grad=False)
-    return module
-
-
 @pytest.mark.core
 @pytest.mark.parametrize(
     "module, text",
@@ -65,12 +60,34 @@ def integers(module):
         (replaced(nn.Linear(4, 3)), "its forward was replaced"),
         (parametrized(nn.Linear(4, 3)), "its weight is parametrized"),
         (empty(nn.Linear(4, 3)), r"its weight is not a floating-point matrix ((3, 0), torch.float32)"),
-        (integers(nn.Linear(4, 3)), r"its weight is not a floating-point matrix ((3, 4), torch.int8)"),
     ],
 )
 def test_what_it_refuses(module, text):
     why = HANDLER.refusal(module, scheme(), Surroundings(nn.Sequential(module)))
     assert (None if why is None else (why.reason, str(why))) == (text and (Reason.UNFIT, text))
+
+
+def in_codes(dtype):
+    module = nn.Linear(4, 3)
+    module.weight = nn.Parameter(torch.ones(3, 4).to(dtype), requires_grad=False)
+    return module
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz],
+)
+def test_codes_are_no_values(dtype):
+    module = in_codes(dtype)
+    why = HANDLER.refusal(module, scheme(), Surroundings(nn.Sequential(module)))
+    assert (why.reason, str(why)) == (Reason.CODES, f"its weight is {dtype}")
+
+
+def test_a_scale_beside_the_weight():
+    module = nn.Linear(4, 3)
+    module.register_buffer("weight_scale", torch.ones(1))
+    why = HANDLER.refusal(module, scheme(), Surroundings(nn.Sequential(module)))
+    assert (why.reason, str(why)) == (Reason.UNFIT, "it has 'weight_scale' beside its weight")
 
 
 def test_names_of_its_classes():
@@ -119,11 +136,11 @@ def test_what_is_on_disk(scheme_name, names):
 def test_what_it_expects_of_a_checkpoint():
     module = nn.Linear(4, 3, device="meta", dtype=torch.bfloat16)
     made = HANDLER.expect(target(module), {"weight_scale": (1,), "input_scale": (1,)})
-    assert made.managed and made.name == "a.b" and made.weight.dtype == torch.float8_e4m3fn
+    assert made.name == "a.b" and made.codes.dtype == torch.float8_e4m3fn
     assert made.input_scale.shape == (1,) and made.input_scale.is_meta
     assert HANDLER.expect(target(module, activation_scheme="dynamic"), {"weight_scale": (1,)}).input_scale is None
     plain = HANDLER.expect(target(module), None)
-    assert plain.weight.dtype == torch.float32, "in high precision it is quantized while it is loaded"
+    assert plain.codes.dtype == torch.float32, "in high precision it is quantized while it is loaded"
 
 
 # --- other targets ------------------------------------------------------------------------------------------------
@@ -144,7 +161,7 @@ def test_fitted_to_a_smaller_full_scale_values_stay(options):
     module = converted(**options)
     before, scales = module.dequantized_weight(torch.float32), {k: v.clone() for k, v in module.scales().items()}
     HANDLER.fit("a.b", module, number_format("E4M3", "cpu"), number_format("E4M3", "gaudi2"))
-    assert module.weight.float().abs().max() <= 240 and module.weight.dtype == torch.float8_e4m3fn
+    assert module.codes.float().abs().max() <= 240 and module.codes.dtype == torch.float8_e4m3fn
     assert {name: scale.tolist() for name, scale in module.scales().items()} == {
         name: (2 * scale).tolist() for name, scale in scales.items()
     }
@@ -154,14 +171,14 @@ def test_fitted_to_a_smaller_full_scale_values_stay(options):
 @pytest.mark.parametrize("to", ["gaudi3", "cuda", "cpu"])
 def test_where_the_full_scale_is_no_smaller_nothing_changes(to):
     module = converted()
-    before = module.weight
+    before = module.codes
     HANDLER.fit("a.b", module, number_format("E4M3", "cpu"), number_format("E4M3", to))
-    assert module.weight is before
+    assert module.codes is before
 
 
 def test_codes_that_were_not_made_for_gaudi2_are_refused():
     module, gaudi2 = converted(), number_format("E4M3", "gaudi2")
-    assert module.weight.float().abs().max() > 240
+    assert module.codes.float().abs().max() > 240
     with pytest.raises(
         FP8CheckpointError, match=r"^a\.b\.weight holds codes up to \d+, but gaudi2 reads those above 240"
     ):

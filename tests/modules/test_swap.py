@@ -113,3 +113,31 @@ def test_accelerates_hooks_go_along():
     dequantize(model)
     model(torch.ones(1, 4))
     assert hook.calls == 3
+
+
+class Listed(nn.Module):
+    """Calls its layers from a plain list, as MaskFormer does, from a tuple and from a dictionary."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = [nn.Linear(4, 4), nn.ReLU()]
+        self.pair, self.named = (nn.Linear(4, 4),), {"last": nn.Linear(4, 4)}
+        for number, layer in enumerate((*self.layers, *self.pair, *self.named.values())):
+            self.add_module(str(number), layer)
+
+    def forward(self, x):
+        for layer in (*self.layers, *self.pair, *self.named.values()):
+            x = layer(x)
+        return x
+
+
+def test_modules_that_are_called_from_plain_containers_are_replaced_there():
+    model, x = Listed(), torch.randn(3, 4)
+    expected, before = model(x), model.layers
+    convert(model, FP8Config(activation_scheme="dynamic"))
+    called = (model.layers[0], *model.pair, *model.named.values())
+    assert all(isinstance(module, FP8Linear) for module in called) and model.layers is before
+    assert not torch.equal(model(x), expected) and torch.allclose(model(x), expected, atol=0.2)
+    dequantize(model)
+    called = (model.layers[0], *model.pair, *model.named.values())
+    assert all(type(module) is nn.Linear for module in called)

@@ -8,7 +8,7 @@ from grids import over
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from optimum_fp8 import ops
-from optimum_fp8.errors import FP8NotAvailableError
+from optimum_fp8.errors import FP8NotAvailableError, FP8OperandError
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 NAMESPACE = torch.ops.optimum_fp8
@@ -152,6 +152,29 @@ def test_meta_tensors_are_enough(name):
     op, args = CALLS[name]
     meta = op(*[arg.to("meta") if torch.is_tensor(arg) else arg for arg in args])
     assert meta.device.type == "meta" and meta.shape == op(*args).shape
+
+
+BY_RANGE = (NAMESPACE.cast_to_fp8_by_range, (X, torch.rand(1 << 15), True, E4M3, 448.0))
+MIXABLE = {
+    name: (op, args)
+    for name, (op, args) in {**CALLS, "by_range": BY_RANGE}.items()
+    if sum(map(torch.is_tensor, args)) > 1
+}
+
+
+@pytest.mark.core
+@over(name=MIXABLE)
+def test_tensors_with_and_without_values_are_refused_by_name(name):
+    op, args = MIXABLE[name]
+    places = [place for place, arg in enumerate(args) if torch.is_tensor(arg)]
+    for absent in [*((place,) for place in places), *itertools.islice(itertools.combinations(places, 2), 3)]:
+        if len(absent) == len(places):
+            continue
+        mixed = [arg.to("meta") if place in absent else arg for place, arg in enumerate(args)]
+        names = ", ".join(op.default._schema.arguments[place].name for place in absent)
+        for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+            with mode(), pytest.raises(FP8OperandError, match=f"{op.__name__}: {names} on the device meta"):
+                op(*mixed)
 
 
 def test_meta_tensors_are_enough_for_the_functions():

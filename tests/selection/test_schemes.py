@@ -11,14 +11,14 @@ from tiny_models import tiny_llama
 from optimum_fp8 import FP8Config
 from optimum_fp8.config.keys import KEYS
 from optimum_fp8.formats import number_format
-from optimum_fp8.scales import SCALE_METHODS, PerHead, PerToken, Scheme
+from optimum_fp8.scales import SCALE_METHODS, PerHead, PerTensor, PerToken, Scheme
 from optimum_fp8.selection import scheme_for, select
 
 NAMES, TYPES = ["model.layers.3.mlp.up_proj"], ["Linear", "torch.nn.Linear"]
 HW, POW2 = SCALE_METHODS["maxabs_hw"], SCALE_METHODS["maxabs_pow2"]
-ACT, DYNAMIC_ACT = HW.activation, HW.activation.with_backoff(0.5)
+ACT = HW.activation
 BASE = Scheme(number_format("E4M3", "cpu"), HW.weight, ACT, ACT, ACT, activations="static")
-FULL, TOKEN = ACT.with_backoff(1.0), replace(DYNAMIC_ACT, granularity=PerToken())
+FULL, TOKEN = ACT.with_backoff(1.0), replace(ACT.with_backoff(0.5), granularity=PerToken())
 
 # key: (value, the fields of a scheme that it changes)
 EFFECTS = {
@@ -31,9 +31,9 @@ EFFECTS = {
     "input_backoff": (1.0, dict.fromkeys(("input", "operands", "probabilities"), FULL)),
     "weight_backoff": (1.0, {"weight": HW.weight.with_backoff(1.0)}),
     "scale_format": ("const", {}),
-    "dynamic_quantization": (True, {"activations": "dynamic", "input": DYNAMIC_ACT, "operands": TOKEN}),
+    "dynamic_quantization": (True, {"activations": "dynamic", "input": TOKEN, "operands": TOKEN}),
     "use_qdq": (True, {"arithmetic": "qdq", "dataflow": "qdq"}),
-    "activation_scheme": ("dynamic", {"activations": "dynamic", "input": DYNAMIC_ACT, "operands": TOKEN}),
+    "activation_scheme": ("dynamic", {"activations": "dynamic", "input": TOKEN, "operands": TOKEN}),
     "attention": (True, {"rounds_attention": True}),
     "kv_cache": (True, {"caches": True}),
     "attention_granularity": ("head", {"operands": replace(ACT, granularity=PerHead())}),
@@ -84,6 +84,23 @@ def test_auto_is_static_where_there_are_ranges_or_none_are_needed(options, calib
 def test_dynamic_scales_need_less_headroom_unless_it_is_said():
     assert scheme_for(FP8Config(), calibrated=False).input.backoff == 0.5
     assert scheme_for(FP8Config(input_backoff=0.3), calibrated=False).input.backoff == 0.3
+
+
+PER_TENSOR = (
+    "maxabs_pow2",
+    "maxabs_arbitrary",
+    "maxabs_pow2_opt_weight",
+    "act_maxabs_pow2_weights_pcs_maxabs_pow2",
+    "act_maxabs_pow2_weights_pcs_opt_pow2",
+)
+
+
+@pytest.mark.parametrize("name", [name for name, method in SCALE_METHODS.items() if method.activation.needs_range])
+def test_dynamic_scales_are_per_token_where_inc_has_none_per_tensor(name):
+    dynamic = scheme_for(FP8Config(scale_method=name, activation_scheme="dynamic")).input.granularity
+    assert dynamic == (PerTensor() if name in PER_TENSOR else PerToken())
+    if not SCALE_METHODS[name].dynamic_only:
+        assert scheme_for(FP8Config(scale_method=name, activation_scheme="static")).input.granularity == PerTensor()
 
 
 def test_layers_may_be_weight_only_beside_attention_in_fp8():

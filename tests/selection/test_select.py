@@ -189,7 +189,7 @@ def test_the_choices_are_shown_for_one_layer_of_many():
 @pytest.mark.parametrize(
     "net, options, message",
     [
-        (nn.Sequential(nn.LayerNorm(4)), {}, "Sequential has no Conv1D, Conv2d or Linear"),
+        (nn.Sequential(nn.LayerNorm(4)), {}, "Sequential has no Conv2d, Linear or transformers' Conv1D"),
         (nn.Sequential(nn.Linear(4, 4)), {"blocklist": {"names": ["0"]}}, "0: blocklist name '0'"),
         (nn.Sequential(OwnForward(4, 4)), {}, "forward of its own"),
     ],

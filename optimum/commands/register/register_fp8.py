@@ -6,6 +6,7 @@ from argparse import ArgumentParser
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
+from optimum_fp8.commands.arguments import explain_errors
 from optimum_fp8.config.keys import add_flags
 
 
@@ -21,6 +22,7 @@ class FP8QuantizeCommand(BaseOptimumCLICommand):
         parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
         parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
         add_flags(parser.add_argument_group("keys of FP8Config (they win over --config)"))
+        explain_errors(parser)
 
     def run(self) -> None:
         from optimum_fp8.commands.quantize import main

@@ -9,6 +9,7 @@ import torch
 
 from ...config import FP8Config
 from ..batching import batch_size_of
+from ..facts import ModelFacts
 from ..source import Source, register_source
 
 
@@ -22,7 +23,7 @@ class Batches(Source):
     def accepts(self, dataset: Any) -> bool:
         return isinstance(dataset, Iterable) and not isinstance(dataset, (str, bytes, Mapping, torch.Tensor))
 
-    def batches(self, dataset: Iterable[Any], config: FP8Config, name_or_path: str) -> Iterator[Any]:
+    def batches(self, dataset: Iterable[Any], config: FP8Config, model: ModelFacts) -> Iterator[Any]:
         seen = 0
         for batch in dataset:
             if seen >= config.num_calibration_samples:

@@ -9,6 +9,7 @@ from torch import nn
 
 from ...config import FP8Config
 from ...errors import FP8CalibrationError
+from ..facts import ModelFacts
 from ..source import Source, register_source
 
 
@@ -21,11 +22,14 @@ class Function(Source):
     def accepts(self, dataset: Any) -> bool:
         return callable(dataset)
 
-    def batches(self, dataset: Any, config: FP8Config, name_or_path: str) -> Iterator[Any]:
+    def batches(self, dataset: Any, config: FP8Config, model: ModelFacts) -> Iterator[Any]:
         raise FP8CalibrationError(
             f"dataset of type {type(dataset).__name__} calls the model by itself and has no batches: pass an iterable "
             "of batches where batches are needed"
         )
+
+    def opened(self, dataset: Any, config: FP8Config, model: ModelFacts) -> None:
+        return None
 
     def run(
         self,

@@ -7,6 +7,7 @@ from typing import Any
 
 from ...config import FP8Config
 from ..batching import tokenized
+from ..facts import ModelFacts
 from ..source import Source, register_source
 
 
@@ -19,5 +20,5 @@ class Strings(Source):
     def accepts(self, dataset: Any) -> bool:
         return isinstance(dataset, (list, tuple)) and bool(dataset) and all(isinstance(item, str) for item in dataset)
 
-    def batches(self, dataset: Sequence[str], config: FP8Config, name_or_path: str) -> Iterator[Any]:
-        return tokenized(dataset, config, name_or_path)
+    def batches(self, dataset: Sequence[str], config: FP8Config, model: ModelFacts) -> Iterator[Any]:
+        return tokenized(dataset, config, model)

@@ -16,7 +16,7 @@ from ..arguments import DynamicScaleCall, Product
 from ..operands import block_of, group_of, group_shape, is_by_rows, refuses_format
 from .library import FORMATS, TYPES, Library, check, threads
 
-_CAST = Struct("=14qd")
+_CAST = Struct("=15qd")
 
 
 class Casts:
@@ -61,9 +61,9 @@ class Casts:
             return f"rows of {x.shape[-1]} values in groups of {group}"
         return None if x.dtype in TYPES else f"inputs in {x.dtype}"
 
-    def maxabs(self, x: torch.Tensor, group: int) -> torch.Tensor:
+    def maxabs(self, x: torch.Tensor, group: int, *, only_finite: bool = False) -> torch.Tensor:
         found = torch.zeros(group_shape(x.shape, group), dtype=torch.float32, device=x.device)
-        self._encode(x, None, None, 0.0, found)
+        self._encode(x, None, None, 0.0, found, only_finite=only_finite)
         return found
 
     def _encode(
@@ -74,6 +74,8 @@ class Casts:
         full_scale: float,
         maxabs: torch.Tensor | None,
         scale_of_range: torch.Tensor | None = None,
+        *,
+        only_finite: bool = False,
     ) -> None:
         x, scale = x.contiguous(), None if scale is None else scale.contiguous()
         of_rows, block = maxabs if scale is None else scale, 0 if scale is None else _square_of(scale, x)
@@ -93,6 +95,7 @@ class Casts:
             block,
             0 if maxabs is None else maxabs.data_ptr(),
             int(maxabs is not None and maxabs.numel() > 1),
+            int(only_finite),
             0 if scale_of_range is None else scale_of_range.data_ptr(),
             full_scale,
         )
@@ -122,6 +125,7 @@ class Casts:
             0,
             0,
             0,
+            0,
             0.0,
         )
         check(self.library.decode(arguments), "cast_from_fp8")
@@ -135,9 +139,9 @@ class Casts:
         if x.dtype == call.hp_dtype == torch.bfloat16:
             maxabs = torch.zeros(group_shape(x.shape, group), dtype=torch.float32, device=x.device)
             scale = torch.empty_like(maxabs)
-            self._encode(x, scale, None, 0.0, maxabs, _scale_of_range(group == 0, *call[2:6]))
+            self._encode(x, scale, None, 0.0, maxabs, _scale_of_range(group == 0, *call[2:6]), only_finite=True)
             return scale
-        return _scale(self.maxabs(x, group).to(x.dtype), group == 0, *call[2:])
+        return _scale(self.maxabs(x, group, only_finite=True).to(x.dtype), group == 0, *call[2:])
 
 
 def _strided_like(x: torch.Tensor, contiguous: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from struct import Struct
 
 import torch
@@ -76,15 +75,16 @@ class PreparedLinear:
         return self.packed(x, input_scale)
 
 
-_Identity = tuple["weakref.ref[torch.Tensor]", int, torch.Size, torch.dtype]
+_Identity = tuple[type, int, torch.Size, torch.dtype]
 
 
 def _identity(tensor: torch.Tensor) -> _Identity:
-    return weakref.ref(tensor), tensor.data_ptr(), tensor.shape, tensor.dtype
+    return type(tensor), tensor.data_ptr(), tensor.shape, tensor.dtype
 
 
 def _is(known: _Identity, tensor: torch.Tensor) -> bool:
-    """Whether it is the same tensor, of the same shape and dtype, still in the same place."""
-    if known[0]() is not tensor or tensor.data_ptr() != known[1]:
+    """Whether it is a tensor in the same place, of the same shape and dtype: all that was packed. The object may be
+    another; a reference to it, be it a weak one, would keep `torch.utils.swap_tensors` from its work."""
+    if type(tensor) is not known[0] or tensor.data_ptr() != known[1] or tensor.shape != known[2]:
         return False
-    return tensor.shape == known[2] and tensor.dtype is known[3]
+    return tensor.dtype is known[3] and tensor.is_contiguous()

@@ -4,11 +4,13 @@ import datasets
 import pytest
 import torch
 from PIL import Image
+from tiny_models import tiny_llama
 from transformers import BatchFeature
 
-from optimum_fp8.calibration import check_dataset
+from optimum_fp8.calibration import check_dataset, facts_of
 from optimum_fp8.errors import FP8CalibrationError
 
+LLAMA = facts_of(tiny_llama())
 TEXTS = ["a b c", "b", "c c c c", "a"]
 
 
@@ -38,9 +40,9 @@ def test_rows_of_model_inputs_are_collated(torch_format, load, ids):
         {"input_ids": [[1, 2], [3, 4], [5, 6]], "attention_mask": [[1, 1], [0, 1], [1, 1]], "label": [0, 1, 0]}
     )
     dataset = dataset.with_format("torch") if torch_format else dataset
-    first, second = load(dataset, batch_size=2)
+    first, second = load(dataset, LLAMA, batch_size=2)
     assert ids(first) == [[1, 2], [3, 4]] and ids(second) == [[5, 6]]
-    assert set(first) == {"input_ids", "attention_mask"}, "labels are not for calibration"
+    assert set(first) == {"input_ids", "attention_mask"}
 
 
 def test_rows_of_pixel_values(load):

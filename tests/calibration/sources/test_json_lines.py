@@ -3,7 +3,9 @@
 import json
 
 import pytest
+from tiny_models import tiny_llama
 
+from optimum_fp8.calibration import facts_of
 from optimum_fp8.errors import FP8CalibrationError
 
 TEXTS = ["a b c", "b", "c c c c", "a"]
@@ -34,3 +36,25 @@ def test_bad_lines_say_where(content, message, tmp_path, load, tokenizer):
     (tmp_path / "data.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(FP8CalibrationError, match=message):
         load(tmp_path / "data.json", tokenizer=tokenizer)
+
+
+@pytest.mark.core
+def test_lines_of_model_inputs(tmp_path, load, caplog):
+    lines = [{"input_ids": [3, 4], "labels": [4, 5], "idx": 7}, {"input_ids": [5, 6], "labels": [6, 7], "idx": 8}]
+    path = tmp_path / "inputs.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    (batch,) = load(path, facts_of(tiny_llama()), batch_size=2)
+    assert {key: value.tolist() for key, value in batch.items()} == {
+        "input_ids": [[3, 4], [5, 6]],
+        "labels": [[4, 5], [6, 7]],
+    }
+    assert "left out: idx" in caplog.text
+    path.write_text('{"input_ids": [3, 4]}\n[3, 4]')
+    with pytest.raises(FP8CalibrationError, match=r"inputs.jsonl, line 2 is \[3, 4\]: expected an object"):
+        load(path, facts_of(tiny_llama()))
+
+
+def test_inputs_beside_a_text_are_said(tmp_path, load, tokenizer, caplog):
+    (tmp_path / "texts.jsonl").write_text('{"text": "a", "labels": [1], "idx": 7}')
+    load(tmp_path / "texts.jsonl", facts_of(tiny_llama()), tokenizer=tokenizer)
+    assert "are inputs of the model, but not its text, are left out: labels" in caplog.text

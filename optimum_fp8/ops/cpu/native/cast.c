@@ -93,8 +93,18 @@ INLINE int64_t encode_in_pairs(const char *x, uint8_t *y, int64_t count, float r
     return i;
 }
 
+/* The largest of those that are finite: looked for again, as it is rare that one is not. */
+INLINE float largest_finite(const char *x, int64_t count, int64_t type) {
+    vi largest = splat_bits(0);
+    for (int64_t i = 0; i < count; i += LANES) {
+        const vi magnitude = (vi)load_up_to(x + i * value_size(type), type, count - i) & 0x7FFFFFFF;
+        largest = larger_of(magnitude & (magnitude < 0x7F800000), largest);
+    }
+    return largest_lane(largest);
+}
+
 INLINE void encode_range(const char *x, uint8_t *y, int64_t count, int64_t type, float reciprocal, float full_scale,
-                         fp8_format format, int wants_codes, float *maxabs) {
+                         fp8_format format, int wants_codes, float *maxabs, int only_finite) {
     magnitudes largest = {splat_bits(0), splat_pairs(0)};
     int64_t i = 0;
     if (wants_codes ? type == FP8CPU_BFLOAT16 && reciprocal > 0 && reciprocal < INFINITY : type != FP8CPU_FLOAT32)
@@ -109,25 +119,28 @@ INLINE void encode_range(const char *x, uint8_t *y, int64_t count, int64_t type,
         if (maxabs) largest.lanes = larger_of((vi)value & 0x7FFFFFFF, largest.lanes);
         if (wants_codes) store_codes(y + i, encode(value * splat(reciprocal), full_scale, format), count - i);
     }
-    if (maxabs) atomic_max(maxabs, largest_of(largest, type));
+    if (!maxabs) return;
+    const float found = largest_of(largest, type);
+    atomic_max(maxabs, only_finite && !(found < INFINITY) ? largest_finite(x, count, type) : found);
 }
 
 /* Codes with a scale, the largest magnitude, or both: what is not wanted is NULL. */
 static void encode_tile(const fp8cpu_cast_args *a, tile t, const float *scale, float *maxabs) {
     const int64_t type = a->value_type, count = t.count;
+    const int only_finite = a->only_finite != 0;
     const char *x = (const char *)a->x + t.offset * value_size(type);
     uint8_t *y = (uint8_t *)a->y + t.offset;
     const float reciprocal = scale ? 1.0f / *scale : 1.0f, full_scale = (float)a->full_scale;
-#define ENCODE(TYPE)                                                                                    \
-    if (type == TYPE) {                                                                                 \
-        if (!scale)                                                                                     \
-            encode_range(x, y, count, TYPE, reciprocal, full_scale, E4M3, 0, maxabs);                   \
-        else if (a->format == FP8CPU_E4M3)                                                              \
-            maxabs ? encode_range(x, y, count, TYPE, reciprocal, full_scale, E4M3, 1, maxabs)           \
-                   : encode_range(x, y, count, TYPE, reciprocal, full_scale, E4M3, 1, NULL);            \
-        else                                                                                            \
-            maxabs ? encode_range(x, y, count, TYPE, reciprocal, full_scale, E5M2, 1, maxabs)           \
-                   : encode_range(x, y, count, TYPE, reciprocal, full_scale, E5M2, 1, NULL);            \
+#define ENCODE(TYPE)                                                                                       \
+    if (type == TYPE) {                                                                                    \
+        if (!scale)                                                                                        \
+            encode_range(x, y, count, TYPE, reciprocal, full_scale, E4M3, 0, maxabs, only_finite);         \
+        else if (a->format == FP8CPU_E4M3)                                                                 \
+            maxabs ? encode_range(x, y, count, TYPE, reciprocal, full_scale, E4M3, 1, maxabs, only_finite) \
+                   : encode_range(x, y, count, TYPE, reciprocal, full_scale, E4M3, 1, NULL, 0);            \
+        else                                                                                               \
+            maxabs ? encode_range(x, y, count, TYPE, reciprocal, full_scale, E5M2, 1, maxabs, only_finite) \
+                   : encode_range(x, y, count, TYPE, reciprocal, full_scale, E5M2, 1, NULL, 0);            \
     }
     ENCODE(FP8CPU_FLOAT32)
     ENCODE(FP8CPU_BFLOAT16)

@@ -9,7 +9,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FP8CPU_ABI 4
+#define FP8CPU_ABI 5
 
 enum { FP8CPU_FLOAT32 = 0, FP8CPU_BFLOAT16 = 1, FP8CPU_FLOAT16 = 2, FP8CPU_BOOLEAN = 3 };
 enum { FP8CPU_E4M3 = 0, FP8CPU_E5M2 = 1 };
@@ -27,6 +27,7 @@ typedef struct {
     int64_t block;      /* 0, or the side of square blocks: scale is then [ceil(rows/block), ceil(cols/block)] */
     int64_t maxabs;     /* float * or 0: largest |x|, NaN if any x is; one for all rows, or one a row */
     int64_t maxabs_step;
+    int64_t only_finite; /* maxabs is that of what is neither NaN nor Inf */
     int64_t scale_of_range; /* const float * or 0: scales are looked up here, by the bits of maxabs, and written */
     double full_scale;
 } fp8cpu_cast_args;

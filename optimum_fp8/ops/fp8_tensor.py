@@ -1,8 +1,8 @@
 """A tensor stored in FP8 that acts as its high-precision tensor for any code that does not know it.
 
-Cached keys and values are handed to models in this form. Attention that knows FP8 takes `codes` and `scale`; any other
-operator sees the high-precision values, made when it is called and gone afterwards. Views (transposed, sliced,
-expanded, …) stay FP8 and share memory with what they are views of.
+Cached keys and values, and the weights of FP8 modules, are handed to models in this form. Code that knows FP8 takes
+`codes` and `scale`; any other operator sees the high-precision values, made when it is called and gone afterwards.
+Views (transposed, sliced, expanded, …) stay FP8 and share memory with what they are views of.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from .. import ops
 from ..errors import FP8NotAvailableError
+from .casts import cast_from_fp8
 
 _aten = torch.ops.aten
 _VIEWS = {
@@ -43,8 +43,8 @@ class FP8Tensor(torch.Tensor):
     """`codes · scale`, as a tensor of the dtype `dtype`; read-only, without gradient.
 
     Attributes:
-        codes: FP8, any shape; `[batch, heads, length, head size]` from a cache.
-        scale: float32, broadcastable to `codes`: `(1,)`, `(heads, 1, 1)` or `[batch, heads, length, 1]`.
+        codes: FP8, any shape; `[batch, heads, length, head size]` from a cache, `[out, in, …]` from a module.
+        scale: float32, as `cast_from_fp8` takes it: `(1,)`, `(heads, 1, 1)`, `[batch, heads, length, 1]` or `(out, 1)`.
     """
 
     codes: torch.Tensor
@@ -71,7 +71,7 @@ class FP8Tensor(torch.Tensor):
         """The values as an ordinary tensor of this one's shape and dtype, in memory of its own."""
         if self.codes.numel() == 0:
             return torch.empty(self.codes.shape, dtype=self.dtype, device=self.codes.device)
-        return ops.cast_from_fp8(self.codes, self.scale, self.dtype)
+        return cast_from_fp8(self.codes, self.scale, self.dtype)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -84,11 +84,26 @@ class FP8Tensor(torch.Tensor):
                 return views
         for position, name in _written(func):
             argument = args[position] if position < len(args) else kwargs.get(name)
-            if isinstance(argument, FP8Tensor):
+            several = argument if isinstance(argument, (list, tuple)) else [argument]
+            if any(isinstance(each, FP8Tensor) for each in several):
                 raise FP8NotAvailableError(
-                    f"{func} would write into a tensor of the FP8 cache, which is read-only: write into a clone() of it"
+                    f"{func} would write into a tensor that is stored in FP8 (of a cache, or a module's weight), which "
+                    "is read-only: write into a clone() of it, or call optimum_fp8.dequantize(model) before"
                 )
         return func(*_ordinary(args), **{name: _ordinary(argument) for name, argument in kwargs.items()})
+
+    # What needs memory that holds the values gets a copy, or is refused: torch would crash on what is not there.
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.dequantize().__reduce_ex__(protocol)
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.dequantize().__dlpack__(**options)
+
+    def share_memory_(self) -> Any:
+        raise FP8NotAvailableError(
+            "a tensor that is stored in FP8 has no memory that holds its values: share a clone() of it"
+        )
 
     def tolist(self) -> Any:
         return self.dequantize().tolist()

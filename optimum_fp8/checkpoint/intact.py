@@ -1,0 +1,197 @@
+"""Whether a checkpoint of ours is as it was saved: its tensors and its configuration must fit each other.
+
+Names, shapes and dtypes of scales, which stand in the headers of the files, tell most of it. The rest is told by a
+record in the metadata of each file: the keys that say how the model computes, and which scales attention has.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from safetensors import safe_open
+from torch import nn
+
+from ..attention import CHILD
+from ..config import FORMAT_VERSION, KEYS, FP8Config
+from ..errors import FP8CheckpointError
+from ..modules.handler import converted_modules, find_all
+from ..selection import Decision, names_in_checkpoint
+from .native import SCALE, name_in, refuse_damaged
+
+RECORD = "optimum_fp8"
+_OF_MODULES = [name for name, key in KEYS.items() if key.of_module]
+_OF_THIS_MODEL = ("overrides", "modules_to_not_convert")
+_TOLD = (*_OF_MODULES, *_OF_THIS_MODEL, "target", "model_class", "format_version")
+_FLOAT32 = "F32"
+_EDITED = "the checkpoint was edited or mixed from others: save it again"
+
+Header = tuple[str, tuple[int, ...]]
+
+
+def record(model: nn.Module, config: FP8Config, **more: Any) -> str:
+    """What the files of a checkpoint say of the model and the configuration it is saved with, and `more`."""
+    said = config.to_dict()
+    scales = {
+        name: sorted(handler.state(module))
+        for name, (module, handler) in converted_modules(model).items()
+        if not handler.family.replaced
+    }
+    told = {key: said[key] for key in _TOLD}
+    return json.dumps({"format_version": config.format_version, "config": told, "scales": scales, **more})
+
+
+def check_intact(
+    model: nn.Module,
+    decisions: Sequence[Decision],
+    config: FP8Config,
+    made_for: str,
+    files: Sequence[str] | None,
+    told: Mapping[str, Any] | None = None,
+) -> None:
+    """Refuse a checkpoint whose tensors do not fit its configuration; older ones have no record, and less is told.
+
+    Args:
+        model: with room for the tensors of the checkpoint, whose data is not needed yet.
+        decisions: about its modules.
+        config: of the checkpoint, with `target` perhaps replaced.
+        made_for: the target it says it was made for.
+        files: of the checkpoint; those that are no safetensors tell nothing.
+        told: the record, where the files do not hold it.
+
+    Raises:
+        FP8CheckpointError: names the tensor or the key.
+    """
+    headers: dict[str, Header] = {}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    for path in files or ():
+        if str(path).endswith(".safetensors"):
+            said, more = _read(path)
+            headers |= more
+            known = said or told or {}
+            _check_config(path, known, config, made_for)
+            _check_record_of_scales(path, known.get("scales", {}), model, decisions, prefix)
+    _check_scales(headers, model, decisions, prefix, config.modules_to_not_convert or [])
+
+
+def read_record(path: str, metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    """The record in the metadata of a file; empty where there is none.
+
+    Raises:
+        FP8CheckpointError: it is damaged, or of a newer format.
+    """
+    try:
+        said: dict[str, Any] = json.loads((metadata or {}).get(RECORD, "{}"))
+        newer = said.get("format_version", 0) > FORMAT_VERSION
+    except (ValueError, AttributeError, TypeError) as error:
+        raise FP8CheckpointError(f"the metadata {RECORD!r} of {path} cannot be read ({error}): {_EDITED}") from None
+    if newer:
+        raise FP8CheckpointError(f"{path} was written by a newer optimum_fp8: upgrade optimum_fp8")
+    return said
+
+
+def _read(path: str) -> tuple[dict[str, Any], dict[str, Header]]:
+    """The record of a file, and the dtype and shape of its tensors by name."""
+    with refuse_damaged(path), safe_open(path, framework="pt") as file:
+        said = read_record(path, file.metadata())
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        headers = {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
+    return said, headers
+
+
+def _check_config(path: str, said: Mapping[str, Any], config: FP8Config, made_for: str) -> None:
+    found = json.loads(json.dumps({**config.to_dict(), "target": made_for}))
+    record: Mapping[str, Any] = said.get("config", {})
+    # A part of a model, loaded from the checkpoint of the whole, has a configuration of its own.
+    others = record.get("model_class", config.model_class) != config.model_class
+    for key, made_with in record.items():
+        if others and key in (*_OF_THIS_MODEL, "model_class"):
+            continue
+        if key in found and found[key] != made_with:
+            hint = "; pass FP8Config(target=…) when loading to change it" if key == "target" else ""
+            raise FP8CheckpointError(
+                f"{path} was made with {key}={made_with!r}, but the configuration of the checkpoint says "
+                f"{found[key]!r}: put it back, or quantize the original model again{hint}"
+            )
+
+
+def _check_record_of_scales(
+    path: str, said: Mapping[str, list[str]], model: nn.Module, decisions: Sequence[Decision], prefix: str
+) -> None:
+    converted = converted_modules(model)
+    for each in decisions:
+        name = next((name for name in names_in_checkpoint(each.name, prefix) if name in said), None)
+        if name is None or each.name not in converted:
+            continue
+        module, handler = converted[each.name]
+        if differing := set(said[name]).symmetric_difference(handler.state(module)):
+            raise FP8CheckpointError(
+                f"{path} was made with {', '.join(said[name])} of {name}, but {', '.join(sorted(differing))} is "
+                f"missing or new: {_EDITED}"
+            )
+
+
+def _check_scales(
+    headers: Mapping[str, Header],
+    model: nn.Module,
+    decisions: Sequence[Decision],
+    prefix: str,
+    left_out: Sequence[str],
+) -> None:
+    saved: dict[str, dict[str, str]] = {}
+    for key in headers:
+        if match := SCALE.match(key):
+            saved.setdefault(match[1], {})[match[2]] = key
+        elif f".{CHILD}." in key:
+            raise FP8CheckpointError(f"{key} is no scale that attention has: {_EDITED}")
+    converted, owned = converted_modules(model), set()
+    for each in decisions:
+        name = name_in(names_in_checkpoint(each.name, prefix), saved)
+        if name is None or each.name not in converted:
+            continue
+        owned.add(name)
+        module, handler = converted[each.name]
+        expected = {key.rpartition(".")[2]: tuple(tensor.shape) for key, tensor in handler.state(module).items()}
+        for scale, key in saved[name].items():
+            _check_scale(key, headers[key], expected.get(scale), each)
+    rest = {name: scales for name, scales in saved.items() if name not in owned}
+    _refuse_foreign(headers, rest, model, prefix, left_out)
+
+
+def _check_scale(key: str, header: Header, expected: tuple[int, ...] | None, decision: Decision) -> None:
+    dtype, shape = header
+    if expected is None:
+        raise FP8CheckpointError(
+            f"{key} is in the checkpoint, but its configuration has no such scale for {decision.name} "
+            f"({decision.scheme}): {_EDITED}"
+        )
+    if dtype != _FLOAT32:
+        raise FP8CheckpointError(f"{key} is {dtype} in the checkpoint, expected {_FLOAT32}: {_EDITED}")
+    if shape != expected:
+        raise FP8CheckpointError(
+            f"{key} has shape {shape} in the checkpoint, expected {expected} ({decision.scheme}): {_EDITED}"
+        )
+
+
+def _refuse_foreign(
+    headers: Mapping[str, Header],
+    rest: Mapping[str, Mapping[str, str]],
+    model: nn.Module,
+    prefix: str,
+    left_out: Sequence[str],
+) -> None:
+    """Refuse scales of modules that the configuration leaves in high precision, and scales without codes."""
+    for module_name, (module, handler) in find_all(model).items():
+        names = names_in_checkpoint(module_name, prefix)
+        name = next((name for name in names if name in rest), None)
+        if name is None or (handler.family.replaced and not set(left_out).intersection(names)):
+            continue
+        if not any(hasattr(module, scale) for scale in rest[name]):
+            key = next(iter(rest[name].values()))
+            raise FP8CheckpointError(
+                f"{key} is in the checkpoint, but its configuration leaves {module_name} in high precision: {_EDITED}"
+            )
+    for name, scales in rest.items():
+        if "weight_scale" in scales and f"{name}.weight" not in headers:
+            raise FP8CheckpointError(f"{scales['weight_scale']} is the scale of no weight in the checkpoint: {_EDITED}")

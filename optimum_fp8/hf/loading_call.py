@@ -1,0 +1,45 @@
+"""What was said to the `from_pretrained` that is under way.
+
+transformers hands quantizers the model and its files, but not the arguments with which they were found: the tokenizer
+and the processor for calibration have to be looked for with the same. They are read from the frame of the call, which
+changes nothing of transformers. Half of them are parameters of `from_pretrained`, the others are its local variables.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+from ..lifecycle import Origin
+
+_ARGUMENTS = (
+    *("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"),
+    "trust_remote_code",  # handed on as the user gave it
+)
+_MODEL, _AUTO = "transformers.modeling_utils", "transformers.models.auto.auto_factory"
+
+
+def loading_origin(model: Any) -> Origin:
+    """Where `model` is being loaded from; of a model that is not, the place that it names."""
+    name: str = getattr(model, "name_or_path", "") or ""
+    arguments: dict[str, Any] = {}
+    for frame in _calls():
+        values = frame.f_locals
+        if frame.f_globals["__name__"] == _MODEL and not arguments:
+            name = values["pretrained_model_name_or_path"] or name
+            arguments = {key: values.get(key) for key in _ARGUMENTS}
+        elif frame.f_globals["__name__"] == _AUTO and arguments:
+            arguments["code_revision"] = values.get("code_revision")
+            break
+    return Origin(str(name), {key: value for key, value in arguments.items() if value not in (None, "")})
+
+
+def _calls() -> Iterator[FrameType]:
+    """The frames of transformers' `from_pretrained`, the innermost first."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "from_pretrained" and frame.f_globals.get("__name__") in (_MODEL, _AUTO):
+            yield frame
+        frame = frame.f_back

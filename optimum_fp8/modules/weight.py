@@ -1,0 +1,102 @@
+"""What `.weight` of an FP8 module is: for code that computes, the values; for code that moves parameters, the codes."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import FP8NotAvailableError
+from ..ops.fp8_tensor import FP8Tensor
+
+# Code that asks for a parameter by its name in order to load, move, shard or save it, and puts back what it was given.
+_MOVERS = (
+    "accelerate.",
+    "deepspeed.",
+    "torch.distributed.",
+    "torch.nn.modules.module",  # get_parameter
+    "torch.nn.utils._named_member_accessor",  # functional_call
+    "transformers.core_model_loading",
+    "transformers.integrations.accelerate",
+)
+
+
+class FP8Weight(FP8Tensor):
+    """An FP8 module's weight as the high-precision parameter that it stands for; read-only.
+
+    It counts as a parameter, and functions that look for tensors with an interpretation of their own find it to be one:
+    torch's fused transformer layers then call the modules, instead of multiplying by their weights.
+    """
+
+    @classmethod
+    def __torch_function__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    def __init__(self, codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype):
+        super().__init__(codes, scale, dtype)
+        self._is_param = True
+
+    @property
+    def data(self) -> torch.Tensor:  # type: ignore[override]
+        """The same values, without being a parameter."""
+        return FP8Tensor(self.codes, self.scale, self.dtype)
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        raise FP8NotAvailableError(
+            "the weight of an FP8 module cannot be written to: change the original model and convert it again, or call "
+            "optimum_fp8.dequantize(model) first"
+        )
+
+    def detach(self) -> FP8Weight:  # type: ignore[override]
+        return FP8Weight(self.codes, self.scale, self.dtype)  # a parameter can be made of it
+
+    def data_ptr(self) -> int:
+        return self.codes.data_ptr()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FP8Weight:
+        return memo.setdefault(id(self), FP8Weight(self.codes.clone(), self.scale.clone(), self.dtype))
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Any], dtype: torch.dtype, size: Any, stride: Any) -> FP8Weight:
+        return FP8Weight(inner["codes"], inner["scale"], dtype)
+
+
+def asked_by_mover(depth: int = 2) -> bool:
+    """Whether the function `depth` calls up belongs to code that moves parameters, and not to code that computes.
+
+    Both read `module.weight`, so nothing but who asks can tell what is wanted: accelerate gives back a parameter in the
+    dtype that it finds, and a model casts its activations to the dtype that it finds.
+    """
+    if torch.compiler.is_compiling():  # what is compiled computes
+        return False
+    caller = sys._getframe(depth).f_globals.get("__name__", "")
+    return isinstance(caller, str) and caller.startswith(_MOVERS)
+
+
+def frozen(tensor: torch.Tensor, like: torch.Tensor | None = None) -> nn.Parameter:
+    """`tensor` as a parameter without gradient (FP8 has no norm kernels, and a scale must not drift), with the
+    attributes that others put on the parameter `like`."""
+    parameter = nn.Parameter(tensor.detach(), requires_grad=False)
+    if like is not None:
+        parameter.__dict__.update(like.__dict__)
+    return parameter
+
+
+def stored_weight(weight: torch.Tensor) -> torch.Tensor:
+    """Codes as they go to disk: with a leading dimension of one.
+
+    transformers without this plugin tolerates unknown names, dtypes and missing scales with a warning, and would
+    compute garbage, but it never loads a weight of a wrong shape.
+    """
+    return weight.unsqueeze(0)
+
+
+def stored_shape(shape: torch.Size) -> tuple[int, ...]:
+    """The shape on disk of a weight that has `shape` in memory."""
+    return (1, *shape)

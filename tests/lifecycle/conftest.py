@@ -1,0 +1,3 @@
+"""Fixtures of models that transformers saves and loads."""
+
+from hf.conftest import *  # noqa: F403
