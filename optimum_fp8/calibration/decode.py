@@ -74,7 +74,7 @@ def _after_prompt(model: Any, inputs: Mapping[str, Any], steps: int) -> Passes:
     kwargs = {name: value for name, value in prompt.items() if name not in ("input_ids", "labels")}
     main = prompt.get("input_ids")
     main = kwargs.get("inputs_embeds") if main is None else main
-    if steps and main is not None and prompt.get("position_ids") is None and _takes(model, "position_ids"):
+    if main is not None and prompt.get("position_ids") is None and _takes(model, "position_ids"):
         mask = prompt.get("attention_mask")
         if mask is None or mask.ndim == 2:
             known = kwargs if mask is not None else {**kwargs, "attention_mask": main.new_ones(main.shape[:2]).long()}
