@@ -16,6 +16,8 @@ from .facts import ModelFacts
 
 logger = logging.getLogger(__name__)
 
+_DATA_FOR = {"pixel_values": "images, or "}  # what becomes an input of this name, other than text
+
 
 def groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     """Lists of `size` items, the last one of what is left."""
@@ -34,8 +36,13 @@ def tokenized(texts: Iterable[Any], config: FP8Config, model: ModelFacts) -> Ite
         model: where a tokenizer is looked for, and how long texts may be.
 
     Raises:
-        FP8CalibrationError: there is no tokenizer, it cannot pad, or a text is none.
+        FP8CalibrationError: the model takes no text, there is no tokenizer, it cannot pad, or a text is none.
     """
+    if not model.takes("input_ids"):
+        raise FP8CalibrationError(
+            f"the dataset is text, and the model takes {model.main_input!r}, not the input_ids of text: pass "
+            f"{_DATA_FOR.get(model.main_input, '')}batches of {model.main_input!r}"
+        )
     tokenizer = companion("tokenizer", config.tokenizer or config.processor, model.origin)
     if config.batch_size > 1 and getattr(tokenizer, "pad_token", None) is None:
         raise FP8CalibrationError(
@@ -107,11 +114,16 @@ def collated(rows: Iterable[Mapping[str, Any]], config: FP8Config, model: ModelF
         FP8CalibrationError: a column that the model takes has no numbers, or rows do not fit together.
     """
     keys: list[str] = []
+    known: set[str] = set()
     for group in groups(islice(rows, config.num_calibration_samples), config.batch_size):
         if not keys:
             named = model.inputs is not None
             keys = [key for key, value in group[0].items() if model.takes(key) and (named or is_numeric(value))]
             say_left_out((key for key in group[0] if key not in keys), "are no inputs of the model")
+            known.update(group[0])
+        if later := {key for row in group for key in row} - known:
+            say_left_out(later, "the first row does not have")
+            known |= later
         yield {key: _stacked(key, [row.get(key) for row in group]) for key in keys}
 
 

@@ -135,7 +135,7 @@ def _explained(model: nn.Module, inputs: Any, samples: int, hint: str) -> Iterat
     """Say of an error that it comes from the calibration batch."""
     try:
         yield
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, FP8Error):
             raise
         given = sorted(inputs) if isinstance(inputs, Mapping) else f"a tensor of shape {tuple(inputs.shape)}"

@@ -15,7 +15,9 @@ ROW, PADDING = [9, 10, 11], [60] * 20
 def ranges(model, row, mask, **options):
     inputs = {"input_ids": torch.tensor([row]), "attention_mask": torch.tensor([mask])}
     config = FP8Config(dataset=[inputs], ignore_modules_wo_measures=True, **options)
-    return {key: value.range() for key, value in state_of(calibrate(prepare(model, config))).measurements.tensors.items()}
+    return {
+        key: value.range() for key, value in state_of(calibrate(prepare(model, config))).measurements.tensors.items()
+    }
 
 
 def same(found, expected):

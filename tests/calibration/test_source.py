@@ -120,8 +120,8 @@ def test_what_is_no_dataset(dataset):
     with pytest.raises(
         FP8CalibrationError,
         match=rf"^dataset of type {found} cannot be used: expected the path of a text file .*; a list of strings; "
-        r"the path of a JSON-lines file .*; one split of a datasets.Dataset; a callable .*; a DataLoader or another "
-        r"iterable of batches$",
+        r"a list of images, .*; the path of a JSON-lines file .*; one split of a datasets.Dataset; a callable .*; a "
+        r"DataLoader or another iterable of batches$",
     ):
         check_dataset(dataset)
 

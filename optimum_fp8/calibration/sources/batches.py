@@ -8,14 +8,20 @@ from typing import Any
 import torch
 
 from ...config import FP8Config
+from ...errors import FP8CalibrationError
 from ..batching import batch_size_of
 from ..facts import ModelFacts
 from ..source import Source, register_source
 
+_TOKENS = ("input_ids", "decoder_input_ids")
+
 
 @register_source
 class Batches(Source):
-    """An iterable of batches, which are passed on as they are; no more of a stream is read than needed."""
+    """An iterable of batches; no more of a stream is read than needed.
+
+    Tensors are passed on as they are. Lists and arrays of numbers become tensors, and a row of tokens a batch of one.
+    """
 
     expected = "a DataLoader or another iterable of batches"
     catch_all = True
@@ -25,8 +31,58 @@ class Batches(Source):
 
     def batches(self, dataset: Iterable[Any], config: FP8Config, model: ModelFacts) -> Iterator[Any]:
         seen = 0
-        for batch in dataset:
+        for number, batch in enumerate(dataset):
             if seen >= config.num_calibration_samples:
                 return
+            batch = _as_tensors(batch, model.main_input, f"batch {number}")
             seen += batch_size_of(batch)
             yield batch
+
+
+def _as_tensors(batch: Any, main_input: str, where: str) -> Any:
+    """A batch with tensors for lists and arrays of numbers; the very object where there are none."""
+    if isinstance(batch, Mapping):
+        values = {key: _as_tensor(value, f"{where}, {key!r}") for key, value in batch.items()}
+        if any(_is_row(values.get(name)) for name in _TOKENS):  # one sample: so are its mask, its labels, …
+            values = {key: value[None] if _is_flat(value) else value for key, value in values.items()}
+        return batch if all(value is batch[key] for key, value in values.items()) else values
+    if _holds_labels(batch):  # the model is given the first
+        first = _as_tensors(batch[0], main_input, where)
+        return batch if first is batch[0] else (first, *batch[1:])
+    tensor = _as_tensor(batch, where) if getattr(batch, "ndim", 1) else batch
+    return tensor[None] if main_input in _TOKENS and _is_row(tensor) else tensor
+
+
+def _holds_labels(batch: Any) -> bool:
+    """Whether it is a pair of an input and labels, as loaders give it, rather than lists of numbers."""
+    if isinstance(batch, tuple):
+        return bool(batch) and not isinstance(batch[0], (bool, int, float))
+    return isinstance(batch, list) and bool(batch) and hasattr(batch[0], "shape")
+
+
+def _as_tensor(value: Any, where: str) -> Any:
+    leaf = value
+    while isinstance(leaf, (list, tuple)) and leaf:
+        leaf = leaf[0]
+    is_array = hasattr(leaf, "__array__") and hasattr(leaf, "shape") and not torch.is_tensor(leaf)
+    is_list = isinstance(value, (list, tuple)) and isinstance(leaf, (bool, int, float))
+    if not is_list and not is_array:
+        return value
+    try:
+        if isinstance(value, (list, tuple)) and hasattr(value[0], "shape"):  # torch warns of a list of arrays
+            return torch.stack([torch.as_tensor(each) for each in value])
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise FP8CalibrationError(
+            f"{where} cannot be made a tensor ({error}): expected numbers in rows of one length; pad them and pass an "
+            "attention_mask, or make each row a batch of its own"
+        ) from None
+
+
+def _is_row(value: Any) -> bool:
+    """Whether they are tokens without the dimension of a batch."""
+    return torch.is_tensor(value) and value.ndim == 1 and not value.is_floating_point()
+
+
+def _is_flat(value: Any) -> bool:
+    return torch.is_tensor(value) and value.ndim < 2

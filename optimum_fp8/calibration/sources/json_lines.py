@@ -12,6 +12,8 @@ from ..batching import collated, say_left_out
 from ..facts import ModelFacts
 from ..source import FileSource, register_source
 
+_MISSING = object()
+
 
 @register_source
 class JsonLines(FileSource):
@@ -25,8 +27,7 @@ class JsonLines(FileSource):
         if isinstance(first, dict) and model.main_input in first:
             return collated(self.decoded(dataset, _objects(dataset)), config, model)
         if isinstance(first, dict):
-            inputs = (key for key in first if key != config.text_column and key in (model.inputs or ()))
-            say_left_out(inputs, "are inputs of the model, but not its text,")
+            say_left_out((key for key in first if key != config.text_column), "are not the text")
         return super().batches(dataset, config, model)
 
     def texts(self, path: str, config: FP8Config) -> Iterator[str]:
@@ -43,7 +44,7 @@ def _rows(path: str) -> Iterator[tuple[str, Any]]:
                 try:
                     yield where, json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise FP8CalibrationError(f"{where} is not JSON: {error}") from None
+                    raise FP8CalibrationError(f"{where} is not JSON: {error}; expected one object a line") from None
 
 
 def _objects(path: str) -> Iterator[dict[str, Any]]:
@@ -54,9 +55,16 @@ def _objects(path: str) -> Iterator[dict[str, Any]]:
 
 
 def _text(row: Any, where: str, column: str) -> str:
-    if not isinstance(row, dict) or not isinstance(row.get(column), str):
-        raise FP8CalibrationError(
-            f"{where} has no text under {column!r}: set text_column to one of "
-            f"{sorted(row) if isinstance(row, dict) else 'an object with columns'}"
-        )
-    return row[column]
+    value = row.get(column, _MISSING) if isinstance(row, dict) else _MISSING
+    if isinstance(value, str):
+        return value
+    if not isinstance(row, dict):
+        found = f"it is a {type(row).__name__}, and one object a line is expected, such as {{{column!r}: …}}"
+    elif value is None:
+        found = "the value is null: correct or remove the line"
+    elif value is not _MISSING:
+        found = f"the value is {value!r}: expected a string"
+    else:
+        others = sorted(key for key, other in row.items() if isinstance(other, str))
+        found = f"set text_column to one of {others}" if others else f"it has no text at all, only {sorted(row)}"
+    raise FP8CalibrationError(f"{where} has no text under {column!r}: {found}")

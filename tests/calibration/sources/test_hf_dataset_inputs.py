@@ -68,14 +68,14 @@ def test_what_is_left_out_is_said(load, caplog):
 
 def test_nothing_is_said_where_nothing_is_left_out(load, tokenizer, caplog):
     load(datasets.Dataset.from_dict({"input_ids": IDS}), facts_of(tiny_llama()))
-    load(datasets.Dataset.from_dict({"text": ["a"], "label": [1]}), facts_of(tiny_llama()), tokenizer=tokenizer)
+    load(datasets.Dataset.from_dict({"text": ["a"]}), facts_of(tiny_llama()), tokenizer=tokenizer)
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_inputs_beside_a_text_are_said(load, tokenizer, caplog):
+def test_columns_beside_a_text_are_said(load, tokenizer, caplog):
     rows = datasets.Dataset.from_dict({"text": ["a"], "labels": [1], "idx": [3]})
     assert [set(batch) >= {"input_ids"} for batch in load(rows, facts_of(tiny_bert()), tokenizer=tokenizer)] == [True]
-    assert "inputs of the model, but neither its text nor its images, are left out: labels" in caplog.text
+    assert "columns of the dataset that are not the text are left out: idx, labels" in caplog.text
 
 
 def test_rows_that_are_tokenized_win_over_their_text(load, ids, caplog):

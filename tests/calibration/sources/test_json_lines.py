@@ -26,9 +26,12 @@ def test_the_text_of_each_line(column, suffix, tmp_path, load, ids, tokenizer):
     [
         ('{"text": "a"}\n{"text"', "data.json, line 2 is not JSON"),
         ('{"body": "a"}', r"line 1 has no text under 'text': set text_column to one of \['body'\]"),
-        ('["a"]', "line 1 has no text under 'text'"),
-        ('{"text": 3}', "line 1 has no text under 'text'"),
-        ('[\n  {"text": "a"}\n]', "data.json, line 1 is not JSON"),
+        ('["a"]', "line 1 has no text under 'text': it is a list, and one object a line is expected"),
+        ('{"text": 3}', "line 1 has no text under 'text': the value is 3: expected a string"),
+        ('{"text": "a"}\n{"text": null}', "line 2 has no text under 'text': the value is null: correct or remove"),
+        ('{"body": "a", "n": 3}', r"line 1 has no text under 'text': set text_column to one of \['body'\]"),
+        ('{"n": 3}', r"line 1 has no text under 'text': it has no text at all, only \['n'\]"),
+        ('[\n  {"text": "a"}\n]', "data.json, line 1 is not JSON: .*; expected one object a line"),
         (b'{"text": "\xff"}', "data.json' is not UTF-8 text"),
     ],
 )
@@ -54,7 +57,13 @@ def test_lines_of_model_inputs(tmp_path, load, caplog):
         load(path, facts_of(tiny_llama()))
 
 
-def test_inputs_beside_a_text_are_said(tmp_path, load, tokenizer, caplog):
+def test_columns_beside_a_text_are_said(tmp_path, load, tokenizer, caplog):
     (tmp_path / "texts.jsonl").write_text('{"text": "a", "labels": [1], "idx": 7}')
     load(tmp_path / "texts.jsonl", facts_of(tiny_llama()), tokenizer=tokenizer)
-    assert "are inputs of the model, but not its text, are left out: labels" in caplog.text
+    assert "columns of the dataset that are not the text are left out: idx, labels" in caplog.text
+
+
+def test_inputs_of_later_lines_are_said(tmp_path, load, caplog):
+    (tmp_path / "inputs.jsonl").write_text('{"input_ids": [3, 4]}\n{"input_ids": [3, 4], "attention_mask": [1, 1]}')
+    load(tmp_path / "inputs.jsonl", facts_of(tiny_llama()))
+    assert "columns of the dataset that the first row does not have are left out: attention_mask" in caplog.text
