@@ -33,7 +33,7 @@ class _OwnStart(Change):
 
 def fall_back_in_batches(model: nn.Module, implementations: Sequence[Change]) -> list[Change]:
     """Have continuous batching run what `implementations` changed, as it was before; nothing where there is none."""
-    if not implementations or not hasattr(model, _STARTS) or _STARTS in model.__dict__:
+    if not implementations or not hasattr(type(model), _STARTS) or _STARTS in model.__dict__:
         return []
     model.__dict__[_STARTS] = partial(_start, model, list(implementations))
     return [_OwnStart(model, _STARTS, None)]

@@ -33,6 +33,6 @@ def attach_quantizer(model: Any) -> None:
 def detach_quantizers(model: nn.Module) -> None:
     """Take the quantizer and its configuration off a model that is in high precision again, and off models in it."""
     for part in model.modules():
-        quantizer = getattr(part, "hf_quantizer", None)
+        quantizer = part.__dict__.get("hf_quantizer")  # its own: wrappers pass on what they are asked for
         if isinstance(quantizer, FP8Quantizer):
             quantizer.remove_quantization_config(part)

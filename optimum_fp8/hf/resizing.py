@@ -27,7 +27,7 @@ def guard_resizing(model: Any) -> list[Change]:
     """
     changes: list[Change] = []
     for part in model.modules():
-        if hasattr(part, _METHOD) and _METHOD not in part.__dict__ and isinstance(_head(part), FP8Module):
+        if hasattr(type(part), _METHOD) and _METHOD not in part.__dict__ and isinstance(_head(part), FP8Module):
             part.__dict__[_METHOD] = MethodType(resize_token_embeddings, part)
             changes.append(_Guard(part, _METHOD, None))
     return changes

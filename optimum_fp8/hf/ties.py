@@ -37,7 +37,7 @@ def untie(model: Any, names: Collection[str]) -> list[Change]:
     keys = {f"{name}.weight" for name in names}
     changes: list[Change] = []
     for prefix, part in model.named_modules():
-        if not hasattr(part, _EXPANDED):  # no model of transformers
+        if _EXPANDED not in part.__dict__:  # no model of transformers, but perhaps one that passes on what is in it
             continue
         dot = f"{prefix}." if prefix else ""
         ties = part.all_tied_weights_keys

@@ -92,8 +92,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def state_of(model: nn.Module) -> FP8State | None:
-    """The state of `model`, None if nothing was done to it."""
-    return getattr(model, _ATTRIBUTE, None)
+    """The state of `model`, None if nothing was done to it; that of what it wraps is not its own."""
+    return model.__dict__.get(_ATTRIBUTE)
 
 
 def set_state(model: nn.Module, state: FP8State | None) -> None:
