@@ -7,7 +7,7 @@ record in the metadata of each file: the keys that say how the model computes, a
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from safetensors import safe_open
@@ -16,8 +16,10 @@ from torch import nn
 from ..attention import CHILD
 from ..config import FORMAT_VERSION, KEYS, FP8Config
 from ..errors import FP8CheckpointError
+from ..modules import fp8_modules
 from ..modules.handler import converted_modules, find_all
 from ..selection import Decision, names_in_checkpoint
+from .names import COMPILED, names_in_model
 from .native import SCALE, name_in, refuse_damaged
 
 RECORD = "optimum_fp8"
@@ -39,7 +41,20 @@ def record(model: nn.Module, config: FP8Config, **more: Any) -> str:
         if not handler.family.replaced
     }
     told = {key: said[key] for key in _TOLD}
-    return json.dumps({"format_version": config.format_version, "config": told, "scales": scales, **more})
+    modules = [name.replace(COMPILED, "") for name in fp8_modules(model)]
+    of_model = {"format_version": config.format_version, "config": told, "scales": scales, "modules": modules}
+    return json.dumps({**of_model, **more})
+
+
+def recorded_modules(files: Sequence[str] | None) -> set[str] | None:
+    """The modules whose weights were in FP8 when a checkpoint was saved; None where it does not say."""
+    for path in files or ():
+        if str(path).endswith(".safetensors"):
+            with refuse_damaged(path), safe_open(path, framework="pt") as file:
+                said = read_record(path, file.metadata())
+            if "modules" in said:
+                return set(said["modules"])
+    return None
 
 
 def check_intact(
@@ -140,8 +155,9 @@ def _check_scales(
     left_out: Sequence[str],
 ) -> None:
     saved: dict[str, dict[str, str]] = {}
-    for key in headers:
-        if match := SCALE.match(key):
+    in_model = names_in_model(model, headers)
+    for key, full_name in in_model.items():
+        if match := SCALE.match(full_name):
             saved.setdefault(match[1], {})[match[2]] = key
         elif f".{CHILD}." in key:
             raise FP8CheckpointError(f"{key} is no scale that attention has: {_EDITED}")
@@ -156,7 +172,7 @@ def _check_scales(
         for scale, key in saved[name].items():
             _check_scale(key, headers[key], expected.get(scale), each)
     rest = {name: scales for name, scales in saved.items() if name not in owned}
-    _refuse_foreign(headers, rest, model, prefix, left_out)
+    _refuse_foreign(set(in_model.values()), rest, model, prefix, left_out)
 
 
 def _check_scale(key: str, header: Header, expected: tuple[int, ...] | None, decision: Decision) -> None:
@@ -175,7 +191,7 @@ def _check_scale(key: str, header: Header, expected: tuple[int, ...] | None, dec
 
 
 def _refuse_foreign(
-    headers: Mapping[str, Header],
+    in_model: Collection[str],
     rest: Mapping[str, Mapping[str, str]],
     model: nn.Module,
     prefix: str,
@@ -193,5 +209,5 @@ def _refuse_foreign(
                 f"{key} is in the checkpoint, but its configuration leaves {module_name} in high precision: {_EDITED}"
             )
     for name, scales in rest.items():
-        if "weight_scale" in scales and f"{name}.weight" not in headers:
+        if "weight_scale" in scales and f"{name}.weight" not in in_model:
             raise FP8CheckpointError(f"{scales['weight_scale']} is the scale of no weight in the checkpoint: {_EDITED}")

@@ -37,6 +37,7 @@ from ..selection import (
     type_names,
 )
 from .format import Checkpoint, Record, register_format
+from .names import names_in_model
 
 # Of a head that the defaults kept, the configuration tells why it is no FP8; of other modules it does not.
 _KEPT = f"{Reason.NOT_IN_CHECKPOINT.value}, {Reason.KEPT.value}"
@@ -116,21 +117,21 @@ def carried_config(
     )
 
 
-def saved_shapes(files: Sequence[str] | None) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors in safetensors files."""
+def saved_shapes(files: Sequence[str] | None, model: nn.Module | None = None) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors in safetensors files, by the names they have there, or have in `model` once loaded."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path in files or ():
         if not str(path).endswith(".safetensors"):
             continue
         with refuse_damaged(path), safe_open(path, framework="pt") as file:
             shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    return shapes
+    return {name: shapes[key] for key, name in names_in_model(model, shapes).items()}
 
 
-def saved_scales(files: Sequence[str] | None) -> Shapes:
-    """Shapes of the scales in safetensors files, by module and name."""
+def saved_scales(files: Sequence[str] | None, model: nn.Module | None = None) -> Shapes:
+    """Shapes of the scales in safetensors files, by module and name, as `saved_shapes` names them."""
     saved: Shapes = {}
-    for key, shape in saved_shapes(files).items():
+    for key, shape in saved_shapes(files, model).items():
         if match := SCALE.match(key):
             saved.setdefault(match[1], {})[match[2]] = shape
     return saved
@@ -168,28 +169,41 @@ def name_in(names: Sequence[str], saved: Collection[str]) -> str | None:
 
 
 def saved_decisions(
-    model: nn.Module, config: FP8Config, files: list[str] | None, implementations: dict[int, str]
+    model: nn.Module,
+    config: FP8Config,
+    files: list[str] | None,
+    implementations: dict[int, str],
+    recorded: Collection[str] | None = None,
 ) -> list[Decision]:
     """Which modules are FP8 in a checkpoint: all of a known kind but those its configuration lists.
 
     What the checkpoint does not have (a classifier put on a saved base model, a head of another size) stays in high
     precision, and transformers initializes it.
+
+    Args:
+        model: of transformers, or any other.
+        config: of the checkpoint.
+        files: of the checkpoint.
+        implementations: what computes attention, by the identity of the model's configuration.
+        recorded: the modules that were in FP8 when it was saved; None where it does not say.
     """
     exceptions, prefix = set(config.modules_to_not_convert or []), f"{getattr(model, 'base_model_prefix', '')}."
     readable = bool(files) and all(str(path).endswith(".safetensors") for path in files or ())
-    heads, saved, shapes = set(default_skips(model)), saved_scales(files), saved_shapes(files)
+    heads, saved, shapes = set(default_skips(model)), saved_scales(files, model), saved_shapes(files, model)
     found, around = find_all(model), Surroundings(model, implementations)
     schemes, names_in_config = schemes_of(model, found, config), config_names(model, found)
+    had = set(recorded) if recorded is not None and _is_same_class(model) else set()
     decisions = []
     for name, (module, handler) in of_kinds_asked_for(found, schemes).items():
         names = names_in_checkpoint(name, prefix)
         scheme, limits, why = limited(handler, module, schemes[name], around, names, config)
-        absent = name in heads and readable and not any(_WEIGHT_SCALE in saved.get(alias, {}) for alias in names)
+        there = had.intersection(names) or any(_WEIGHT_SCALE in saved.get(alias, {}) for alias in names)
+        absent = name in heads and readable and not there
         left_out = exceptions.intersection(names) or (handler.family.replaced and absent)
         if left_out or why.reason is not Reason.SELECTED:
             kept = handler.family.replaced and name in heads and not config.quantize_lm_head
             why = Why(Reason.NOT_IN_CHECKPOINT, _KEPT if kept else "")
-        elif handler.family.replaced and readable and (new := _new_to(model, module, names, shapes)):
+        elif handler.family.replaced and readable and (new := _new_to(model, module, names, shapes, recorded)):
             why = Why(Reason.NOT_IN_CHECKPOINT, new)
         elif (refusal := handler.refusal(module, scheme, around)) and refusal.reason is Reason.IMPLEMENTATION_CHOSEN:
             why = refusal
@@ -198,10 +212,17 @@ def saved_decisions(
     return decisions
 
 
-def _new_to(model: Any, module: Any, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+def _new_to(
+    model: Any,
+    module: Any,
+    names: Sequence[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    recorded: Collection[str] | None,
+) -> str | None:
     """How a module of `model` is new to a checkpoint with tensors of these shapes, or None.
 
-    What the base model repeats, and all that a checkpoint of the same class must have, is not new but missing.
+    What the base model repeats, and all that a checkpoint of the same class must have, is not new but missing: what is
+    recorded, or everything where nothing is.
     """
     name = names[0]
     if not isinstance(model, transformers.PreTrainedModel):  # what is loaded into other modules must be complete
@@ -216,8 +237,13 @@ def _new_to(model: Any, module: Any, names: Sequence[str], shapes: Mapping[str, 
         return f"of another shape in the checkpoint: {found[1:]}" if other else None
     tail = ".".join(name.split(".")[-2:])
     renamed = "." in tail and any(key.endswith(f".{tail}.{_WEIGHT}") for key in shapes)
-    same_class = type(model).__name__ in (model.config.architectures or ())
-    return None if renamed or same_class else "new to the checkpoint"
+    had = _is_same_class(model) and (recorded is None or not set(names).isdisjoint(recorded))
+    return None if renamed or had else "new to the checkpoint"
+
+
+def _is_same_class(model: Any) -> bool:
+    """Whether a checkpoint, whose configuration `model` has, was saved by a model of this class."""
+    return type(model).__name__ in (getattr(model.config, "architectures", None) or ())
 
 
 def check_complete(model: nn.Module, missing_keys: set[str] | None, advice: str) -> None:

@@ -18,7 +18,7 @@ from transformers.quantizers import HfQuantizer
 
 from ..attention import choices_by_config, chosen_before_loading
 from ..calibration import calibrate, check_dataset, facts_of
-from ..checkpoint.intact import RECORD, check_intact, record
+from ..checkpoint.intact import RECORD, check_intact, record, recorded_modules
 from ..checkpoint.native import check_complete, check_scales, fit_to_target, saved_decisions, saved_scales, scales_in
 from ..config import FP8Config
 from ..errors import FP8CheckpointError, FP8ConfigError, FP8NotAvailableError, FP8ScaleError
@@ -52,7 +52,7 @@ from ..modules.handler import Change, Reason, Target, converted_modules
 from ..selection import Decision, names_in_checkpoint, select
 from .conversions import CheckCodes, Loading, QuantizeWeight, ScaleRenaming, without_fp8
 from .load_overrides import apply_load_overrides, check_module_overrides
-from .loading_call import loading_origin
+from .loading_call import given_state_dict, loading_origin
 from .parts import adopt_parts, config_of_part, models_inside
 from .saving import config_to_save, mark_as_quantized, tensors_to_save
 from .source import refuse_codes
@@ -120,14 +120,14 @@ class FP8Quantizer(HfQuantizer):
         implementations = choices_by_config(model, self._chosen)
         if self.pre_quantized:
             adopt_parts(model, config)
-            self._decisions = saved_decisions(model, config, files, implementations)
+            self._decisions = saved_decisions(model, config, files, implementations, recorded_modules(files))
             check_module_overrides(model, config, self._decisions)
         else:
             self._decisions = select(model, config, implementations)
         if self.pre_quantized:
             self._untied = untie(model, [each.name for each in self._decisions if each.selected])
         tied = tied_modules(model)
-        saved, prefix = saved_scales(files) if self.pre_quantized else {}, f"{model.base_model_prefix}."
+        saved, prefix = saved_scales(files, model) if self.pre_quantized else {}, f"{model.base_model_prefix}."
         replacements: dict[nn.Module, nn.Module] = {}
         for decision in self._decisions:
             # What is tied gets its weight after loading; what another implementation computes still has its scales.
@@ -318,7 +318,7 @@ class FP8Quantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         if state_of(model) is not None:
             self._mark(model)  # what is written is what was done, whatever became of the model's config since
-        return tensors_to_save(model), {RECORD: record(model, self.quantization_config)}
+        return tensors_to_save(model, given_state_dict(model)), {RECORD: record(model, self.quantization_config)}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True

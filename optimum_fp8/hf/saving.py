@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,16 +10,17 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange
 
 from ..checkpoint import Native, checkpoint_of
-from ..checkpoint.native import carried_config
+from ..checkpoint.names import COMPILED
+from ..checkpoint.native import carried_config, refuse_unsound
 from ..config import FP8Config
+from ..errors import FP8CheckpointError
+from ..formats import is_fp8, not_finite
 from ..lifecycle import FP8State
 from ..modules import fp8_modules
 from ..selection import with_limits
 from .conversions import without_fp8
 from .resizing import guard_resizing
 from .ties import untie
-
-_COMPILED = "_orig_mod."  # between the names of a compiled module and of what is in it
 
 
 def config_to_save(model: Any, state: FP8State) -> FP8Config:
@@ -40,19 +42,49 @@ def mark_as_quantized(model: Any, config: FP8Config, state: FP8State) -> None:
     state.changes += [*untie(model, names), *guard_resizing(model)]
 
 
-def tensors_to_save(model: Any) -> dict[str, torch.Tensor]:
-    """The state dict as it goes to disk.
+def tensors_to_save(model: Any, given: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """The state dict as it goes to disk: the model's, or the one `given` in its place.
 
     Raises:
         FP8StateError: the model is still being measured.
         FP8NotAvailableError: weights are offloaded.
-        FP8CheckpointError: a scale that is not set, zero, NaN or infinite.
+        FP8CheckpointError: a scale that is not set, zero, NaN or infinite; a given state dict that is no FP8 one.
     """
     checkpoint, native = checkpoint_of(model), Native()
     native.refuse(checkpoint)
-    tensors, written = model.state_dict(), set()
-    for name, tensor in native.tensors(checkpoint).items():
+    tensors, ours = _plain_names(model.state_dict() if given is None else given), native.tensors(checkpoint)
+    ours = _plain_names(ours)
+    if given is not None:
+        ours = _taken_from(tensors, ours)
+    written: set[int] = set()
+    for name, tensor in ours.items():
         if name in tensors:  # untied, each has its own: transformers saves what is shared only where it is tied
             tensors[name] = tensor.detach().clone() if tensor.data_ptr() in written else tensor.detach()
             written.add(tensor.data_ptr())
-    return {name.replace(_COMPILED, ""): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def _plain_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.replace(COMPILED, ""): tensor for name, tensor in tensors.items()}
+
+
+def _taken_from(given: Mapping[str, torch.Tensor], ours: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of the modules in FP8 out of a state dict that a caller gave, in the form in which they are stored.
+
+    Raises:
+        FP8CheckpointError: names the first that is missing, or of another dtype or shape, or not sound.
+    """
+    taken: dict[str, torch.Tensor] = {}
+    for name, own in ours.items():
+        tensor = given.get(name)
+        found = None if tensor is None else (tensor.dtype, tuple(tensor.shape))
+        expected = (own.dtype, tuple(own.shape))
+        if tensor is None or found != expected or (is_fp8(tensor.dtype) and not_finite(tensor)):
+            wrong = "codes that are NaN or Inf" if found == expected else found or "nothing"
+            raise FP8CheckpointError(
+                f"state_dict: found {wrong} for {name} of a model in FP8, expected {expected}: pass what "
+                "model.state_dict() of the converted model holds, or leave state_dict out"
+            )
+        taken[name] = tensor
+    refuse_unsound(((*name.rpartition(".")[::2], tensor) for name, tensor in taken.items()), "saved")
+    return taken
