@@ -81,7 +81,9 @@ def _after_prompt(model: Any, inputs: Mapping[str, Any], steps: int) -> Passes:
             kwargs["position_ids"] = model._prepare_position_ids_for_generation(main, known)
             prompt["position_ids"] = kwargs["position_ids"]
     ids, masks = prompt.get("input_ids"), masks_in(prompt)
-    if ids is not None and type(model).generate is GenerationMixin.generate:  # others call their parts by themselves
+    if (
+        ids is not None and getattr(type(model), "generate", None) is GenerationMixin.generate
+    ):  # others call their parts by themselves
         prompt = model.prepare_inputs_for_generation(ids, is_first_iteration=True, **kwargs)
     output = yield Pass(prompt, masks)
     for _ in range(steps):
