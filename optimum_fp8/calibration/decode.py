@@ -81,9 +81,8 @@ def _after_prompt(model: Any, inputs: Mapping[str, Any], steps: int) -> Passes:
             kwargs["position_ids"] = model._prepare_position_ids_for_generation(main, known)
             prompt["position_ids"] = kwargs["position_ids"]
     ids, masks = prompt.get("input_ids"), masks_in(prompt)
-    if (
-        ids is not None and getattr(type(model), "generate", None) is GenerationMixin.generate
-    ):  # others call their parts by themselves
+    # A model with a `generate` of its own calls its parts by itself.
+    if ids is not None and getattr(type(model), "generate", None) is GenerationMixin.generate:
         prompt = model.prepare_inputs_for_generation(ids, is_first_iteration=True, **kwargs)
     output = yield Pass(prompt, masks)
     for _ in range(steps):
@@ -98,9 +97,8 @@ def _after_prompt(model: Any, inputs: Mapping[str, Any], steps: int) -> Passes:
 
 def _after_encoder(model: Any, inputs: Mapping[str, Any], steps: int) -> Passes:
     """The passes of an encoder-decoder: the encoder runs once, as it is called by the model."""
-    caches = getattr(
-        model.config.get_text_config(decoder=True), "use_cache", False
-    )  # some pass it to their encoder too
+    # Some pass `use_cache` to their encoder too, which need not take it.
+    caches = getattr(model.config.get_text_config(decoder=True), "use_cache", False)
     prompt = _with_decoder_inputs(model, dict(inputs) if caches else {**inputs, "use_cache": True})
     outputs: list[Any] = [prompt.get("encoder_outputs")]
     encoder = model.get_encoder()
