@@ -130,8 +130,12 @@ def saved_shapes(files: Sequence[str] | None, model: nn.Module | None = None) ->
 
 def saved_scales(files: Sequence[str] | None, model: nn.Module | None = None) -> Shapes:
     """Shapes of the scales in safetensors files, by module and name, as `saved_shapes` names them."""
+    return _scales_among(saved_shapes(files, model))
+
+
+def _scales_among(shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
     saved: Shapes = {}
-    for key, shape in saved_shapes(files, model).items():
+    for key, shape in shapes.items():
         if match := SCALE.match(key):
             saved.setdefault(match[1], {})[match[2]] = shape
     return saved
@@ -189,7 +193,8 @@ def saved_decisions(
     """
     exceptions, prefix = set(config.modules_to_not_convert or []), f"{getattr(model, 'base_model_prefix', '')}."
     readable = bool(files) and all(str(path).endswith(".safetensors") for path in files or ())
-    heads, saved, shapes = set(default_skips(model)), saved_scales(files, model), saved_shapes(files, model)
+    heads, shapes = set(default_skips(model)), saved_shapes(files, model)
+    saved = _scales_among(shapes)
     found, around = find_all(model), Surroundings(model, implementations)
     schemes, names_in_config = schemes_of(model, found, config), config_names(model, found)
     had = set(recorded) if recorded is not None and _is_same_class(model) else set()
