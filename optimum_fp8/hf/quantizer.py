@@ -122,10 +122,9 @@ class FP8Quantizer(HfQuantizer):
             adopt_parts(model, config)
             self._decisions = saved_decisions(model, config, files, implementations, recorded_modules(files))
             check_module_overrides(model, config, self._decisions)
+            self._untied = untie(model, [each.name for each in self._decisions if each.selected])
         else:
             self._decisions = select(model, config, implementations)
-        if self.pre_quantized:
-            self._untied = untie(model, [each.name for each in self._decisions if each.selected])
         tied = tied_modules(model)
         saved, prefix = saved_scales(files, model) if self.pre_quantized else {}, f"{model.base_model_prefix}."
         replacements: dict[nn.Module, nn.Module] = {}

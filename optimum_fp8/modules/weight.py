@@ -14,7 +14,6 @@ from ..ops.fp8_tensor import FP8Tensor
 # Code that asks for a parameter by its name in order to load, move, shard or save it, and puts back what it was given.
 _MOVERS = (
     "accelerate.",
-    "deepspeed.",
     "torch.distributed.",
     "torch.nn.modules.module",  # get_parameter
     "torch.nn.utils._named_member_accessor",  # functional_call
@@ -67,15 +66,15 @@ class FP8Weight(FP8Tensor):
         return FP8Weight(inner["codes"], inner["scale"], dtype)
 
 
-def asked_by_mover(depth: int = 2) -> bool:
-    """Whether the function `depth` calls up belongs to code that moves parameters, and not to code that computes.
+def asked_by_mover() -> bool:
+    """Whether what calls the caller is code that moves parameters, and not code that computes.
 
     Both read `module.weight`, so nothing but who asks can tell what is wanted: accelerate gives back a parameter in the
     dtype that it finds, and a model casts its activations to the dtype that it finds.
     """
     if torch.compiler.is_compiling():  # what is compiled computes
         return False
-    caller = sys._getframe(depth).f_globals.get("__name__", "")
+    caller = sys._getframe(2).f_globals.get("__name__", "")
     return isinstance(caller, str) and caller.startswith(_MOVERS)
 
 
