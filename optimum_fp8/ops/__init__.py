@@ -9,7 +9,7 @@ from pkgutil import iter_modules
 from typing import TYPE_CHECKING
 
 from .attention import attention, attention_weights, matmul
-from .casts import cast_from_fp8, cast_to_fp8, cast_to_fp8_by_range, dynamic_scale, maxabs
+from .casts import cast_from_fp8, cast_to_fp8, cast_to_fp8_by_range, dynamic_scale, histogram, maxabs
 from .conv import conv
 from .dispatch import Kernel, backend, backends, missing, register_kernel, why_reference
 from .linear import linear
@@ -39,6 +39,7 @@ __all__ = [
     "conv",
     "cpu",
     "dynamic_scale",
+    "histogram",
     "linear",
     "matmul",
     "maxabs",

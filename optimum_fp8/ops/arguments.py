@@ -45,6 +45,12 @@ class MaxabsCall(NamedTuple):
     group: int
 
 
+class HistogramCall(NamedTuple):
+    """Of `histogram`."""
+
+    x: torch.Tensor
+
+
 class DynamicScaleCall(NamedTuple):
     """Of `dynamic_scale`."""
 

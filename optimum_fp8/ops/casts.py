@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 
 from . import reference
-from .arguments import CastByRangeCall, CastFromCall, CastToCall, DynamicScaleCall, MaxabsCall
+from .arguments import CastByRangeCall, CastFromCall, CastToCall, DynamicScaleCall, HistogramCall, MaxabsCall
 from .declare import call, declare
-from .operands import group_shape
+from .operands import BINS, group_shape
 
 
 def cast_to_fp8(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, full_scale: float) -> torch.Tensor:
@@ -66,6 +66,21 @@ def maxabs(x: torch.Tensor, *, group: int = 0) -> torch.Tensor:
     return call("maxabs", MaxabsCall(x, group))
 
 
+def histogram(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many values have which magnitude, and the largest, in one pass over memory.
+
+    Args:
+        x: any shape, a floating-point dtype.
+
+    Returns:
+        int64 `[4096]`: of bin b, values whose magnitude in float32 has the upper bits b, 8 of the exponent and 4 of the
+        mantissa: from `b << 19` as the bits of a float32 to below `(b + 1) << 19`. Zeros, and what is below 2^-130, are
+        in the first bin; Inf and NaN are in those from 4080 on.
+        float32 `(1,)`: max|x|, NaN where there is a NaN, 0 where there is nothing.
+    """
+    return call("histogram", HistogramCall(x))
+
+
 def dynamic_scale(
     x: torch.Tensor,
     *,
@@ -111,6 +126,10 @@ def _fake_ranges(call: MaxabsCall | DynamicScaleCall) -> torch.Tensor:
     return call.x.new_empty(group_shape(call.x.shape, call.group), dtype=torch.float32)
 
 
+def _fake_histogram(call: HistogramCall) -> tuple[torch.Tensor, torch.Tensor]:
+    return call.x.new_empty(BINS, dtype=torch.int64), call.x.new_empty(1, dtype=torch.float32)
+
+
 declare(
     "cast_to_fp8",
     "(Tensor x, Tensor scale, ScalarType dtype, float full_scale) -> Tensor",
@@ -133,6 +152,13 @@ declare(
     lambda call: reference.cast_from_fp8(*call),
 )
 declare("maxabs", "(Tensor x, int group) -> Tensor", MaxabsCall, _fake_ranges, lambda call: reference.maxabs(*call))
+declare(
+    "histogram",
+    "(Tensor x) -> (Tensor, Tensor)",
+    HistogramCall,
+    _fake_histogram,
+    lambda call: reference.histogram(*call),
+)
 declare(
     "dynamic_scale",
     "(Tensor x, int group, float divisor, str rounding, str fp8_config, str target, ScalarType hp_dtype) -> Tensor",

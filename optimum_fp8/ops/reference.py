@@ -24,7 +24,16 @@ from ..errors import FP8ConfigError, FP8OperandError, FP8ScaleError, nearest
 from ..formats import FP8_DTYPES, is_fp8, number_format
 from ..rounding import scale_from_maxabs
 from .arguments import ConvCall, LinearCall, Product
-from .operands import broadcast_scale, check_weight_scale, group_of, group_shape, is_along_input, is_per_channel
+from .operands import (
+    BIN_SHIFT,
+    BINS,
+    broadcast_scale,
+    check_weight_scale,
+    group_of,
+    group_shape,
+    is_along_input,
+    is_per_channel,
+)
 
 ARITHMETICS = ("fused", "gaudi", "qdq")
 _CHUNK_ELEMENTS = 1 << 20  # cast at a time: bounds the float32 working copy at 4 MiB
@@ -83,6 +92,14 @@ def maxabs(x: torch.Tensor, group: int) -> torch.Tensor:
         filled = F.pad(magnitudes, (0, shape[-1] * group - x.shape[-1]))
         return filled.unflatten(-1, (shape[-1], group)).amax(dim=-1).float()
     return magnitudes.amax(dim=-1, keepdim=True).reshape(shape).float()
+
+
+def histogram(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    counts = torch.zeros(BINS, dtype=torch.int64, device=x.device)
+    for part in x.flatten().split(_CHUNK_ELEMENTS):
+        bins = (part.float().view(torch.int32) & 0x7FFFFFFF) >> BIN_SHIFT
+        counts.index_add_(0, bins, torch.ones_like(bins, dtype=torch.int64))  # bincount would wait for the device
+    return counts, maxabs(x, 0)
 
 
 def dynamic_scale(

@@ -44,6 +44,7 @@ def _kernels(backend: str, devices: tuple[str, ...], casts: Casts) -> dict[str, 
         "cast_to_fp8_by_range": (casts.cast_to_fp8_by_range, casts.refuses_cast_to_fp8_by_range),
         "cast_from_fp8": (casts.cast_from_fp8, casts.refuses_cast_from_fp8),
         "maxabs": (casts.maxabs, casts.refuses_maxabs),
+        "histogram": (casts.histogram, casts.refuses_histogram),
     }
     kernels = {name: Kernel(backend, devices, _of_call(run), _of_call(no)) for name, (run, no) in one_by_one.items()}
     return kernels | {

@@ -13,10 +13,11 @@ from ...formats import number_format
 from ...rounding import scale_from_maxabs
 from .. import reference
 from ..arguments import DynamicScaleCall, Product
-from ..operands import block_of, group_of, group_shape, is_by_rows, refuses_format
+from ..operands import BINS, block_of, group_of, group_shape, is_by_rows, refuses_format
 from .library import FORMATS, TYPES, Library, check, threads
 
 _CAST = Struct("=15qd")
+_HISTOGRAM = Struct("=7q")
 
 
 class Casts:
@@ -65,6 +66,18 @@ class Casts:
         found = torch.zeros(group_shape(x.shape, group), dtype=torch.float32, device=x.device)
         self._encode(x, None, None, 0.0, found, only_finite=only_finite)
         return found
+
+    def refuses_histogram(self, x: torch.Tensor) -> str | None:
+        return None if x.dtype in TYPES else f"inputs in {x.dtype}"
+
+    def histogram(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, counts = x.contiguous(), torch.zeros(BINS, dtype=torch.int64, device=x.device)
+        maxabs = torch.zeros(1, dtype=torch.float32, device=x.device)
+        arguments = _HISTOGRAM.pack(
+            self.variant, threads(), x.numel(), x.data_ptr(), TYPES[x.dtype], counts.data_ptr(), maxabs.data_ptr()
+        )
+        check(self.library.histogram(arguments), "histogram")
+        return counts, maxabs
 
     def _encode(
         self,

@@ -297,6 +297,30 @@ static void *on_thread(void *argument) {
     s->run(s->data);
     return NULL;
 }
+static void fuzz_histogram(int64_t variant) {
+    static int64_t counts[FP8CPU_BINS], expected[FP8CPU_BINS];
+    const int64_t type = below(3), size = size_of(type), count = chance(4) ? below(100000) : size_up_to(3000);
+    buffer x = new_buffer(count * size, size);
+    float maxabs = 0;
+    double largest = 0;
+    fill_values(x.data, count, type, chance(2));
+    memset(counts, 0, sizeof counts), memset(expected, 0, sizeof expected);
+    for (int64_t i = 0; i < count; i++) {
+        const float value = (float)value_at(x.data, i, type);
+        uint32_t bits;
+        memcpy(&bits, &value, 4);
+        expected[!isfinite(value) ? 0xFF0 : (bits & 0x7FFFFFFF) >> 19]++;
+        if (isnan(value) || fabs((double)value) > largest) largest = fabs((double)value);
+    }
+    const fp8cpu_histogram_args a = {variant, 1 + below(3), count, (int64_t)x.data, type, (int64_t)counts, (int64_t)&maxabs};
+    if (fp8cpu_histogram(&a) != FP8CPU_OK) FAIL("histogram refused");
+    for (int bin = 0xFF1; bin < FP8CPU_BINS; bin++) counts[0xFF0] += counts[bin], counts[bin] = 0; /* any NaN will do */
+    for (int bin = 0; bin < FP8CPU_BINS; bin++)
+        if (counts[bin] != expected[bin])
+            FAIL("%lld values in bin %d, not %lld", (long long)counts[bin], bin, (long long)expected[bin]);
+    if (maxabs != largest && !(isnan(maxabs) && isnan(largest))) FAIL("maxabs is %g, not %g", maxabs, largest);
+    free(x.base);
+}
 
 /* What GOMP_parallel does, on threads of our own, which sanitizers understand. */
 static void in_parallel(void (*run)(void *), void *data, unsigned threads, unsigned flags) {
@@ -310,8 +334,9 @@ static void in_parallel(void (*run)(void *), void *data, unsigned threads, unsig
 }
 
 static void fuzz(uint64_t seed) {
-    static void (*const operations[])(int64_t) = {fuzz_encode, fuzz_decode, fuzz_linear, fuzz_linear, fuzz_attention};
-    static const char *const names[] = {"encode", "decode", "linear", "linear", "attention"};
+    static void (*const operations[])(int64_t) = {fuzz_encode,    fuzz_decode, fuzz_linear, fuzz_linear,
+                                                fuzz_attention, fuzz_histogram};
+    static const char *const names[] = {"encode", "decode", "linear", "linear", "attention", "histogram"};
     static char name[64];
     case_seed = state = seed;
     int64_t variants = 0, operation;
@@ -319,7 +344,7 @@ static void fuzz(uint64_t seed) {
     int64_t variant = below(variants);
     while (!fp8cpu_runs((int)variant)) variant = (variant + 1) % variants;
     fp8cpu_set_openmp(chance(8) ? (void *)in_parallel : NULL);
-    operation = below(5);
+    operation = below(6);
     snprintf(name, sizeof name, "%s on %s", names[operation], fp8cpu_variant((int)variant));
     what = name;
     operations[operation](variant);

@@ -9,12 +9,13 @@
 #define DECLARE(variant)                                        \
     int fp8cpu_encode_##variant(const fp8cpu_cast_args *);      \
     int fp8cpu_decode_##variant(const fp8cpu_cast_args *);      \
+    int fp8cpu_histogram_##variant(const fp8cpu_histogram_args *); \
     int fp8cpu_linear_##variant(const fp8cpu_linear_args *, int64_t count); \
     int fp8cpu_attention_##variant(const fp8cpu_attention_args *); \
     int fp8cpu_softmax_##variant(const fp8cpu_attention_args *);
 #define KERNELS(variant)                                                                        \
-    {fp8cpu_encode_##variant, fp8cpu_decode_##variant, fp8cpu_linear_##variant, fp8cpu_attention_##variant, \
-     fp8cpu_softmax_##variant}
+    {fp8cpu_encode_##variant, fp8cpu_decode_##variant, fp8cpu_histogram_##variant, fp8cpu_linear_##variant, \
+     fp8cpu_attention_##variant, fp8cpu_softmax_##variant}
 
 DECLARE(portable)
 static int always(void) { return 1; }
@@ -89,6 +90,7 @@ int fp8cpu_encode(const fp8cpu_cast_args *args) {
     DISPATCH(encode)
 }
 int fp8cpu_decode(const fp8cpu_cast_args *args) { DISPATCH(decode) }
+int fp8cpu_histogram(const fp8cpu_histogram_args *args) { DISPATCH(histogram) }
 int fp8cpu_linear(const fp8cpu_linear_args *args, int64_t count) {
     if (args->variant < 0 || args->variant >= VARIANTS) return FP8CPU_NO_VARIANT;
     return variants[args->variant].kernels.linear(args, count);

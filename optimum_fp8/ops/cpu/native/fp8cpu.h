@@ -9,7 +9,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FP8CPU_ABI 5
+#define FP8CPU_ABI 6
 
 enum { FP8CPU_FLOAT32 = 0, FP8CPU_BFLOAT16 = 1, FP8CPU_FLOAT16 = 2, FP8CPU_BOOLEAN = 3 };
 enum { FP8CPU_E4M3 = 0, FP8CPU_E5M2 = 1 };
@@ -31,6 +31,16 @@ typedef struct {
     int64_t scale_of_range; /* const float * or 0: scales are looked up here, by the bits of maxabs, and written */
     double full_scale;
 } fp8cpu_cast_args;
+
+/* counts[b] += how many of `count` contiguous values have a magnitude whose float32 has the upper bits b: 8 of the
+ * exponent, 4 of the mantissa. */
+#define FP8CPU_BINS 4096
+typedef struct {
+    int64_t variant, threads, count;
+    int64_t x, value_type;
+    int64_t counts; /* int64_t * [FP8CPU_BINS] */
+    int64_t maxabs; /* float *: max(*maxabs, largest |x|), NaN if any x is */
+} fp8cpu_histogram_args;
 
 /* y[m, n] = sum_k x[m, k] w[n, k] times scales, plus bias; float32 accumulation. First what is of a call, then what stays
  * from call to call. */
@@ -76,6 +86,7 @@ typedef struct {
 typedef struct {
     int (*encode)(const fp8cpu_cast_args *);
     int (*decode)(const fp8cpu_cast_args *);
+    int (*histogram)(const fp8cpu_histogram_args *);
     int (*linear)(const fp8cpu_linear_args *, int64_t count);
     int (*attention)(const fp8cpu_attention_args *);
     int (*softmax)(const fp8cpu_attention_args *);
@@ -97,6 +108,7 @@ FP8CPU_EXPORT int fp8cpu_best(void);
 FP8CPU_EXPORT void fp8cpu_set_openmp(void *gomp_parallel);
 FP8CPU_EXPORT int fp8cpu_encode(const fp8cpu_cast_args *);
 FP8CPU_EXPORT int fp8cpu_decode(const fp8cpu_cast_args *);
+FP8CPU_EXPORT int fp8cpu_histogram(const fp8cpu_histogram_args *);
 /* `count` products; neighbours with the same x share the work of laying it out, and one set of threads. */
 FP8CPU_EXPORT int fp8cpu_linear(const fp8cpu_linear_args *, int64_t count);
 FP8CPU_EXPORT int fp8cpu_attention(const fp8cpu_attention_args *);
