@@ -23,6 +23,8 @@ from .contradictions import MODEL_RULES, MODULE_RULES, Rule
 from .keys import FORMAT_VERSION, KEYS, QUANT_METHOD, ConfigKeys, docstring_arguments
 from .values import is_plain
 
+_MOST_SAMPLES = 4096  # of a dataset of which as many are used as it takes
+
 
 # transformers hands loading attributes (`target`, `dequantize`) of a passed config to a checkpoint's own config only
 # for a fixed list of classes: deriving from one of them is how a plugin's configuration takes part.
@@ -218,6 +220,15 @@ class FP8Config(ConfigKeys, FineGrainedFP8Config):  # type: ignore[misc]
         if self.measure_exclude == "ALL":
             return ()
         return tuple(kind for kind in ("input", "output", "weight") if kind not in excluded[self.measure_exclude])
+
+    @property
+    def most_samples(self) -> int:
+        """How many samples of the dataset are used at most."""
+        return _MOST_SAMPLES if self.num_calibration_samples == "auto" else int(self.num_calibration_samples)
+
+    def says(self, key: str) -> bool:
+        """Whether a key was given, be it the default."""
+        return key in self._explicit
 
     @property
     def scale_params(self) -> dict[str, float | None]:

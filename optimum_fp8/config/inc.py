@@ -14,10 +14,13 @@ logger = logging.getLogger(__name__)
 
 ALIASES = {"whitelist": "allowlist", "blacklist": "blocklist", "device_for_scales": "target"}
 MODES_NOT_THERE = ("shape", "none")
-OBSERVERS_NOT_THERE = ("maxabs_per_channel", "save", "shape")
+OBSERVERS_NOT_THERE = ("shape",)
 # Switches that have no counterpart (yet): off is how things are, on is an error.
-_SWITCHES_NOT_THERE = ("fake_quant", "row_parallel_linear_allreduce_quantization", "calibration_sample_interval")
+_INTERVAL = "calibration_sample_interval"
+_SWITCHES_NOT_THERE = ("fake_quant", "row_parallel_linear_allreduce_quantization", _INTERVAL)
+_OFF = ("false", "0", "none")
 _SCALE_PARAMS = ("input_backoff", "weight_backoff")
+_BY_INC = ("hp_dtype", "lp_dtype")  # INC puts them there itself
 _RETIRED = ("method", "quantize_weight", "dump_stats_xlsx_path")
 # INC's own bookkeeping, and switches about its files and devices, which have no counterpart here.
 _BOOKKEEPING = [
@@ -84,7 +87,7 @@ def in_our_words(options: dict[str, Any]) -> dict[str, Any]:
     """
     options = _renamed(options)
     for key in _SWITCHES_NOT_THERE:
-        if str(options.pop(key, None)).lower() not in ("false", "0", "none"):
+        if str(options.pop(key, None)).lower() not in _OFF:
             raise FP8NotAvailableError(f"{key} is not available in optimum_fp8 yet: remove it")
     params = options.pop("scale_params", None) or {}
     if not isinstance(params, dict):
@@ -133,9 +136,13 @@ def translate(options: dict[str, Any], known_keys: Iterable[str]) -> dict[str, A
     translated: dict[str, Any] = {}
     renamed = _renamed(options)
     renamed["allowlist"] = _in_full(renamed.get("allowlist"))
+    _warn_of_what_inc_reads_otherwise(renamed)
     for key, value in renamed.items():
         if key in _RETIRED:
             logger.warning("%s is a retired key of INC and has no effect: remove it from the file", key)
+        elif key == _INTERVAL:  # files that vLLM-Gaudi makes have it
+            if str(value).lower() not in _OFF:
+                logger.warning("%s has no effect: what is measured of a `dataset` is kept every few seconds", key)
         elif key in _BOOKKEEPING:
             continue
         elif key == "dump_stats_path" and value == "":
@@ -151,6 +158,23 @@ def translate(options: dict[str, Any], known_keys: Iterable[str]) -> dict[str, A
     if str(translated.get("activation_scheme")).lower() != "weight_only":
         return {**asked_for(operations(translated)), **translated}
     return translated
+
+
+def _warn_of_what_inc_reads_otherwise(options: Mapping[str, Any]) -> None:
+    """Warn of settings that documentation of INC and vLLM still offers, and INC 3.10 does not read, or not as JSON."""
+    params = options.get("scale_params")
+    given = params if isinstance(params, Mapping) else {}
+    if counting := [key for key in _SCALE_PARAMS if given.get(key) is not None]:
+        logger.warning("scale_params: INC 3.10 ignores it; here it counts (%s)", ", ".join(counting))
+    if unread := sorted(given.keys() - {*_SCALE_PARAMS, *_BY_INC}):
+        logger.warning("scale_params: neither INC 3.10 nor optimum_fp8 reads %s", ", ".join(unread))
+    texts = [key for key, value in options.items() if isinstance(value, str) and value.lower() in ("true", "false")]
+    if texts:
+        logger.warning(
+            "%s: written as text (%r), and taken as if without quotation marks: write true or false",
+            ", ".join(texts),
+            options[texts[0]],
+        )
 
 
 def with_operations(options: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import FP8ConfigError, nearest
 from .inc import MODES_NOT_THERE
+from .key import Key, key
 from .method_dict import SCALE_METHOD
 from .values import (
     ALLOWLIST,
@@ -22,12 +23,15 @@ from .values import (
     BOOLEAN,
     CLASS_NAME,
     COUNT,
+    COUNT_OR_AUTO,
     DATASET,
     HP_DTYPE,
     MODULE_LIST,
     NAMES,
     OBSERVER,
+    OPTIONAL_TEXT,
     PATH_PREFIX,
+    PERCENT,
     PROCESSOR,
     TEXT,
     TOKENIZER,
@@ -40,61 +44,6 @@ from .values import (
 
 QUANT_METHOD = "optimum_fp8"
 FORMAT_VERSION = 2
-
-
-class Key:
-    """One key: an attribute of the config that brings what is assigned to it to one form, or refuses it.
-
-    Attributes:
-        default: the value as a user would write it.
-        values: the kind of values.
-        text: what the key means, in one sentence without its full stop.
-        origin: whose key it is: "INC", "HF" or "ours".
-        see: where the documentation says more, as a link.
-        of_module: whether modules may differ in it, so that it may stand in `overrides`.
-        live: whether its object is shared by copies of the config and not serialized.
-        has_flag: whether it can be said on a command line.
-    """
-
-    name: str
-
-    def __init__(
-        self,
-        default: Any,
-        values: Values,
-        text: str,
-        origin: str,
-        *,
-        see: str = "",
-        of_module: bool = False,
-        live: bool = False,
-        has_flag: bool = True,
-    ):
-        self.default, self.values, self.text, self.origin, self.see = default, values, text, origin, see
-        self.of_module, self.live, self.has_flag = of_module, live, has_flag
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, config: Any, owner: type | None = None) -> Any:
-        return self if config is None else config.__dict__[self.name]
-
-    def __set__(self, config: Any, value: Any) -> None:
-        config.__dict__[self.name] = self.normalize(value)
-
-    def normalize(self, value: Any) -> Any:
-        """The canonical form of `value`, or an FP8ConfigError that says what is valid."""
-        return self.values.check(self.name, value)
-
-    @property
-    def flag(self) -> str:
-        """The key as a flag: `--scale-method`."""
-        return f"--{self.name.replace('_', '-')}"
-
-
-def key(*args: Any, **options: Any) -> Any:
-    """A `Key` where the annotation beside it says what reading the attribute gives."""
-    return Key(*args, **options)
 
 
 def _overrides(where: str, value: Any) -> dict[str, dict[str, Any]]:
@@ -149,7 +98,20 @@ class ConfigKeys:
         "INC",
         of_module=True,
     )
-    observer: str = key("maxabs", OBSERVER, "what is measured", "INC")
+    observer: str = key(
+        "maxabs",
+        OBSERVER,
+        "what is measured of activations, and how their range follows from it; that of moving_average depends on the "
+        "order of the data",
+        "INC",
+        see="[which observer](scale-methods.md#which-observer)",
+    )
+    percentile: float = key(
+        99.99,
+        PERCENT,
+        'share of values, in percent, that the range of `observer="percentile"` holds; the rest may saturate',
+        "ours",
+    )
     allowlist: dict[str, list[str]] = key(
         None, ALLOWLIST, "only these modules; empty or None: every module that can be quantized", "INC"
     )
@@ -168,6 +130,7 @@ class ConfigKeys:
         PATH_PREFIX,
         "where measurements are written and looked for: `<prefix>_measurements.safetensors`",
         "INC",
+        of_data=True,
     )
     scale_method: str | dict[str, Any] = key(
         "maxabs_hw",
@@ -225,18 +188,87 @@ class ConfigKeys:
     dataset: Any = key(
         None,
         DATASET,
-        "calibration data; a path is that of a text (.txt, .md) or JSON-lines (.jsonl) file",
+        "calibration data: text, conversations, images, audio or batches; a path, a dataset's name on the Hub, or an "
+        "object",
         "HF",
-        see="the [tutorial](tutorial.md#load-with-a-dataset)",
+        see="[calibrate with your data](calibration-data.md)",
         live=True,
+        of_data=True,
     )
-    tokenizer: Any = key(None, TOKENIZER, "for text; None: the one beside the model", "HF", live=True)
-    processor: Any = key(None, PROCESSOR, "for images; None: the one beside the model", "HF", live=True)
-    num_calibration_samples: int = key(128, COUNT, "at most this many samples of the dataset are used", "HF")
-    max_seq_length: int = key(512, COUNT, "tokens a text sample is cut to; fewer where the model takes fewer", "HF")
-    batch_size: int = key(1, COUNT, "samples a calibration batch (batches of a loader stay as they are)", "HF")
+    tokenizer: Any = key(None, TOKENIZER, "for text; None: the one beside the model", "HF", live=True, of_data=True)
+    processor: Any = key(
+        None, PROCESSOR, "for images and audio; None: the one beside the model", "HF", live=True, of_data=True
+    )
+    dataset_config_name: str | None = key(
+        None,
+        OPTIONAL_TEXT,
+        "configuration of a dataset that is a hub name or a folder of `datasets`",
+        "HF",
+        of_data=True,
+    )
+    dataset_split: str | None = key(
+        None, OPTIONAL_TEXT, 'split of the dataset, as `datasets` writes it: "train", "test[:10%]"', "HF", of_data=True
+    )
+    dataset_revision: str | None = key(
+        None, OPTIONAL_TEXT, "revision of a dataset that is a hub name", "HF", of_data=True
+    )
+    num_calibration_samples: int | str = key(
+        128,
+        COUNT_OR_AUTO,
+        'at most this many samples of the dataset are used; "auto": as many as it takes until ranges no longer move',
+        "HF",
+        see="[is it enough?](enough-data.md)",
+        of_data=True,
+    )
+    shuffle_calibration_samples: bool = key(
+        False, BOOLEAN, "take samples in a random order, the same for each `calibration_seed`", "HF", of_data=True
+    )
+    calibration_seed: int = key(0, WHOLE, "seed of the random order", "ours", of_data=True)
+    max_seq_length: int = key(
+        512, COUNT, "tokens a text sample is cut to; fewer where the model takes fewer", "HF", of_data=True
+    )
+    batch_size: int = key(
+        1, COUNT, "samples a calibration batch (batches of a loader stay as they are)", "HF", of_data=True
+    )
     text_column: str = key(
-        "text", TEXT, "column of a `datasets.Dataset`, or key of a JSON line, that holds the text", "HF"
+        "text", TEXT, "column of the dataset that holds the text or the conversation", "HF", of_data=True
+    )
+    concatenate_data: bool = key(
+        False,
+        BOOLEAN,
+        "pack texts into samples of `max_seq_length` tokens instead of cutting and padding them",
+        "HF",
+        of_data=True,
+    )
+    calibration: str = key(
+        "whole",
+        choice("whole", "sequential"),
+        "run samples through the whole model, or all of them through one block after the other, with the weights of "
+        "one block in memory",
+        "ours",
+        see="[a model larger than memory](larger-than-memory.md)",
+    )
+    calibration_inputs: str = key(
+        "memory",
+        choice("memory", "disk"),
+        'where `calibration="sequential"` keeps the samples and what blocks return for them',
+        "ours",
+        of_data=True,
+    )
+    calibration_log: str | None = key(
+        None,
+        OPTIONAL_TEXT,
+        "file that the progress of calibration is appended to, one JSON object a line",
+        "ours",
+        of_data=True,
+    )
+    min_tokens_per_module: int = key(
+        0,
+        WHOLE,
+        "warn of modules, and experts, that fewer tokens went through; 0: only of experts that got none",
+        "HF",
+        see="[is it enough?](enough-data.md#samples-and-tokens)",
+        of_data=True,
     )
     modules_to_not_convert: list[str] | None = key(
         None, NAMES, "kept in high precision besides the defaults (output head, tied and last module)", "HF"
@@ -316,20 +348,21 @@ def docstring_arguments() -> str:
 def markdown_table() -> str:
     """The table of keys in `docs/configuration.md`."""
     lines = ["| key | values | default | from | overrides | meaning |", "|---|---|---|---|---|---|"]
-    for key in KEYS.values():
-        default = f'"{key.default}"' if isinstance(key.default, str) else key.default
-        meaning = f"{key.text}, see {key.see}" if key.see else key.text
-        cells = [f"`{key.name}`", key.values.text, f"`{default}`", key.origin, "yes" if key.of_module else "", meaning]
+    for each in KEYS.values():
+        default = f'"{each.default}"' if isinstance(each.default, str) else each.default
+        meaning = f"{each.text}, see {each.see}" if each.see else each.text
+        by_module = "yes" if each.of_module else ""
+        cells = [f"`{each.name}`", each.values.text, f"`{default}`", each.origin, by_module, meaning]
         lines.append(re.sub(" +", " ", f"| {' | '.join(cells)} |"))
     return "\n".join(lines)
 
 
 def add_flags(parser: ArgumentParser | _ArgumentGroup) -> None:
     """Give `parser` a flag for every key that can be said on a command line."""
-    for key in KEYS.values():
-        if key.has_flag:
-            text = f"{key.text} ({key.values.text}; default {key.default})".replace("%", "%%")
-            parser.add_argument(key.flag, default=None, help=text, **key.values.flag)
+    for each in KEYS.values():
+        if each.has_flag:
+            text = f"{each.text} ({each.values.text}; default {each.default})".replace("%", "%%")
+            parser.add_argument(each.flag, default=None, help=text, **each.values.flag)
 
 
 def given_flags(args: Namespace) -> dict[str, Any]:

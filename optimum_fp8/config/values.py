@@ -73,6 +73,27 @@ def _count(where: str, value: Any) -> int:
     raise FP8ConfigError(f"{where}={value!r} is not valid: expected a whole number above 0")
 
 
+def _count_or_auto(where: str, value: Any) -> int | str:
+    if isinstance(value, str) and value.lower() == "auto":
+        return "auto"
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    raise FP8ConfigError(f"{where}={value!r} is not valid: expected a whole number above 0, or 'auto'")
+
+
+def _count_or_auto_argument(text: str) -> int | str:
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+def _percent(where: str, value: Any) -> float:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 < value <= 100.0:
+        return float(value)
+    raise FP8ConfigError(f"{where}={value!r} is not valid: expected 0 < {where} <= 100")
+
+
 def _whole(where: str, value: Any) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
@@ -104,8 +125,10 @@ def _path_prefix(where: str, value: Any) -> str:
     return path
 
 
-def _class_name(name: str, value: Any) -> str | None:
-    return None if value is None else _text(name, value)
+def _optional_text(where: str, value: Any) -> str | None:
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    return None if value is None else _text(where, value)
 
 
 def _text(where: str, value: Any) -> str:
@@ -131,8 +154,8 @@ def _dataset(where: str, value: Any) -> Any:
     if not isinstance(value, (int, float, complex, bytes, torch.Tensor)):
         return value
     raise FP8ConfigError(
-        f"{where} of type {type(value).__name__} is not valid: expected a list of strings, the path of a text or "
-        "JSON-lines file, a datasets.Dataset, a DataLoader, an iterable of batches, or a callable"
+        f"{where} of type {type(value).__name__} is not valid: expected a list of samples, a path, the name of a "
+        "dataset on the Hub, a dataset, a data frame, a DataLoader, an iterable of batches, or a callable"
     )
 
 
@@ -209,14 +232,21 @@ def json_argument(text: str) -> Any:
         raise ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
 
 
-OBSERVER = Values(_observer, '"maxabs", or one that is registered', {"metavar": "NAME"})
+OBSERVER = Values(
+    _observer,
+    '"maxabs", "maxabs_per_channel", "percentile", "mse", "entropy", "moving_average", "save", or one registered',
+    {"metavar": "NAME"},
+)
 BOOLEAN = Values(_boolean, "bool", {"action": BooleanOptionalAction})
 COUNT = Values(_count, "int > 0", {"type": int, "metavar": "INT"})
 WHOLE = Values(_whole, "int >= 0", {"type": int, "metavar": "INT"})
 BACKOFF = Values(_backoff, "0 < number <= 1, None", {"type": float, "metavar": "FLOAT"})
 HP_DTYPE = Values(_hp_dtype, '"bf16", "fp16", "fp32", a torch dtype', {"metavar": "NAME"})
 PATH_PREFIX = Values(_path_prefix, "folder and file prefix", {"metavar": "PATH"})
-CLASS_NAME = Values(_class_name, "name of a class, None", {"metavar": "NAME"})
+CLASS_NAME = Values(_optional_text, "name of a class, None", {"metavar": "NAME"})
+COUNT_OR_AUTO = Values(_count_or_auto, 'int > 0, "auto"', {"type": _count_or_auto_argument, "metavar": "INT"})
+PERCENT = Values(_percent, "0 < number <= 100", {"type": float, "metavar": "FLOAT"})
+OPTIONAL_TEXT = Values(_optional_text, "string, None", {"metavar": "TEXT"})
 TEXT = Values(_text, "string", {"metavar": "TEXT"})
 NAMES = Values(_names, "list of names, None", {"nargs": "+", "metavar": "NAME"})
 MODULE_LIST = Values(
@@ -232,6 +262,6 @@ def live(check: Callable[[str, Any], Any], text: str) -> Values:
     return Values(check, text, {"metavar": "PATH"}, lambda value: copy.copy(value) if is_plain(value) else None)
 
 
-DATASET = live(_dataset, "strings, path, dataset, loader, iterable, callable")
+DATASET = live(_dataset, "samples, path, name on the Hub, dataset, data frame, loader, iterable, callable")
 TOKENIZER = live(_live, "tokenizer or path, None")
 PROCESSOR = live(_live, "processor or path, None")

@@ -303,3 +303,8 @@ def test_it_is_asked_like_the_dict_that_it_is_on_disk():
     for key, value in config.to_dict().items():
         assert config.get(key) == config.get(key, "other") == value
     assert config.get("weight_block_size") is None and config.get("activation", 3) == 3
+
+
+def test_what_was_said_is_known():
+    assert FP8Config(batch_size=1).says("batch_size") and not FP8Config().says("batch_size")
+    assert FP8Config().replace(batch_size=1).says("batch_size")

@@ -122,14 +122,21 @@ def test_retired_keys_warn(read, caplog, key, value):
     assert key in caplog.text and "retired" in caplog.text
 
 
+def test_how_often_inc_writes_its_files_has_no_counterpart(read, caplog):
+    assert read({"calibration_sample_interval": 0}) == read({}) and "interval" not in caplog.text
+    assert read({"calibration_sample_interval": "1"}) == read({})
+    assert "calibration_sample_interval has no effect" in caplog.text
+    with pytest.raises(FP8NotAvailableError, match="calibration_sample_interval"):
+        FP8Config(calibration_sample_interval=1)
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"fake_quant": True},
         {"fake_quant": "True"},
         {"row_parallel_linear_allreduce_quantization": True},
-        {"calibration_sample_interval": 100},
-        {"observer": "maxabs_per_channel"},
+        {"observer": "shape"},
         {"mode": "SHAPE"},
         {"allowlist": {"types": ["VLLMKVCache", "B2BMatmul"]}},
         {"scale_method": {"default": {"activation": {"params": {"x": 1}}}}},
@@ -176,3 +183,26 @@ def test_patterns_of_inc_files_that_match_nothing_only_warn(read, caplog):
     assert config.lenient and config.replace(target="cpu").lenient
     prepare(nn.Sequential(nn.Linear(4, 4)), config)
     assert "kv_b_proj" in caplog.text and "matches no module" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"scale_params": {"input_backoff": 0.5}}, "scale_params: INC 3.10 ignores it; here it counts (input_backoff)"),
+        ({"scale_params": {"weight_backoff": 0.5, "alpha": 1}}, "neither INC 3.10 nor optimum_fp8 reads alpha"),
+        ({"use_qdq": "True"}, "use_qdq: written as text ('True')"),
+        ({"recalc_scales": "false", "measure_on_hpu": "True"}, "recalc_scales, measure_on_hpu: written as text"),
+    ],
+)
+def test_what_inc_reads_otherwise_is_said(read, caplog, options, said):
+    config = read(options)
+    assert said in caplog.text
+    assert config.use_qdq is (options.get("use_qdq") == "True")
+    given = options.get("scale_params", {})
+    assert (config.input_backoff, config.weight_backoff) == (given.get("input_backoff"), given.get("weight_backoff"))
+
+
+@pytest.mark.parametrize("options", [{"scale_params": {}}, {"scale_params": {"hp_dtype": "bf16"}}, {"use_qdq": True}])
+def test_what_inc_reads_as_we_do_is_not(read, caplog, options):
+    read({**options, "allowlist": {"types": ["Linear"]}})
+    assert not caplog.records

@@ -130,8 +130,6 @@ def test_a_dataset_that_cannot_be_one_is_refused_at_once(dataset):
 @pytest.mark.parametrize(
     "options",
     [
-        {"observer": "maxabs_per_channel"},
-        {"observer": "save"},
         {"observer": "shape"},
         {"mode": "SHAPE"},
         {"scale_method": {"default": {"weight": {"params": {"weight_scales": [1.0]}}}}},
