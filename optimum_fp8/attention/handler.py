@@ -230,11 +230,11 @@ class AttentionHandler(ModuleHandler):
         scheme, ranges = target.scheme, target.ranges
         if not scheme.needs_ranges:
             return scheme.static_scale(torch.zeros(()), scheme.operands)
-        maxabs, by_head = ranges.of(kind), None
+        by_head = None
         if per_head and isinstance(scheme.operands.granularity, PerHead):
             by_head = ranges.per_head(kind)
         if by_head is None:
-            return scheme.static_scale(maxabs, scheme.operands)
+            return target.static_scale(kind, scheme.operands)
         return scheme.static_scale(by_head, scheme.operands).reshape(-1, 1, 1)
 
 

@@ -139,7 +139,7 @@ class FunctionsHandler(ProductsHandler):
     def scales_for(self, target: Target) -> dict[str, torch.Tensor]:
         scales, scheme = super().scales_for(target), target.scheme
         if scheme.is_static and scheme.rounds_attention:  # the first product after a softmax may take something else
-            p = target.ranges.of("p") if "p" in target.ranges.kinds else None
+            p = target.ranges.largest("p") if "p" in target.ranges.kinds else None
             if p is None or bool(p <= P_MAXABS):
                 scales["p_scale"] = softmax_scale(scheme)
         return scales | scales_of_cache(target, scales, partial(self.operand_scale, target))
@@ -221,7 +221,9 @@ def scales_of_cache(
     cached = {kind: f"{kind}_cache" if f"{kind}_cache" in ranges.kinds else "k_cache" for kind in "kv"}
     if not scales:
         return {f"{kind}_scale": scale(name, per_head=name[0] == kind) for kind, name in cached.items()}
-    same = all(f"{kind}_scale" in scales and ranges.of(kind) == ranges.of(name) for kind, name in cached.items())
+    same = all(
+        f"{kind}_scale" in scales and ranges.largest(kind) == ranges.largest(name) for kind, name in cached.items()
+    )
     return {} if same else {f"{kind}_cache_scale": scale(name) for kind, name in cached.items()}
 
 

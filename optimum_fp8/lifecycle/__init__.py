@@ -1,40 +1,55 @@
 """The steps of quantization, over handlers: every conductor (the public verbs, from_pretrained, …) calls these."""
 
 from .. import attention as attention  # registers its kinds of modules
-from .convert import convert_with
+from .convert import convert_some, convert_with, refuse_unreached, unreached
 from .dequantize import dequantize
+from .inc_scales import inc_scales, weights_of
 from .origin import Origin
 from .prepare import (
+    are_there,
+    empty_measurements,
     finalize_calibration,
     found_measurements,
     needs_ranges,
+    new_measurements,
     prepare,
-    refuse_several_processes,
     settle_measurements,
     start_observing,
     stored_measurements,
     unmeasured_state,
 )
+from .sharded import is_sharded
 from .state import FP8State, Phase, measuring_state, refuse_second_time, set_state, state_of, unwrapped
+from .unsigned import is_unsigned, signed
 
 __all__ = [
     "FP8State",
     "Origin",
     "Phase",
+    "are_there",
+    "convert_some",
     "convert_with",
     "dequantize",
+    "empty_measurements",
     "finalize_calibration",
     "found_measurements",
+    "inc_scales",
+    "is_unsigned",
+    "is_sharded",
     "measuring_state",
     "needs_ranges",
+    "new_measurements",
     "prepare",
     "refuse_second_time",
-    "refuse_several_processes",
+    "refuse_unreached",
     "set_state",
     "settle_measurements",
+    "signed",
     "start_observing",
     "state_of",
     "stored_measurements",
     "unmeasured_state",
+    "unreached",
     "unwrapped",
+    "weights_of",
 ]

@@ -12,11 +12,13 @@ from torch import nn
 
 from ..config import FP8Config
 from ..errors import FP8MeasurementError
+from ..measure import Processes, processes
 from ..modules import frozen, swap
-from ..modules.handler import Conversion, Family, Reason, Target, Why
+from ..modules.handler import Conversion, Family, Reason, Target, Why, converted_modules
 from ..scales import Scheme, quantize_weight
 from ..selection import leave_out, read_by_owner, reschemed
-from .prepare import needs_ranges, settle_measurements
+from .prepare import merged_measurements, needs_ranges, settle_measurements
+from .sharded import refuse_sharded
 from .state import FP8State, Phase, set_state, state_of
 
 logger = logging.getLogger(__name__)
@@ -30,9 +32,12 @@ def convert_with(model: nn.Module, state: FP8State, finish: Callable[[Any], None
     Raises:
         FP8MeasurementError: static activations without calibration data, modules that calibration never reached, or
             ranges of weights that have changed since.
+        FP8NotAvailableError: the weights are spread over processes.
+        FP8CalibrationError: another of several processes had an error, or was lost.
         FP8ScaleError: a weight that has no sound scale.
     """
-    state, previous = _with_final_schemes(model, state), state_of(model)
+    previous = state_of(model)
+    state = _with_final_schemes(model, _with_all_ranges(model, state))
     targets = state.targets(model)
     missing = _missing(model, targets, state.config.ignore_modules_wo_measures)
     remaining = [target for target in targets if target.name not in missing]
@@ -74,6 +79,43 @@ def convert_with(model: nn.Module, state: FP8State, finish: Callable[[Any], None
         raise
     if state.observers is not None:
         state.observers.remove()
+    converted.discard_partials()
+
+
+def _with_all_ranges(model: nn.Module, state: FP8State) -> FP8State:
+    """The state with what all processes have measured."""
+    refuse_sharded(model, "convert")
+    ranks = processes() if needs_ranges(state) and state.observers is not None else Processes()
+    if ranks.count == 1:
+        return state
+    with ranks.together():
+        settle_measurements(model, state)
+    return replace(state, measurements=merged_measurements(state, ranks))
+
+
+def convert_some(model: nn.Module, targets: list[Target]) -> None:
+    """Have some modules whose weights became FP8 while loading compute in FP8, while others are still measured.
+
+    Those that are in high precision stay so until the whole model is converted.
+
+    Raises:
+        FP8MeasurementError: modules that calibration never reached, or ranges that are not finite.
+    """
+    quantize, converted = _QuantizedOnce(), converted_modules(model)
+    there = [each for each in targets if each.name in converted or not each.handler.family.replaced]
+    ready = [each for each in there if each.handler.missing(each) is None]
+    made = [each.handler.convert(each, model, quantize) for each in ready]
+    for conversion in made:
+        conversion.apply()
+
+
+def refuse_unreached(model: nn.Module, targets: list[Target], ignore: bool) -> None:
+    """Refuse modules that no data will reach, or warn of them where that is to be ignored.
+
+    Raises:
+        FP8MeasurementError: names them, and says what to do.
+    """
+    _missing(model, targets, ignore)
 
 
 def _with_final_schemes(model: nn.Module, state: FP8State) -> FP8State:
@@ -105,15 +147,27 @@ def _is_reached(target: Target) -> bool:
     return target.scheme.needs_ranges and bool(seen) and target.handler.missing(target) is None
 
 
-def _missing(model: nn.Module, targets: list[Target], ignore: bool) -> dict[str, Why]:
-    """The modules that cannot be converted with the ranges there are. Raises unless it is told to `ignore` them."""
+def unreached(model: nn.Module, targets: list[Target]) -> list[Target]:
+    """The modules that calibration has not reached, other than those whose weights alone are read in the end."""
+    missing = _without_ranges(model, targets)
+    return [target for target in targets if target.name in missing and _is_unreached(missing[target.name])]
+
+
+def _without_ranges(model: nn.Module, targets: list[Target]) -> dict[str, Why]:
+    """Why the modules cannot be converted that lack ranges."""
     missing = {target.name: why for target in targets if (why := target.handler.missing(target)) is not None}
     if any(_is_unreached(why) for why in missing.values()):
         read = read_by_owner(model, certain=False)  # such modules need not be called
         missing |= {name: _MULTIPLIED for name, why in missing.items() if _is_unreached(why) and name in read}
-    unreached = [target for target in targets if target.name in missing and _is_unreached(missing[target.name])]
-    for family in _families(unreached):
-        names = [target.name for target in unreached if target.handler.family == family]
+    return missing
+
+
+def _missing(model: nn.Module, targets: list[Target], ignore: bool) -> dict[str, Why]:
+    """The modules that cannot be converted with the ranges there are. Raises unless it is told to `ignore` them."""
+    missing = _without_ranges(model, targets)
+    never = [target for target in targets if target.name in missing and _is_unreached(missing[target.name])]
+    for family in _families(never):
+        names = [target.name for target in never if target.handler.family == family]
         if not ignore:
             raise FP8MeasurementError(
                 f"{len(names)} {family.noun} were never reached by calibration: {', '.join(names[:8])}"
@@ -141,7 +195,7 @@ def _warn_of_zero_ranges(targets: list[Target]) -> None:
     zero = [
         target.name
         for target in targets
-        if target.scheme.needs_ranges and "input" in target.ranges.kinds and target.ranges.of("input") == 0
+        if target.scheme.needs_ranges and "input" in target.ranges.kinds and target.ranges.largest("input") == 0
     ]
     if zero:
         logger.warning("inputs that were zero throughout calibration: %s; calibrate with other data", zero[:8])

@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import logging
+import os
+from dataclasses import replace
 from functools import partial
 
-import torch
-from accelerate.utils import get_cpu_distributed_information
 from torch import nn
 
 from ..config import KEYS, FP8Config
 from ..errors import FP8MeasurementError, FP8NotAvailableError, FP8StateError
 from ..measure import (
+    Context,
     Measurements,
     Observers,
+    Processes,
     architecture,
     check_dump_path,
     files_of_inc,
+    has_inc_ranges,
     kept_prefix,
     measurements_path,
     model_fingerprint,
     not_found,
+    observed_by,
+    processes,
 )
 from ..modules.handler import find_all
 from ..selection import select
+from .sharded import refuse_partial_activations
 from .state import FP8State, Phase, measuring_state, refuse_second_time, set_state, unwrapped
+from .unsigned import is_unsigned, signed
 
 logger = logging.getLogger(__name__)
 
 _WEIGHT = "weight"
+_TENSORS = "tensors"  # folder of the tensors that are saved, beside the measurements
 
 
 def prepare(model: nn.Module, config: FP8Config) -> nn.Module:
@@ -45,11 +53,17 @@ def prepare(model: nn.Module, config: FP8Config) -> nn.Module:
         FP8StateError: the model is prepared or converted already.
         FP8SelectionError: a pattern of the config matches nothing, or nothing is selected.
         FP8ConfigError: mode is MEASURE, and nothing can be written to `dump_stats_path`.
-        FP8NotAvailableError: ranges are to be measured in several processes.
+        FP8NotAvailableError: the model is in tensor parallelism, or is to be calibrated block by block.
+        FP8CalibrationError: there should be other processes, and they cannot be reached.
     """
     given, model = model, unwrapped(model)
     refuse_second_time(model, "prepare", config)
     config.post_init()  # keys may have been assigned since it was made
+    if config.calibration == "sequential":
+        raise FP8NotAvailableError(
+            "prepare: calibration='sequential' is for models that are quantized while they are loaded: pass the config "
+            "to from_pretrained, with a dataset, or use calibration='whole'"
+        )
     if config.mode == "MEASURE":
         check_dump_path(config.dump_stats_path)
     decisions = select(model, config)
@@ -64,28 +78,14 @@ def start_observing(model: nn.Module, state: FP8State) -> None:
     """Attach the observers that the schemes need (none where activations need no ranges)."""
     targets = state.targets(model)
     if needs_ranges(state):
-        refuse_several_processes()
+        refuse_partial_activations(model)
+        processes()
     state.observers = Observers(state.measurements, state.config.measured, partial(model_fingerprint, model))
     for target in targets:
         target.handler.observe(target, state.observers)
     state.observers.watch_masks(model)
+    state.observers.count_experts(model)
     state.change_around(model, [target for target in targets if target.scheme.needs_ranges])
-
-
-def refuse_several_processes() -> None:
-    """Refuse to measure where this process is one of several: each would know the ranges of its own data only.
-
-    Raises:
-        FP8NotAvailableError: there are others, in a process group or by the launcher's word.
-    """
-    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
-    count = torch.distributed.get_world_size() if grouped else get_cpu_distributed_information().world_size
-    if count > 1:
-        raise FP8NotAvailableError(
-            f"calibration in {count} processes at once: each would have the ranges of its own data, and write over the "
-            "others' measurements. Calibrate in one process (without torchrun, tp_plan and the like) and save the "
-            "model, or its measurements for mode='QUANTIZE'"
-        )
 
 
 def needs_ranges(state: FP8State) -> bool:
@@ -101,32 +101,44 @@ def saw_activations(measurements: Measurements) -> bool:
 def finalize_calibration(model: nn.Module) -> Measurements:
     """End measuring: take the observers off and write the measurements to the config's `dump_stats_path`.
 
+    Of several processes all call it: their measurements become one, which each has then, and one of them writes.
+
     Returns:
         the measurements. `convert(model)` uses them as they are in memory; another process finds the file.
 
     Raises:
         FP8StateError: the model is not being measured.
         FP8MeasurementError: nothing was measured, or weights have changed since measuring began.
-        FP8NotAvailableError: this process is one of several, which would write over each other's file.
+        FP8CalibrationError: another of several processes had an error, or was lost.
         FP8ConfigError: nothing can be written there; the model can go on measuring, or be converted.
     """
     model = unwrapped(model)
     state = measuring_state(model, "finalize_calibration")
+    ranks = processes()
+    with ranks.together():
+        settle_measurements(model, state)
+    measurements = merged_measurements(state, ranks)
     observes = state.observers is None or state.observers.is_attached
-    if needs_ranges(state) and observes and not saw_activations(state.measurements):
+    if needs_ranges(state) and observes and not saw_activations(measurements):
         raise FP8MeasurementError(
             "finalize_calibration: static activations need calibration data and none went through the model: run "
             "your data through it first"
         )
-    refuse_several_processes()
-    check_dump_path(state.config.dump_stats_path)
-    settle_measurements(model, state)
-    path = state.measurements.save(state.config.dump_stats_path)
+    with ranks.together():
+        if ranks.leads:
+            check_dump_path(state.config.dump_stats_path)
+            path = measurements.save(state.config.dump_stats_path)
+            logger.info("measurements of %d tensors are in %s", len(measurements.tensors), path)
     if state.observers is not None:
         state.observers.remove()
-    state.observers = None
-    logger.info("measurements of %d tensors are in %s", len(state.measurements.tensors), path)
-    return state.measurements
+    state.observers, state.measurements = None, measurements
+    state.discard_partials()
+    return measurements
+
+
+def merged_measurements(state: FP8State, ranks: Processes) -> Measurements:
+    """What all processes have measured together; what measuring has ended for is that already."""
+    return state.measurements if state.observers is None else ranks.merged(state.measurements, everywhere=True)
 
 
 def settle_measurements(model: nn.Module, state: FP8State) -> None:
@@ -137,11 +149,10 @@ def settle_measurements(model: nn.Module, state: FP8State) -> None:
     Raises:
         FP8MeasurementError: they have changed.
     """
-    measurements, observers, now = state.measurements, state.observers, state.fingerprint(model)
-    if observers is None:
-        changed = now != measurements.fingerprint
-    else:
-        changed = observers.began_with not in (None, model_fingerprint(model))
+    measurements, observers = state.measurements, state.observers
+    found = model_fingerprint(model)
+    now = state.fingerprint(model) if state.digests else found
+    changed = now != measurements.fingerprint if observers is None else observers.began_with not in (None, found)
     if changed:
         raise FP8MeasurementError(
             "weights of the model have changed since activations were measured (training, merged adapters, a cast?): "
@@ -155,7 +166,17 @@ def settle_measurements(model: nn.Module, state: FP8State) -> None:
 
 def new_measurements(model: nn.Module, config: FP8Config) -> Measurements:
     """Measurements of a model in high precision that hold nothing yet."""
-    return Measurements(fingerprint(model), observer=config.observer, architecture=architecture(model))
+    return replace(empty_measurements(config), fingerprint=fingerprint(model), architecture=architecture(model))
+
+
+def empty_measurements(config: FP8Config) -> Measurements:
+    """Measurements of no model yet, by the observer that `config` names."""
+    return Measurements("", observer=config.observer, context=_context(config))
+
+
+def _context(config: FP8Config) -> Context:
+    folder = os.path.join(os.path.dirname(config.dump_stats_path), _TENSORS)
+    return Context(folder=folder, percentile=config.percentile)
 
 
 def unmeasured_state(model: nn.Module, config: FP8Config) -> FP8State:
@@ -164,7 +185,7 @@ def unmeasured_state(model: nn.Module, config: FP8Config) -> FP8State:
     state = FP8State(config, select(model, config), Phase.MEASURING, new_measurements(model, config))
     if needs_ranges(state):
         required = config.scheme == "static" or config.mode == "QUANTIZE"
-        stored = stored_measurements(config, state.measurements, required=required)
+        stored = stored_measurements(config, model, state.measurements, required=required)
         state.measurements = stored or state.measurements
     return state
 
@@ -191,42 +212,51 @@ def found_measurements(config: FP8Config, *, required: bool) -> Measurements | N
     Raises:
         FP8MeasurementError: they are damaged, or required and missing.
     """
-    if not Measurements.exist(config.dump_stats_path):
+    if not are_there(config.dump_stats_path):
         _miss(config, required)
         return None
     return Measurements.load(config.dump_stats_path)
 
 
-def stored_measurements(config: FP8Config, model: Measurements, *, required: bool) -> Measurements | None:
+def are_there(prefix: str) -> bool:
+    """Whether there are measurements at a `dump_stats_path`, ours or INC's."""
+    return Measurements.exist(prefix) or has_inc_ranges(prefix)
+
+
+def stored_measurements(
+    config: FP8Config, module: nn.Module, model: Measurements, *, required: bool
+) -> Measurements | None:
     """Measurements of this very model at `dump_stats_path`, or kept beside; None if not `required` and not there.
 
     Args:
-        config: where to look, and which observer is expected.
+        config: where to look, and which observer is to read them.
+        module: the model.
         model: measurements of the model, which tell it from others.
         required: whether the model cannot do without.
 
     Raises:
-        FP8MeasurementError: they are damaged, made by another observer, or required and missing.
+        FP8MeasurementError: they are damaged, without the statistics that the observer needs, or required and missing.
     """
-    path, stored = config.dump_stats_path, None
+    path, unlike = config.dump_stats_path, None
     places = [each for each in (path, kept_prefix(path, model.fingerprint)) if Measurements.exist(each)]
+    places = places or [path] * has_inc_ranges(path)
     if not places:
         _miss(config, required)
         return None
     for place in places:
         stored = Measurements.load(place)
-        if stored.unlike(model) is None:
-            if stored.observer != config.observer:
-                raise FP8MeasurementError(
-                    f"the measurements at dump_stats_path={place!r} were made by the observer {stored.observer!r}, but "
-                    f"observer={config.observer!r}: set observer={stored.observer!r}, or measure again"
-                )
-            if not required or place != path:
-                logger.warning("using the measurements of this model found at %r", place)
-            return stored
-    assert stored is not None
+        made = signed(stored, module, model, place) if is_unsigned(stored) else stored
+        unlike = made if isinstance(made, str) else made.unlike(model)
+        if isinstance(made, str) or unlike is not None:
+            continue
+        if made is stored and (not required or place != path):  # of others a warning was given
+            logger.warning("using the measurements of this model found at %r", place)
+        try:
+            return observed_by(made, config.observer, _context(config))
+        except FP8MeasurementError as error:
+            raise FP8MeasurementError(f"the measurements at dump_stats_path={place!r} were {error}") from None
     message = (
-        f"the measurements at dump_stats_path={path!r} are of another model ({stored.unlike(model)}): measure this "
+        f"the measurements at dump_stats_path={path!r} are of another model ({unlike}): measure this "
         "model, or correct dump_stats_path"
     )
     if required:

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..config import FP8Config
 from ..errors import FP8ConfigError, FP8StateError
-from ..measure import Measurements, Observers, model_fingerprint
+from ..measure import Measurements, Observers, discard, model_fingerprint
 from ..modules.handler import Change, Reason, Target, converted_modules
 from ..selection import Decision
 from .origin import Origin
@@ -36,7 +36,9 @@ class FP8State:
         observers: the hooks at work while measuring.
         changes: what was changed around the modules, to be undone with them.
         origin: where the model was loaded from, where that is known.
+        partials: the files that each calibration so far has left, to go on from if it is broken off.
         digests: of weights that became FP8 while loading, by parameter name, from when they were in high precision.
+        moved: by which part of itself each range moved over the last quarter of the calibration samples.
     """
 
     config: FP8Config
@@ -46,12 +48,19 @@ class FP8State:
     observers: Observers | None = None
     changes: list[Change] = field(default_factory=list)
     origin: Origin | None = None
+    partials: list[list[str]] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
+    moved: dict[str, float] = field(default_factory=dict)
 
     @property
     def selected(self) -> list[str]:
         """Names of the selected modules."""
         return [decision.name for decision in self.decisions if decision.selected]
+
+    def discard_partials(self) -> None:
+        """Remove the files of calibrations that could be broken off: what they were for has been done."""
+        discard(path for files in self.partials for path in files)
+        self.partials.clear()
 
     def fingerprint(self, model: nn.Module) -> str:
         """The fingerprint of `model` as it is now, in high precision."""

@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .experts import ExpertTokens, number_of_experts, tokens_of_experts
+from .fingerprint import whole
 from .padding import Padding
+from .seen import Seen
 from .store import Measurements
 
 logger = logging.getLogger(__name__)
@@ -41,10 +44,12 @@ class Observers:
     ):
         self.measurements, self.kinds = measurements, frozenset(kinds)
         self.began_with: str | None = None
-        self._fingerprint, self._weights = fingerprint, dict[str, nn.Module]()
+        self._fingerprint = fingerprint
+        self._weights: dict[str, tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor]]] = {}
         self._handles: list[Any] = []
         self._inputs: list[tuple[str, nn.Module, int]] = []
         self._padding = Padding()
+        self._seen = Seen()
 
     def attach(self, name: str, module: nn.Module) -> None:
         """Measure what goes into the module called `name`, and what comes out of it, as `kinds` says."""
@@ -55,17 +60,25 @@ class Observers:
         if "output" in self.kinds:
             self._handles.append(module.register_forward_hook(partial(self._observe_output, name)))
 
-    def attach_weight(self, name: str, module: nn.Module) -> None:
-        """Measure the weight of the module called `name`, now and whenever `measure_weights` is called."""
+    def attach_weight(
+        self, name: str, module: nn.Module, to_out_in: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight
+    ) -> None:
+        """Measure the weight of the module called `name`, now and whenever `measure_weights` is called.
+
+        Args:
+            name: the module's name.
+            module: has a `weight`.
+            to_out_in: makes `[out, in, …]` of it.
+        """
         if "weight" in self.kinds:
-            self._weights[name] = module
-            self.measurements.observe(name, "weight", module.weight)  # type: ignore[arg-type]
+            self._weights[name] = module, to_out_in
+            self.measurements.observe(name, "weight", to_out_in(whole(module.weight).detach()))  # type: ignore[arg-type]
 
     def measure_weights(self) -> None:
         """Measure weights anew: they have changed."""
-        for name, module in self._weights.items():
+        for name, given in self._weights.items():
             self.measurements.tensors.pop((name, "weight"), None)
-            self.attach_weight(name, module)
+            self.attach_weight(name, *given)
 
     @property
     def is_attached(self) -> bool:
@@ -86,10 +99,8 @@ class Observers:
         """
         if not isinstance(x, torch.Tensor):
             return
-        x = self._padding.rows_of(x, heads=kind[:1] in _OPERANDS)
-        if x.numel():
-            self._begin()
-            self.measurements.observe(name, kind, x)
+        heads = kind[:1] in _OPERANDS
+        self._observe(name, kind, x, lambda: self._padding.rows_of(x, heads=heads), (heads,))
 
     def observe_per_head(self, name: str, kind: str, x: torch.Tensor) -> None:
         """Measure an operand or the output of attention, per head and over all.
@@ -103,10 +114,12 @@ class Observers:
         if x.ndim != 4:
             self.observe(name, kind, x)
             return
-        tokens = self._padding.tokens_of(x.transpose(1, 2), keys=kind in ("k", "v"))
-        if tokens.numel():
-            self._begin()
-            self.measurements.observe(name, kind, tokens.reshape(-1, *x.shape[1::2]), per_head=True)
+        keys = kind in ("k", "v")
+
+        def tokens() -> torch.Tensor:
+            return self._padding.tokens_of(x.transpose(1, 2), keys=keys).reshape(-1, *x.shape[1::2])
+
+        self._observe(name, kind, x, tokens, ("per head", keys), per_head=True)
 
     def watch_masks(self, model: nn.Module) -> None:
         """Also leave out what the masks say that modules of `model` give to each other, where `only_where` is active.
@@ -118,6 +131,13 @@ class Observers:
             names = list(inspect.signature(module.forward).parameters)
             if any(name.endswith(_MASK) for name in names):
                 hook = partial(self._note_masks, names)
+                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def count_experts(self, model: nn.Module) -> None:
+        """Also count the tokens that go to each expert of `model`, where modules hold the stacked weights of many."""
+        for name, module in model.named_modules() if self.is_attached else ():
+            if number_of_experts(module) is not None:
+                hook = partial(self._count_experts, name)
                 self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def remove(self) -> None:
@@ -142,6 +162,31 @@ class Observers:
         finally:
             self._padding = Padding()
 
+    def _observe(
+        self,
+        name: str,
+        kind: str,
+        x: torch.Tensor,
+        valid: Callable[[], torch.Tensor],
+        way: tuple[Any, ...],
+        *,
+        per_head: bool = False,
+    ) -> None:
+        """Measure what `valid` leaves of `x`; once, where several modules are given the same tensor in the same way."""
+        if not x.numel():
+            return
+        way = (*way, *self._padding.state)
+        observer = self._seen.find(x, way)
+        if observer is None:
+            tokens = valid()
+            if not tokens.numel():
+                return
+            self._begin()
+            observer = self.measurements.observe(name, kind, tokens, per_head=per_head)
+            self._seen.keep(x, way, observer)
+        else:
+            self.measurements.add(name, kind, observer)
+
     def _begin(self) -> None:
         if self.began_with is None and self._fingerprint is not None:
             self.began_with = self._fingerprint()
@@ -153,6 +198,11 @@ class Observers:
             for name, value in (*zip(names, args, strict=False), *kwargs.items()):
                 if name.endswith(_MASK) and isinstance(value, torch.Tensor):
                     self._padding.note(value)
+
+    def _count_experts(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        counts = tokens_of_experts(module, (*args, *kwargs.values()), self._padding)
+        if counts is not None:
+            self.measurements.add_experts(name, ExpertTokens(tokens=counts))
 
     def _observe_input(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.observe(name, "input", next(iter((*args, *kwargs.values())), None))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import count
 
 import torch
+
+_serial = count()
 
 
 class Padding:
@@ -20,9 +23,15 @@ class Padding:
         self.active, self.exact = active, exact
         self._valid: dict[tuple[int, int], torch.Tensor] = {}  # by shape
         self._noted: dict[int, torch.Tensor] = {}  # by id, which is theirs as long as they are here
+        self._number = next(_serial)
         for mask in masks:
             self._add(mask.bool())
         self._given = frozenset(self._valid)
+
+    @property
+    def state(self) -> tuple[int, int]:
+        """Equal as long as the same is left of a tensor."""
+        return self._number, len(self._noted)
 
     def note(self, mask: torch.Tensor) -> None:
         """Add a mask that modules give to each other, for lengths that no mask was given for.

@@ -5,35 +5,38 @@ Tensors are named `<module>/<kind>/<statistic>`: a kind is one of the module's t
 (format version, observer, what tells the model, what data made it) is JSON in the file's header. The file is written
 beside its place and moved there, so it is whole or not there. It replaces one of the same model; any other file that
 stands there is kept under a name of its own.
+
+Merging is exact: measurements of parts of the data, merged in any order, are to the byte those of all of it.
+The kind "experts" holds no ranges: tokens are counted there, for each expert of a module.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import re
-import tempfile
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
 from ..errors import FP8ConfigError, FP8MeasurementError
-from .fingerprint import difference
+from .experts import EXPERTS, ExpertTokens
+from .file_format import as_observed, as_stored, decode, encode, write_atomically
+from .fingerprint import added_data, difference
 from .foreign import not_found, not_readable
-from .observer import Observer, Statistic, observer_class
+from .inc import has_inc_ranges, read_inc
+from .observer import Context, Observer, Purpose, observer_class
+from .paths import file_digest, kept_prefix, measurements_path
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 DEFAULT_OBSERVER = "maxabs"  # also of files that name none
 _KIND = re.compile(r"\w+", re.ASCII)
-_FINGERPRINT = re.compile(r"[0-9a-f]{32}")
+_ONCE = ("weight", "unseen")  # kinds that are of the model: more data add nothing to them
 
 
 @dataclass(repr=False)
@@ -44,9 +47,11 @@ class Measurements:
         fingerprint: of the model that was measured (`fingerprint.model_fingerprint`).
         tensors: one observer by (module name, kind).
         samples: how many samples went through.
-        data: fingerprint of the data, where it is known.
+        data: fingerprint of the data, where it is known: the sum of those of its batches, so that no order shows.
         observer: name of the observers' class.
         architecture: classes of the model's modules that a fingerprint does not tell (`fingerprint.architecture`).
+        experts: tokens that went to each expert, by the module that holds their weights.
+        context: what all observers are told; each learns its module and kind besides. It is not in the file.
     """
 
     fingerprint: str
@@ -55,6 +60,8 @@ class Measurements:
     data: str = ""
     observer: str = DEFAULT_OBSERVER
     architecture: dict[str, str] = field(default_factory=dict)
+    experts: dict[str, ExpertTokens] = field(default_factory=dict)
+    context: Context = Context()
 
     def __repr__(self) -> str:
         modules = len({module for module, _ in self.tensors})
@@ -69,17 +76,25 @@ class Measurements:
             return f"fingerprint {self.fingerprint}, not {model.fingerprint}"
         return difference(self.architecture, model.architecture)
 
-    def observe(self, module: str, kind: str, x: torch.Tensor, *, per_head: bool = False) -> None:
+    def observe(self, module: str, kind: str, x: torch.Tensor, *, per_head: bool = False) -> Observer:
         """Update the statistics of one tensor.
 
         Args:
             module: name of the module.
             kind: which of its tensors, a name of letters, digits and underscores.
             x: non-empty, any floating-point dtype; `[tokens, heads, size]` where `per_head` is set.
+
+        Returns:
+            an observer that has seen `x` alone, for others who are given the same tensor; where two observers cannot
+            be merged, the one that has seen all.
         """
-        observer = self._observer(module, kind)
-        (observer.update_per_head if per_head else observer.update)(x.detach())
-        self.tensors[module, kind] = observer
+        known = self._observer(module, kind)
+        seen = known if known.not_mergeable else self._new_observer(module, kind)
+        (seen.update_per_head if per_head else seen.update)(x.detach())
+        if seen is not known:
+            known.merge(seen)
+        self.tensors[module, kind] = known
+        return seen
 
     def add(self, module: str, kind: str, observer: Observer) -> None:
         """Merge what another observer has seen of one tensor."""
@@ -87,8 +102,13 @@ class Measurements:
         known.merge(observer)
         self.tensors[module, kind] = known
 
-    def range(self, module: str, kind: str = "input") -> torch.Tensor | None:
+    def range(self, module: str, kind: str = "input", purpose: Purpose | None = None) -> torch.Tensor | None:
         """The range that a scale is taken from, a float32 scalar; None if the tensor was never seen.
+
+        Args:
+            module: name of the module.
+            kind: which of its tensors.
+            purpose: what the range is for, where observers choose by that; None: they do not.
 
         Raises:
             FP8MeasurementError: NaN or Inf went through the module.
@@ -96,7 +116,7 @@ class Measurements:
         observer = self.tensors.get((module, kind))
         if observer is None:
             return None
-        found = observer.range()
+        found = observer.range() if purpose is None else observer.range_for(purpose)
         if not bool(torch.isfinite(found)):
             raise FP8MeasurementError(
                 f"{module}: the measured {kind} holds NaN or Inf: expected finite activations; check the calibration "
@@ -111,6 +131,14 @@ class Measurements:
             FP8MeasurementError: NaN or Inf went through the module.
         """
         return None if self.range(module, kind) is None else self.tensors[module, kind].range_per_head()
+
+    def add_experts(self, module: str, tokens: ExpertTokens) -> None:
+        """Add tokens that went to the experts of one module."""
+        self.experts.setdefault(module, ExpertTokens()).merge(tokens)
+
+    def tokens_of_experts(self) -> dict[str, torch.Tensor]:
+        """How many tokens went to each expert, int64 `(experts,)`, by the module that holds their weights."""
+        return {module: seen.tokens() for module, seen in sorted(self.experts.items())}
 
     def at(self, module: str) -> Ranges:
         """The ranges of one module's tensors, as far as they are known now."""
@@ -130,7 +158,10 @@ class Measurements:
             return self.tensors[module, kind]
         if not _KIND.fullmatch(kind):
             raise FP8MeasurementError(f"{module}: {kind!r} names no tensor: expected letters, digits and underscores")
-        return observer_class(self.observer)()
+        return self._new_observer(module, kind)
+
+    def _new_observer(self, module: str, kind: str) -> Observer:
+        return observer_class(self.observer).made_for(replace(self.context, module=module, kind=kind))
 
     def merged(self, other: Measurements) -> Measurements:
         """The measurements of two runs, or two ranks, over the same model.
@@ -138,6 +169,32 @@ class Measurements:
         Raises:
             FP8MeasurementError: they are of different models, or made by different observers.
         """
+        merged = self.without_data()
+        merged.include(self)
+        merged.include(other)
+        return merged
+
+    def without_data(self) -> Measurements:
+        """Measurements of the same model, by the same observer, that hold nothing yet."""
+        return replace(self, tensors={}, experts={}, samples=0, data="", architecture=dict(self.architecture))
+
+    def include(self, other: Measurements) -> None:
+        """Merge other measurements into these.
+
+        Raises:
+            FP8MeasurementError: as `merged`; these are as they were, then.
+        """
+        self._refuse(other)
+        for (module, kind), observer in other.tensors.items():
+            if kind not in _ONCE or (module, kind) not in self.tensors:
+                self.add(module, kind, observer)
+        for module, tokens in other.experts.items():
+            self.add_experts(module, tokens)
+        self.samples += other.samples
+        self.data = added_data(self.data, other.data)
+        self.architecture = {**other.architecture, **self.architecture}
+
+    def _refuse(self, other: Measurements) -> None:
         if self.fingerprint != other.fingerprint:
             raise FP8MeasurementError(
                 f"measurements of different models cannot be merged: fingerprints {self.fingerprint} and "
@@ -150,13 +207,12 @@ class Measurements:
                 f"measurements by different observers cannot be merged: {self.observer!r} and {other.observer!r}; "
                 "measure both with one"
             )
-        data = "+".join(sorted({*self.data.split("+"), *other.data.split("+")} - {""}))
-        known = {**other.architecture, **self.architecture}
-        merged = Measurements(self.fingerprint, {}, self.samples + other.samples, data, self.observer, known)
-        for measurements in (self, other):
-            for (module, kind), observer in measurements.tensors.items():
-                merged.add(module, kind, observer)
-        return merged
+        for module, kind in self.tensors.keys() & other.tensors.keys():
+            if kind in _ONCE and not self.tensors[module, kind].agrees(other.tensors[module, kind]):
+                raise FP8MeasurementError(
+                    f"measurements of different weights cannot be merged: {module} has other statistics of its {kind} "
+                    "in each; expected the same model in the same dtype: measure both alike"
+                )
 
     def save(self, prefix: str | os.PathLike[str]) -> str:
         """Write `<prefix>_measurements.safetensors` (folders are made) and return its path.
@@ -164,14 +220,22 @@ class Measurements:
         A file of the same model is replaced. Any other that stands there is kept, under a name that a warning tells.
         """
         path = measurements_path(prefix)
-        folder = os.path.dirname(path) or "."
-        os.makedirs(folder, exist_ok=True)
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        write_atomically(path, self.encoded(), before=lambda: self._keep_other(prefix))
+        return path
+
+    def encoded(self, notes: Mapping[str, Any] | None = None) -> bytes:
+        """The bytes of the file: the same for the same content.
+
+        Args:
+            notes: more for the header, as JSON.
+        """
         tensors = {
-            f"{module}/{kind}/{name}": _as_stored(value)
-            for (module, kind), observer in self.tensors.items()
+            f"{module}/{kind}/{name}": as_stored(value)
+            for (module, kind), observer in (*self.tensors.items(), *_under(EXPERTS, self.experts))
             for name, value in observer.statistics().items()
         }
-        header = {
+        header: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "observer": self.observer,
             "fingerprint": self.fingerprint,
@@ -180,17 +244,22 @@ class Measurements:
         }
         if self.architecture:
             header["architecture"] = self.architecture
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=".measurements-")
-        os.close(handle)
+        if notes is not None:
+            header["notes"] = notes
+        return encode(tensors, header)
+
+    @classmethod
+    def decoded(cls, data: bytes, path: str) -> tuple[Measurements, dict[str, Any]]:
+        """The measurements in the bytes of the file at `path`, and the notes in its header.
+
+        Raises:
+            FP8MeasurementError: as `load`.
+        """
         try:
-            save_file(tensors, temporary, metadata={"measurements": json.dumps(header)})
-            os.chmod(temporary, _ordinary_mode())
-            self._keep_other(prefix)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-        return path
+            tensors, header = decode(data)
+            return cls._from_file(path, header, tensors), dict(header.get("notes", {}))
+        except (SafetensorError, KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+            raise FP8MeasurementError(not_readable(path, data[:4096], error)) from None
 
     def _keep_other(self, prefix: str | os.PathLike[str]) -> None:
         """Move a file that stands at our place and is not of our model out of the way."""
@@ -200,13 +269,13 @@ class Measurements:
         try:
             other = Measurements.load(prefix)
         except FP8MeasurementError as error:
-            what, kept = f"no measurements that can be read ({error})", kept_prefix(prefix, _digest(path))
+            what, kept = f"no measurements that can be read ({error})", kept_prefix(prefix, file_digest(path))
         else:
             if other.unlike(self) is None:
                 return
             what, kept = "of another model", kept_prefix(prefix, other.fingerprint)
             if Measurements.exist(kept) and not other._stands_at(kept):
-                kept = kept_prefix(prefix, _digest(path))
+                kept = kept_prefix(prefix, file_digest(path))
         os.replace(path, measurements_path(kept))
         logger.warning(
             "%s was there and is %s: it is now %s (dump_stats_path=%r), and the measurements of this model take its "
@@ -231,7 +300,7 @@ class Measurements:
 
     @classmethod
     def load(cls, prefix: str | os.PathLike[str]) -> Measurements:
-        """Read what `save(prefix)` wrote.
+        """Read what `save(prefix)` wrote, or what INC left there: the latter without a fingerprint, in INC's names.
 
         Raises:
             FP8MeasurementError: no such file, a damaged one, one of a newer format, or by an observer that is not
@@ -239,14 +308,16 @@ class Measurements:
         """
         path = measurements_path(prefix)
         if not os.path.exists(path):
+            if has_inc_ranges(prefix):
+                found = read_inc(prefix, only_ranges=True)
+                return cls("", dict(found.tensors()), found.samples)
             raise FP8MeasurementError(not_found(path, os.fspath(prefix)))
         try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {})["measurements"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return cls._from_file(path, header, tensors)
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
-            raise FP8MeasurementError(not_readable(path, error)) from None
+            with open(path, "rb") as file:
+                data = file.read()
+        except OSError as error:
+            raise FP8MeasurementError(not_readable(path, b"", error)) from None
+        return cls.decoded(data, path)[0]
 
     @classmethod
     def _from_file(cls, path: str, header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Measurements:
@@ -264,11 +335,15 @@ class Measurements:
         grouped: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
         for name, value in tensors.items():
             module, kind, statistic = name.rsplit("/", 2)
-            value = _as_observed(value, made_by.STATISTICS.get(statistic))
+            if kind != EXPERTS:
+                value = as_observed(value, made_by.STATISTICS.get(statistic))
             grouped.setdefault((module, kind), {})[statistic] = value
         for (module, kind), statistics in grouped.items():
             try:
-                measurements.add(module, kind, made_by(**statistics))
+                if kind == EXPERTS:
+                    measurements.add_experts(module, ExpertTokens(**statistics))
+                else:
+                    measurements.add(module, kind, made_by(**statistics))
             except FP8MeasurementError as error:
                 raise ValueError(f"{module}/{kind}: {error}") from None
         return measurements
@@ -288,80 +363,27 @@ class Ranges:
     module: str
     kinds: frozenset[str]
 
-    def of(self, kind: str) -> torch.Tensor:
-        """The range of a tensor, a float32 scalar.
+    def of(self, kind: str, purpose: Purpose | None = None) -> torch.Tensor:
+        """The range of a tensor, a float32 scalar; `purpose` is what for, where observers choose by that.
 
         Raises:
             FP8MeasurementError: it was never seen, or NaN or Inf went through.
         """
-        found = self.measurements.range(self.module, kind)
+        found = self.measurements.range(self.module, kind, purpose)
         if found is None:
             seen = ", ".join(sorted(self.kinds)) or "nothing"
             raise FP8MeasurementError(f"{self.module}: no range of {kind!r} was measured (found {seen}): measure again")
         return found
+
+    def largest(self, kind: str) -> torch.Tensor:
+        """The largest magnitude of a tensor, a float32 scalar, also where its range is smaller."""
+        self.of(kind)
+        return self.measurements.tensors[self.module, kind].largest()
 
     def per_head(self, kind: str) -> torch.Tensor | None:
         """The range of each head, float32 `(heads,)`; None if it is not known."""
         return self.measurements.range_per_head(self.module, kind)
 
 
-def measurements_path(prefix: str | os.PathLike[str]) -> str:
-    """The file of a `dump_stats_path`: its folder, and its last part as the prefix of the file name."""
-    return f"{os.fspath(prefix)}_measurements.safetensors"
-
-
-def why_unwritable(folder: str | os.PathLike[str]) -> str | None:
-    """Why nothing can be written into a folder, which need not be there yet; None if it can. Nothing is left there."""
-    existing = os.path.abspath(folder)
-    while not os.path.lexists(existing):
-        existing = os.path.dirname(existing)
-    if not os.path.isdir(existing):
-        return f"{existing!r} is not a folder"
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            return None
-    except OSError as error:
-        return f"nothing can be written to {existing!r} ({error.strerror or error})"
-
-
-def check_dump_path(prefix: str | os.PathLike[str]) -> None:
-    """Refuse a `dump_stats_path` that measurements cannot be written to, before there are any.
-
-    Raises:
-        FP8ConfigError: the message says why.
-    """
-    path = measurements_path(prefix)
-    reason = f"{path!r} is a folder" if os.path.isdir(path) else why_unwritable(os.path.dirname(path) or ".")
-    if reason is not None:
-        raise FP8ConfigError(
-            f"dump_stats_path={os.fspath(prefix)!r} cannot take the measurements: {reason}; expected a folder that can "
-            "be written to, and the beginning of a file name in it"
-        )
-
-
-def kept_prefix(prefix: str | os.PathLike[str], fingerprint: str) -> str:
-    """The prefix under which the file of the model with `fingerprint` is kept when another takes its place."""
-    known = fingerprint if _FINGERPRINT.fullmatch(fingerprint) else hashlib.sha256(fingerprint.encode()).hexdigest()
-    return f"{os.fspath(prefix)}-{known[:12]}"
-
-
-def _digest(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
-
-
-def _as_stored(value: torch.Tensor) -> torch.Tensor:
-    """A statistic as the file keeps it: scalars are `(1,)`."""
-    return (value if value.ndim else value.reshape(1)).cpu().clone(memory_format=torch.contiguous_format)
-
-
-def _as_observed(value: torch.Tensor, declared: Statistic | None) -> torch.Tensor:
-    """A statistic as its observer keeps it."""
-    return value[0] if value.shape == (1,) and declared is not None and declared.fits(value[0]) else value
-
-
-def _ordinary_mode() -> int:
-    """The mode a new file would have: temporary ones are private, measurements are for colleagues and other ranks."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return 0o666 & ~umask
+def _under(kind: str, observers: Mapping[str, Observer]) -> list[tuple[tuple[str, str], Observer]]:
+    return [((module, kind), observer) for module, observer in observers.items()]

@@ -43,6 +43,7 @@ class FP8Module(nn.Module):
     """
 
     rows_are_tokens = True  # whether the last dimension of an input is its features
+    stores_in_out = False  # whether the original's weight is `[in, out]`
 
     weight_scale: nn.Parameter
     input_scale: nn.Parameter | None
@@ -73,7 +74,8 @@ class FP8Module(nn.Module):
         """Why this class cannot stand for a module, or None."""
         return None
 
-    def to_out_in(self, weight: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def to_out_in(weight: torch.Tensor) -> torch.Tensor:
         """The original module's weight with output channels first, and the other way round."""
         return weight
 

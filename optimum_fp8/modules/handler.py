@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from torch import nn
 
 from .. import ops
 from ..formats import NumberFormat
-from ..measure import Observers, Ranges
-from ..scales import Scheme
+from ..measure import Observers, Purpose, Ranges
+from ..scales import ScaleRule, Scheme
 
 
 class Reason(Enum):
@@ -94,6 +95,11 @@ class Target:
     handler: ModuleHandler
     scheme: Scheme
     ranges: Ranges
+
+    def static_scale(self, kind: str, rule: ScaleRule | None = None) -> torch.Tensor:
+        """The scale that follows from the range of one of its tensors, by `rule` (by default the input's): `(1,)`."""
+        scale_of = partial(self.scheme.static_scale, rule=rule)
+        return scale_of(self.ranges.of(kind, Purpose(self.scheme.fmt, scale_of)))
 
 
 @dataclass

@@ -83,7 +83,7 @@ class LayerHandler(ModuleHandler):
 
     def observe(self, target: Target, observers: Observers) -> None:
         if not isinstance(target.module, FP8Module):
-            observers.attach_weight(target.name, target.module)
+            observers.attach_weight(target.name, target.module, self.fp8_class.to_out_in)
         if target.scheme.needs_ranges:
             observers.attach(target.name, target.module)
 
@@ -94,7 +94,7 @@ class LayerHandler(ModuleHandler):
     def convert(self, target: Target, model: nn.Module, quantize: Quantize) -> Conversion:
         module, scheme, input_scale = target.module, target.scheme, None
         if scheme.is_static:
-            input_scale = scheme.static_scale(target.ranges.of("input") if scheme.needs_ranges else torch.zeros(()))
+            input_scale = target.static_scale("input") if scheme.needs_ranges else scheme.static_scale(torch.zeros(()))
         if isinstance(module, FP8Module):  # its weight became FP8 while loading
             before = (module.scheme, module.input_scale)
             return Conversion(

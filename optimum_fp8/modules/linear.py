@@ -59,7 +59,10 @@ class FP8Linear(FP8Module):
 class FP8Conv1D(FP8Linear):
     """transformers' Conv1D (GPT-2), a linear layer that stores its weight as `[in, out]`; its codes are `[out, in]`."""
 
-    def to_out_in(self, weight: torch.Tensor) -> torch.Tensor:
+    stores_in_out = True
+
+    @staticmethod
+    def to_out_in(weight: torch.Tensor) -> torch.Tensor:
         return weight.t() if weight.ndim == 2 else weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

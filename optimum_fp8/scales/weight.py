@@ -9,7 +9,7 @@ import torch
 from .. import ops
 from ..errors import FP8ScaleError
 from ..formats import NumberFormat, hp_torch_dtype, number_format
-from .granularity import Granularity, PerChannel, PerTensor
+from .granularity import Granularity, PerChannel, PerTensor, Shape
 from .methods import scale_method
 from .rule import ScaleRule, checked_scale, value_of
 
@@ -80,12 +80,16 @@ def quantize_weight(
         hp_dtype: dtype of per-tensor arithmetic.
 
     Returns:
-        contiguous codes of the weight's shape; the float32 scale; max|w| in float32, one or one a channel.
+        contiguous codes of the weight's shape; the float32 scale; max|w| in float32, one or one a channel. Of a weight
+        on meta, which has no values, they are on meta as well.
 
     Raises:
         FP8ScaleError: the weight holds NaN or Inf, or nothing at all.
     """
     weight, by_range = weight.detach(), value_of(rule).only_range and weight.dtype in (torch.bfloat16, torch.float16)
+    if weight.is_meta:
+        scale = torch.empty(scale_shape(weight.shape, rule), dtype=torch.float32, device="meta")
+        return torch.empty(weight.shape, dtype=fmt.dtype, device="meta"), scale, scale.new_empty((1,))
     if by_range and weight.numel() and isinstance(rule.granularity, (PerTensor, PerChannel)):
         codes, scale, maxabs = ops.cast_to_fp8_by_range(
             weight,
@@ -98,6 +102,11 @@ def quantize_weight(
         return codes, scale, maxabs
     scale = scale_of_weight(weight, rule, fmt, hp_dtype)
     return ops.cast_to_fp8(weight, scale, fmt.dtype, fmt.full_scale).contiguous(), scale, ops.maxabs(weight)
+
+
+def scale_shape(shape: Shape, rule: ScaleRule) -> tuple[int, ...]:
+    """The shape of the scale of a weight of `shape`."""
+    return rule.granularity.scale_shape(shape) if rule.needs_range else (1,)
 
 
 def weight_maxabs(weight: torch.Tensor, granularity: Granularity | None = None) -> torch.Tensor:

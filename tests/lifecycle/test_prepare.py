@@ -13,8 +13,6 @@ from optimum_fp8.errors import FP8MeasurementError, FP8StateError
 from optimum_fp8.lifecycle import needs_ranges, state_of
 from optimum_fp8.lifecycle.prepare import fingerprint, saw_activations, unmeasured_state
 from optimum_fp8.measure import Measurements
-from optimum_fp8.measure.observer import OBSERVERS
-from optimum_fp8.measure.observers.maxabs import MaxAbs
 
 IDS = torch.arange(3, 12)[None]
 
@@ -118,13 +116,26 @@ def test_the_state_of_a_model_that_was_not_prepared_finds_the_file(config):
         unmeasured_state(nn.Sequential(nn.Linear(4, 4)), config())
 
 
-def test_measurements_of_another_observer_are_refused(config, monkeypatch):
-    class Percentile(MaxAbs):
-        name = "percentile"
-
-    monkeypatch.setitem(OBSERVERS, "percentile", Percentile)
+def test_an_observer_reads_what_another_has_measured_if_its_statistics_are_there(config):
     model = prepare(net(), config(observer="percentile"))
+    model(torch.cat([torch.full((500, 4), 0.5), torch.full((1, 4), 8.0)]))
+    finalize_calibration(model)
+    found = {
+        (observer, percentile): unmeasured_state(net(), config(observer=observer, percentile=percentile)).measurements
+        for observer in ("percentile", "maxabs", "mse", "entropy")
+        for percentile in (90.0, 100.0)
+    }
+    assert {key: each.range("0").item() for key, each in found.items()} == {
+        (observer, percentile): 0.53125 if (observer, percentile) == ("percentile", 90.0) else 8.0
+        for observer, percentile in found
+    }, "0.53125 is the end of the bin that 0.5 is in"
+
+
+@pytest.mark.parametrize("observer, lacking", [("mse", "counts"), ("maxabs_per_channel", "maxabs_per_channel")])
+def test_measurements_without_the_statistics_that_an_observer_needs_are_refused(config, observer, lacking):
+    model = prepare(net(), config())
     model(torch.ones(1, 4))
     finalize_calibration(model)
-    with pytest.raises(FP8MeasurementError, match="made by the observer 'percentile', but observer='maxabs'"):
-        convert(net(), config())
+    message = f"'maxabs', which keeps no {lacking}, but observer='{observer}' needs that: set observer='maxabs', or"
+    with pytest.raises(FP8MeasurementError, match=message):
+        convert(net(), config(observer=observer))

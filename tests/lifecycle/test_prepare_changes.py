@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +16,6 @@ from optimum_fp8.lifecycle import state_of
 from optimum_fp8.measure import Measurements, kept_prefix, model_fingerprint
 from optimum_fp8.modules import fp8_modules
 
-INC = Path(__file__).parents[1] / "data" / "inc" / "measured"
 X = torch.ones(2, 4)
 
 
@@ -186,33 +183,3 @@ def test_ranges_of_the_same_weights_with_another_activation_function_are_refused
     finalize_calibration(model)
     with pytest.raises(FP8MeasurementError, match="another model .1 is ReLU, not Sigmoid"):
         convert(net(activation=nn.Sigmoid), config(mode="QUANTIZE"))
-
-
-# --- files of INC's -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", ["AUTO", "QUANTIZE"])
-@pytest.mark.parametrize("scheme", ["auto", "static"])
-def test_incs_measurements_are_named_in_every_mode(config, tmp_path, mode, scheme):
-    shutil.copytree(INC, tmp_path / "stats")
-    with pytest.raises(FP8MeasurementError, match="INC's own .*measure_hooks_maxabs"):
-        convert(
-            net(),
-            config(mode=mode, activation_scheme=scheme, dump_stats_path=str(tmp_path / "stats" / "measure")),
-        )
-
-
-@pytest.mark.parametrize("mode", ["AUTO", "QUANTIZE"])
-def test_from_pretrained_names_incs_measurements(save, tmp_path, mode):
-    shutil.copytree(INC, tmp_path / "stats")
-    config = FP8Config(mode=mode, dump_stats_path=str(tmp_path / "stats" / "measure"))
-    with pytest.raises(FP8MeasurementError, match="INC's own .*measure_hooks_maxabs"):
-        AutoModelForCausalLM.from_pretrained(save(llama()), quantization_config=config)
-
-
-def test_incs_measurements_that_happen_to_be_at_the_default_path_are_said(tmp_path, monkeypatch, caplog):
-    shutil.copytree(INC, tmp_path / "hqt_output")
-    monkeypatch.chdir(tmp_path)
-    model = convert(net(), FP8Config(target="cpu"))
-    assert "INC's own ./hqt_output/measure_hooks_maxabs" in caplog.text and "not used" in caplog.text
-    assert {module.activations for module in fp8_modules(model).values()} == {"dynamic"}

@@ -1,13 +1,14 @@
-"""Ranges are measured in one process, and written where they can be."""
+"""Processes that should be there, and places where ranges can be written."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import PartialState
 from torch import nn
 
-from optimum_fp8 import FP8Config, Measurements, convert, finalize_calibration, prepare
-from optimum_fp8.errors import FP8ConfigError, FP8NotAvailableError
+from optimum_fp8 import FP8Config, convert, finalize_calibration, prepare
+from optimum_fp8.errors import FP8CalibrationError, FP8ConfigError
 from optimum_fp8.lifecycle.state import state_of
 
 
@@ -16,10 +17,11 @@ def model() -> nn.Sequential:
 
 
 @pytest.mark.parametrize("variable", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
-def test_each_of_several_processes_refuses_to_measure(variable, monkeypatch):
+def test_other_processes_that_cannot_be_reached(variable, monkeypatch):
+    PartialState(cpu=True)  # made before, for this process alone
     monkeypatch.setenv(variable, "4")
     untouched = model()
-    with pytest.raises(FP8NotAvailableError, match="calibration in 4 processes at once"):
+    with pytest.raises(FP8CalibrationError, match="one of 4 processes, .* cannot be reached .*without a launcher"):
         prepare(untouched, FP8Config())
     assert state_of(untouched) is None and not untouched[0]._forward_pre_hooks
     convert(model(), FP8Config(activation_scheme="dynamic"))
@@ -27,14 +29,15 @@ def test_each_of_several_processes_refuses_to_measure(variable, monkeypatch):
     prepare(model(), FP8Config())
 
 
-def test_each_of_several_processes_refuses_to_write(monkeypatch, tmp_path):
-    prefix = str(tmp_path / "ranges")
-    measured = prepare(model(), FP8Config(dump_stats_path=prefix))
-    measured(torch.ones(2, 16))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(FP8NotAvailableError, match="write over the others' measurements"):
-        finalize_calibration(measured)
-    assert not Measurements.exist(prefix)
+def test_a_process_that_is_alone_in_its_group_measures(tmp_path):
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
+    try:
+        measured = prepare(model(), FP8Config(dump_stats_path=str(tmp_path / "ranges")))
+        measured(torch.ones(2, 16))
+        assert finalize_calibration(measured).range("0") == 1.0
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_path_that_cannot_be_written_loses_no_measurements(tmp_path):

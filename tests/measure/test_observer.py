@@ -19,7 +19,7 @@ def percentile(monkeypatch):
 
     @register_observer
     class Percentile(Observer):
-        name = "percentile"
+        name = "thousandth"
         STATISTICS = {"counts": Statistic(torch.add, shape=(2048,)), "peaks": Statistic(torch.maximum, per_head=True)}
 
         def update(self, x):
@@ -46,7 +46,7 @@ def percentile(monkeypatch):
 
 
 def measured(*tensors, **options):
-    measurements = Measurements("f", observer="percentile", **options)
+    measurements = Measurements("f", observer="thousandth", **options)
     for x in tensors:
         measurements.observe("fc", "input", x)
     return measurements
@@ -63,7 +63,7 @@ def test_an_observer_of_ones_own_goes_the_whole_way(percentile, tmp_path):
     merged = Measurements.load(tmp_path / "one").merged(two)
     merged.save(tmp_path / "both")
     again = Measurements.load(tmp_path / "both")
-    assert again.observer == "percentile" and type(again.tensors["fc", "input"]) is percentile
+    assert again.observer == "thousandth" and type(again.tensors["fc", "input"]) is percentile
     assert again.range("fc") == 4.0 and again.samples == 2
     assert torch.equal(again.tensors["fc", "input"].statistics()["counts"], percentile.histogram(torch.cat([X, 2 * X])))
     assert one.range("fc") == 2.0 and two.range("fc") == 4.0, "merging changes neither side"
@@ -95,16 +95,16 @@ def test_observers_that_keep_nothing_per_head_see_any_tensor(percentile):
 
 
 def test_measurements_of_different_observers_cannot_be_merged(percentile):
-    with pytest.raises(FP8MeasurementError, match="'percentile' and 'maxabs'; measure both with one"):
+    with pytest.raises(FP8MeasurementError, match="'thousandth' and 'maxabs'; measure both with one"):
         measured(X).merged(Measurements("f"))
-    with pytest.raises(FP8MeasurementError, match="'percentile' and 'maxabs' cannot be merged"):
+    with pytest.raises(FP8MeasurementError, match="'thousandth' and 'maxabs' cannot be merged"):
         measured(X).add("fc", "input", observer_class("maxabs")(maxabs=torch.tensor(1.0), count=torch.tensor(1)))
 
 
 def test_a_file_of_an_observer_that_is_not_known_here(percentile, tmp_path, monkeypatch):
     measured(X).save(tmp_path / "measure")
     monkeypatch.undo()
-    with pytest.raises(FP8MeasurementError, match=r"measure_.*observer='percentile' is not known.*valid: maxabs"):
+    with pytest.raises(FP8MeasurementError, match=r"measure_.*observer='thousandth' is not known.*valid: maxabs"):
         Measurements.load(tmp_path / "measure")
 
 
@@ -124,6 +124,7 @@ def test_statistics_that_were_not_declared(percentile, statistics, message, tmp_
     path = measured(X).save(tmp_path / "measure")
     with safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["measurements"])
+    del header["checksum"]
     tensors = {f"fc/input/{key}": value for key, value in statistics.items()}
     save_file(tensors, path, metadata={"measurements": json.dumps(header)})
     with pytest.raises(FP8MeasurementError, match=rf"damaged \(fc/input: .*{message}.*measure again"):
@@ -134,9 +135,9 @@ def test_a_name_that_is_taken(percentile):
     class Other(percentile):
         pass
 
-    with pytest.raises(FP8ConfigError, match=r"observer 'percentile' is .*Percentile already: name .*Other otherwise"):
+    with pytest.raises(FP8ConfigError, match=r"observer 'thousandth' is .*Percentile already: name .*Other otherwise"):
         register_observer(Other)
-    assert register_observer(percentile) is observer_class("percentile") is percentile
+    assert register_observer(percentile) is observer_class("thousandth") is percentile
 
 
 def test_a_name_that_is_not_known():

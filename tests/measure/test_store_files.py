@@ -101,16 +101,41 @@ def test_saving_where_a_folder_stands_fails_and_leaves_it(tmp_path):
     "path",
     ["measure", "", "measure_hooks_maxabs", "measure_hooks_maxabs.json", "measure_hooks_maxabs.npz"],
 )
-def test_incs_files_are_named_however_they_are_pointed_at(tmp_path, path):
+def test_incs_files_are_read_however_they_are_pointed_at(tmp_path, path):
     shutil.copytree(INC, tmp_path / "stats")
-    with pytest.raises(FP8MeasurementError, match=r"only INC's own .*measure_hooks_maxabs.*cannot read yet"):
-        Measurements.load(os.path.join(tmp_path / "stats", path).rstrip("/"))
+    found = Measurements.load(os.path.join(tmp_path / "stats", path).rstrip("/"))
+    assert (found.fingerprint, found.observer, found.samples) == ("", "maxabs", 0)
+    assert {name: found.range(*name).item() for name in found.tensors} == {
+        ("0", "input"): 10.25,
+        ("0", "weight"): 0.353515625,
+        ("2", "input"): 5.4375,
+        ("2", "weight"): 0.2412109375,
+    }
+
+
+def test_ours_are_taken_where_incs_are_beside_them(tmp_path):
+    shutil.copytree(INC, tmp_path / "stats")
+    measured(A, 3.0).save(tmp_path / "stats" / "measure")
+    assert found(tmp_path / "stats" / "measure") == 3.0
+
+
+def test_what_was_read_of_incs_is_kept_in_our_file(tmp_path):
+    Measurements.load(INC / "measure").save(tmp_path / "m")
+    again = Measurements.load(tmp_path / "m")
+    assert again.fingerprint == "" and again.range("0").item() == 10.25
+
+
+@pytest.mark.parametrize("only", ["MAXABS_ARBITRARY", "mod_list"])
+def test_files_of_incs_without_ranges_are_named(tmp_path, only):
+    shutil.copytree(INC, tmp_path / "stats", ignore=lambda folder, names: [name for name in names if only not in name])
+    with pytest.raises(FP8MeasurementError, match=rf"only INC's own .*{only}.* hold no ranges.*hooks_maxabs.npz"):
+        Measurements.load(tmp_path / "stats" / "measure")
 
 
 @pytest.mark.parametrize("name", ["measure_hooks_maxabs.json", "measure_hooks_maxabs.npz"])
 def test_incs_files_under_our_name_are_known(tmp_path, name):
     shutil.copy(INC / name, measurements_path(tmp_path / "measure"))
-    with pytest.raises(FP8MeasurementError, match=r"measure_measurements.safetensors is a file of INC's"):
+    with pytest.raises(FP8MeasurementError, match=r"measure_measurements.safetensors is a file of INC's: give it"):
         Measurements.load(tmp_path / "measure")
 
 

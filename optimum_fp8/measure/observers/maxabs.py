@@ -26,15 +26,15 @@ class MaxAbs(Observer):
     }
 
     @classmethod
-    def from_range(cls, maxabs: torch.Tensor, count: int) -> MaxAbs:
+    def from_range(cls, maxabs: torch.Tensor, count: int) -> Observer | None:
         return cls(maxabs=maxabs.amax().float(), count=torch.tensor(count, dtype=torch.int64, device=maxabs.device))
 
     def update(self, x: torch.Tensor) -> None:
-        self.accumulate(maxabs=ops.maxabs(x).reshape(()), count=_count(x))
+        self.accumulate(maxabs=ops.maxabs(x).reshape(()), count=count_of(x))
 
     def update_per_head(self, x: torch.Tensor) -> None:
         per_head = x.abs().amax(dim=(0, 2)).float()
-        self.accumulate(maxabs=per_head.amax(), count=_count(x), maxabs_per_head=per_head)
+        self.accumulate(maxabs=per_head.amax(), count=count_of(x), maxabs_per_head=per_head)
 
     def range(self) -> torch.Tensor:
         return self._statistics["maxabs"]
@@ -43,5 +43,6 @@ class MaxAbs(Observer):
         return self._statistics.get("maxabs_per_head")
 
 
-def _count(x: torch.Tensor) -> torch.Tensor:
+def count_of(x: torch.Tensor) -> torch.Tensor:
+    """How many values a tensor has, int64 scalar on its device."""
     return torch.tensor(x.numel(), dtype=torch.int64, device=x.device)

@@ -1,0 +1,48 @@
+"""Models of which each process holds a part of every weight: which can be measured, and what they cannot do."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..errors import FP8NotAvailableError
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether weights are spread over processes, which have to run the model all at once, then."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
+def refuse_partial_activations(model: nn.Module) -> None:
+    """Refuse what gives a module a part of its activations in each process, or of its weights as one flat tensor.
+
+    Raises:
+        FP8NotAvailableError: tensor parallelism, or the older FSDP.
+    """
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    modules = list(model.modules())
+    if any(isinstance(module, FullyShardedDataParallel) for module in modules):
+        raise FP8NotAvailableError(
+            "calibration of a FullyShardedDataParallel model, whose weights are flat: expected FSDP2: shard it with "
+            "torch.distributed.fsdp.fully_shard (fsdp_version: 2 for accelerate)"
+        )
+    if is_sharded(model) and not any(isinstance(module, FSDPModule) for module in modules):
+        raise FP8NotAvailableError(
+            "calibration of a model in tensor parallelism, where each process sees parts of some activations: measure "
+            "it without tp_plan, in as many processes as you like, each with a copy of the model or its shards by "
+            "fully_shard; the FP8 checkpoint can be used in any way"
+        )
+
+
+def refuse_sharded(model: nn.Module, action: str) -> None:
+    """Refuse a step that needs whole weights.
+
+    Raises:
+        FP8NotAvailableError: each process holds a part of them.
+    """
+    if is_sharded(model):
+        raise FP8NotAvailableError(
+            f"{action}: the weights of this model are spread over processes: end measuring with "
+            "finalize_calibration(model), which writes the measurements, and quantize in one process by "
+            "from_pretrained(…, quantization_config=FP8Config(mode='QUANTIZE', dump_stats_path=…))"
+        )
