@@ -13,10 +13,12 @@ from ..config import FP8Config
 from ..errors import FP8CalibrationError
 from ..lifecycle import Origin
 from .facts import ModelFacts
+from .packing import packed
 
 logger = logging.getLogger(__name__)
 
-_DATA_FOR = {"pixel_values": "images, or "}  # what becomes an input of this name, other than text
+# What becomes an input of this name, other than text.
+_DATA_FOR = {"pixel_values": "images, or ", "input_values": "audio, or ", "input_features": "audio, or "}
 
 
 def groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -26,39 +28,43 @@ def groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield group
 
 
-def tokenized(texts: Iterable[Any], config: FP8Config, model: ModelFacts) -> Iterator[Any]:
+def tokenized(
+    texts: Iterable[Any], config: FP8Config, model: ModelFacts, *, add_special_tokens: bool = True
+) -> Iterator[Any]:
     """Batches of texts: tokenized, cut to `max_seq_length` or to what the model takes and, where a batch holds several,
-    padded; blank ones are left out.
+    padded; or packed, with `concatenate_data`. Blank ones are left out.
 
     Args:
         texts: strings.
         config: says the tokenizer, and how many texts of what length.
         model: where a tokenizer is looked for, and how long texts may be.
+        add_special_tokens: False for texts that a chat template has put them into.
 
     Raises:
         FP8CalibrationError: the model takes no text, there is no tokenizer, it cannot pad, or a text is none.
     """
-    if not model.takes("input_ids"):
+    if not model.reads:
         raise FP8CalibrationError(
             f"the dataset is text, and the model takes {model.main_input!r}, not the input_ids of text: pass "
             f"{_DATA_FOR.get(model.main_input, '')}batches of {model.main_input!r}"
         )
-    tokenizer = companion("tokenizer", config.tokenizer or config.processor, model.origin)
-    if config.batch_size > 1 and getattr(tokenizer, "pad_token", None) is None:
-        raise FP8CalibrationError(
-            f"batch_size={config.batch_size} needs padding, but the tokenizer has no pad_token: set it, or use "
-            "batch_size=1"
-        )
+    tokenizer = tokenizer_for(config, model)
     limit, why = _longest(tokenizer, config, model)
+    cut = f"texts are cut to {limit} tokens, not to max_seq_length={config.max_seq_length}: {why}"
+    if config.concatenate_data:
+        if why:
+            logger.warning(cut)
+        return packed(_with_text(texts), tokenizer, limit, config, add_special_tokens)
+    check_padding(tokenizer, config)
+    options = {} if add_special_tokens else {"add_special_tokens": False}
 
     def generate() -> Iterator[Any]:
         said = why is None
-        for group in groups(islice(_with_text(texts), config.num_calibration_samples), config.batch_size):
-            batch = tokenizer(group, return_tensors="pt", truncation=True, max_length=limit, padding=len(group) > 1)
+        for group in groups(islice(_with_text(texts), config.most_samples), config.batch_size):
+            padding = len(group) > 1
+            batch = tokenizer(group, return_tensors="pt", truncation=True, max_length=limit, padding=padding, **options)
             if not said and batch["input_ids"].shape[1] == limit:
-                logger.warning(
-                    "texts are cut to %d tokens, not to max_seq_length=%d: %s", limit, config.max_seq_length, why
-                )
+                logger.warning(cut)
                 said = True
             yield batch
 
@@ -84,6 +90,23 @@ def _with_text(texts: Iterable[Any]) -> Iterator[str]:
             raise FP8CalibrationError(f"sample {number} is {text!r}, not text: clean the column, or set text_column")
         if text.strip():
             yield text
+
+
+def check_padding(tokenizer: Any, config: FP8Config) -> None:
+    """Refuse several texts in a batch where the tokenizer cannot pad them."""
+    if config.batch_size > 1 and getattr(tokenizer, "pad_token", None) is None:
+        raise FP8CalibrationError(
+            f"batch_size={config.batch_size} needs padding, but the tokenizer has no pad_token: set it, or use "
+            "batch_size=1"
+        )
+
+
+def tokenizer_for(config: FP8Config, model: ModelFacts) -> Any:
+    """The config's tokenizer, the one in its processor, or the one beside the model."""
+    given = config.tokenizer
+    if given is None and not hasattr(config.processor, "image_mean") and not hasattr(config.processor, "sampling_rate"):
+        given = getattr(config.processor, "tokenizer", config.processor)  # a processor may be but a tokenizer
+    return companion("tokenizer", given, model.origin)
 
 
 def companion(kind: str, given: Any, origin: Origin) -> Any:
@@ -115,7 +138,7 @@ def collated(rows: Iterable[Mapping[str, Any]], config: FP8Config, model: ModelF
     """
     keys: list[str] = []
     known: set[str] = set()
-    for group in groups(islice(rows, config.num_calibration_samples), config.batch_size):
+    for group in groups(islice(rows, config.most_samples), config.batch_size):
         if not keys:
             named = model.inputs is not None
             keys = [key for key, value in group[0].items() if model.takes(key) and (named or is_numeric(value))]
@@ -125,6 +148,28 @@ def collated(rows: Iterable[Mapping[str, Any]], config: FP8Config, model: ModelF
             say_left_out(later, "the first row does not have")
             known |= later
         yield {key: _stacked(key, [row.get(key) for row in group]) for key in keys}
+
+
+def too_few(found: int, config: FP8Config, what: str = "samples") -> None:
+    """Warn where the dataset has fewer samples than were asked for."""
+    asked = config.says("num_calibration_samples") and config.num_calibration_samples != "auto"
+    if asked and found < config.most_samples:
+        logger.warning(
+            "num_calibration_samples=%d, and the dataset has %d %s: all of them are used",
+            config.most_samples,
+            found,
+            what,
+        )
+
+
+def counted(batches: Iterable[Any], config: FP8Config) -> Iterator[Any]:
+    """The batches; at their end a warning if there were too few."""
+    seen = 0
+    for batch in batches:
+        seen += batch_size_of(batch)
+        yield batch
+    if seen:
+        too_few(seen, config)
 
 
 def is_numeric(value: Any) -> bool:

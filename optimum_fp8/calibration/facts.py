@@ -15,6 +15,8 @@ from .decode import decodes
 
 # What configurations call the number of tokens that the model takes.
 _LIMITS = ("max_position_embeddings", "max_encoder_position_embeddings", "n_positions", "max_seq_len")
+_SOUNDS = ("input_values", "input_features", "audio_values")
+_NO_IMAGES = ("input_ids", "inputs_embeds", *_SOUNDS)
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,21 @@ class ModelFacts:
     def takes(self, name: str) -> bool:
         """Whether `forward` has an argument of this name."""
         return self.inputs is None or name in self.inputs
+
+    @property
+    def reads(self) -> bool:
+        """Whether text may be given to it."""
+        return self.takes("input_ids")
+
+    @property
+    def sees(self) -> bool:
+        """Whether images may be given to it; some models have their own name for what processors make of them."""
+        return self.takes("pixel_values") or self.main_input not in _NO_IMAGES
+
+    @property
+    def hears(self) -> bool:
+        """Whether audio may be given to it."""
+        return any(map(self.takes, _SOUNDS))
 
 
 def facts_of(model: nn.Module, origin: Origin | None = None) -> ModelFacts:

@@ -32,6 +32,20 @@ def tokenizer_without_padding() -> PreTrainedTokenizerFast:
     return _tokenizer()
 
 
+TEMPLATE = """{% if tools %}[{{ tools[0].function.name }}]{% endif %}{% for message in messages %}\
+{% if message.role not in ("system", "user", "assistant", "tool") %}{{ raise_exception("no role " + message.role) }}\
+{% endif %}<{{ message.role }}> {{ message.content }} </s> {% endfor %}"""
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer with a chat template, which says each role as a token of its own, and with an EOS."""
+    tokenizer = _tokenizer(pad_token="<pad>", eos_token="</s>")
+    tokenizer.add_tokens(["<system>", "<user>", "<assistant>", "<tool>", "[look]", "x", "y", "z", "You"])
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
 @pytest.fixture(scope="session")
 def load() -> Callable[..., list[Any]]:
     """`load(dataset, model=ModelFacts(), **keys)`: its batches for a model, under a config with these keys."""

@@ -1,9 +1,11 @@
 """From samples to batches: tokenizing, padding, cutting, counting."""
 
+import datasets
 import pytest
 import torch
 
-from optimum_fp8.calibration import ModelFacts, batch_size_of, groups
+from optimum_fp8 import FP8Config
+from optimum_fp8.calibration import ModelFacts, batch_size_of, check_dataset, groups
 from optimum_fp8.errors import FP8CalibrationError
 from optimum_fp8.lifecycle import Origin
 
@@ -79,3 +81,35 @@ def test_groups():
 )
 def test_size_of_a_batch(batch, size):
     assert batch_size_of(batch) == size
+
+
+FEW = {
+    "list": lambda: ["a"] * 3,
+    "stream": lambda: iter(["a"] * 3),
+    "batches": lambda: [{"input_ids": torch.ones(3, 2, dtype=torch.long)}],
+    "Dataset": lambda: datasets.Dataset.from_dict({"text": ["a", "", "b", "c"]}),
+}
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("kind", FEW)
+def test_too_few_samples_are_said_with_both_numbers(kind, load, tokenizer, caplog):
+    load(FEW[kind](), tokenizer=tokenizer, num_calibration_samples=5)
+    assert caplog.text.count("num_calibration_samples=5, and the dataset has 3 samples: all of them are used") == 1
+
+
+@pytest.mark.parametrize("kind", FEW)
+@pytest.mark.parametrize("keys", [{}, {"num_calibration_samples": 3}, {"num_calibration_samples": "auto"}], ids=str)
+def test_enough_samples_are_not_spoken_of(kind, keys, load, tokenizer, caplog):
+    load(FEW[kind](), tokenizer=tokenizer, **keys)
+    assert "samples" not in caplog.text
+
+
+@pytest.mark.parametrize("key", ["dataset_split", "dataset_config_name", "dataset_revision"])
+@pytest.mark.parametrize("dataset", [["a"], iter([{"input_ids": torch.ones(1, 2)}]), lambda model: None])
+def test_keys_that_mean_nothing_are_refused(key, dataset, tokenizer):
+    config = FP8Config(dataset=dataset, tokenizer=tokenizer, **{key: "x"})
+    source = check_dataset(dataset)
+    for use in (source.opened, lambda dataset, config, model: source.run(dataset, None, config, list)):
+        with pytest.raises(FP8CalibrationError, match=f"{key}='x' does not go with .*: it is for .*drop it"):
+            use(dataset, config, ModelFacts())

@@ -2,41 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 
 from ...config import FP8Config
 from ...errors import FP8CalibrationError
-from ..batching import batch_size_of
+from ..batching import batch_size_of, counted
 from ..facts import ModelFacts
+from ..order import positions
+from ..rows.batches import Rows, batches_of_rows
+from ..rows.columns import is_sample
 from ..source import Source, register_source
+from .row_list import as_rows
 
 _TOKENS = ("input_ids", "decoder_input_ids")
 
 
 @register_source
 class Batches(Source):
-    """An iterable of batches; no more of a stream is read than needed.
+    """An iterable of batches, or a stream of samples such as texts or images; no more is read than needed.
 
     Tensors are passed on as they are. Lists and arrays of numbers become tensors, and a row of tokens a batch of one.
     """
 
     expected = "a DataLoader or another iterable of batches"
     catch_all = True
+    honours = ("concatenate_data",)  # of a stream of texts
 
     def accepts(self, dataset: Any) -> bool:
         return isinstance(dataset, Iterable) and not isinstance(dataset, (str, bytes, Mapping, torch.Tensor))
 
+    def refuse_keys(self, dataset: Any, config: FP8Config) -> None:
+        can_shuffle = isinstance(dataset, Sequence)
+        super().refuse_keys(dataset, config.replace(shuffle_calibration_samples=False) if can_shuffle else config)
+
     def batches(self, dataset: Iterable[Any], config: FP8Config, model: ModelFacts) -> Iterator[Any]:
+        again = isinstance(dataset, Sequence)
+        if isinstance(dataset, Sequence) and config.shuffle_calibration_samples:
+            dataset = [dataset[number] for number in positions(len(dataset), config)]
+        iterator = iter(dataset)
+        first = next(iterator, None)
+        everything = iterator if first is None else chain([first], iterator)
+        is_batch = isinstance(first, Mapping) and model.main_input in first
+        if (is_sample(first) or _is_no_input(first, model)) and not is_batch:
+            samples = dataset if again else everything
+            return batches_of_rows(Rows(lambda: as_rows(enumerate(samples), config), again), config, model)
+        if config.concatenate_data:
+            raise FP8CalibrationError("concatenate_data=True packs texts, and the dataset holds batches: drop it")
+        return counted(self._batches(everything, config, model), config)
+
+    def _batches(self, batches: Iterable[Any], config: FP8Config, model: ModelFacts) -> Iterator[Any]:
         seen = 0
-        for number, batch in enumerate(dataset):
-            if seen >= config.num_calibration_samples:
-                return
+        for number, batch in enumerate(batches):
             batch = _as_tensors(batch, model.main_input, f"batch {number}")
             seen += batch_size_of(batch)
             yield batch
+            if seen >= config.most_samples:
+                return
+
+
+def _is_no_input(first: Any, model: ModelFacts) -> bool:
+    """Whether it is a dict that says nothing to the model: as a row it is refused with the names of its columns."""
+    if not isinstance(first, Mapping) or any(map(torch.is_tensor, first.values())):
+        return False
+    return not any(map(model.takes, first))
 
 
 def _as_tensors(batch: Any, main_input: str, where: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +23,17 @@ class Function(Source):
     def accepts(self, dataset: Any) -> bool:
         return callable(dataset)
 
+    def check(self, dataset: Any) -> None:
+        try:
+            inspect.signature(dataset).bind(None)
+        except TypeError as error:
+            raise FP8CalibrationError(
+                f"dataset={getattr(dataset, '__name__', dataset)} cannot be called with the model alone ({error}): "
+                "expected a function of one argument; of one that makes data, pass what it returns"
+            ) from None
+        except ValueError:  # of some built-in callables nothing is known
+            return
+
     def batches(self, dataset: Any, config: FP8Config, model: ModelFacts) -> Iterator[Any]:
         raise FP8CalibrationError(
             f"dataset of type {type(dataset).__name__} calls the model by itself and has no batches: pass an iterable "
@@ -29,7 +41,7 @@ class Function(Source):
         )
 
     def opened(self, dataset: Any, config: FP8Config, model: ModelFacts) -> None:
-        return None
+        self.refuse_keys(dataset, config)
 
     def run(
         self,
@@ -38,4 +50,5 @@ class Function(Source):
         config: FP8Config,
         forward: Callable[[Iterator[Any]], None],
     ) -> None:
+        self.refuse_keys(dataset, config)
         dataset(model)

@@ -1,42 +1,51 @@
-"""Calibration data from a list of rows: dicts with text or images, or images by themselves."""
+"""Calibration data from a list of rows: dicts, conversations, or images or sounds by themselves."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ...config import FP8Config
 from ...errors import FP8CalibrationError
 from ..facts import ModelFacts
-from ..rows import batches_of_rows, is_image
-from ..source import Source, register_source
+from ..order import positions
+from ..rows.batches import Rows
+from ..rows.columns import Row, as_values, is_sample
+from ..source import RowSource, register_source
 
 
 @register_source
-class RowList(Source):
-    """A list or tuple of samples that are no batches: they hold text or an image, and no tensor or array."""
+class RowList(RowSource):
+    """A list or tuple of samples that are no batches: they hold text, messages, an image or audio, and no tensor."""
 
-    expected = "a list of images, or of dicts with text or an image"
+    expected = "a list of images, of conversations, or of dicts with text, messages, an image or audio"
 
     def accepts(self, dataset: Any) -> bool:
-        return isinstance(dataset, (list, tuple)) and bool(dataset) and _is_row(dataset[0])
+        if not isinstance(dataset, (list, tuple)) or not dataset or isinstance(dataset[0], (str, os.PathLike)):
+            return False
+        return is_sample(dataset[0])
 
-    def batches(self, dataset: Sequence[Any], config: FP8Config, model: ModelFacts) -> Iterator[Any]:
-        rows = (_row(sample, number, dataset[0]) for number, sample in enumerate(dataset))
-        return batches_of_rows(rows, config, model)
-
-
-def _is_row(sample: Any) -> bool:
-    if not isinstance(sample, Mapping):
-        return is_image(sample)
-    values = list(sample.values())
-    has_arrays = any(hasattr(value, "shape") for value in values)
-    return not has_arrays and any(isinstance(value, str) or is_image(value) for value in values)
+    def rows(self, dataset: Sequence[Any], config: FP8Config, model: ModelFacts) -> Rows:
+        order = positions(len(dataset), config)
+        return Rows(lambda: as_rows(((number, dataset[number]) for number in order), config))
 
 
-def _row(sample: Any, number: int, first: Any) -> Mapping[str, Any]:
-    if isinstance(first, Mapping):
-        if isinstance(sample, Mapping):
-            return sample
-        raise FP8CalibrationError(f"sample {number} is of type {type(sample).__name__}: expected a dict, as sample 0")
-    return {"image": sample}
+def as_rows(samples: Iterable[tuple[int, Any]], config: FP8Config) -> Iterator[Row]:
+    """Numbered samples as rows: dicts as they are, others, such as images, under the name of what the first one is.
+
+    Raises:
+        FP8CalibrationError: one is no dict, and the first is.
+    """
+    column: str | None = None
+    for index, (number, sample) in enumerate(samples):
+        values = as_values(sample, config)
+        if not index and values is not None and values is not sample:
+            column = next(iter(values))
+        if column is not None:
+            values = {column: sample}
+        elif values is None or values is not sample:
+            raise FP8CalibrationError(
+                f"sample {number} is of type {type(sample).__name__}: expected a dict, as sample 0"
+            )
+        yield Row(f"sample {number}", values)

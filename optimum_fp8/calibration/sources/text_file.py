@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 
 from ...config import FP8Config
-from ..source import FileSource, register_source
+from ..source import FileSource, opened, register_source
 
 _CHARACTERS = 2000  # of a sample, at least: enough context for ranges like those in use
 
@@ -16,10 +17,11 @@ class TextFile(FileSource):
 
     expected = "the path of a text file (.txt, .text, .md)"
     suffixes = (".txt", ".text", ".md")
+    compressed = True
 
     def texts(self, path: str, config: FP8Config) -> Iterator[str]:
         text = ""
-        with open(path, encoding="utf-8") as file:
+        with io.TextIOWrapper(opened(path), encoding="utf-8-sig") as file:
             for line in file:
                 text += line
                 if not line.strip() and len(text) >= _CHARACTERS:

@@ -131,3 +131,47 @@ def test_what_a_model_cannot_take_is_ours():
     model = prepare(tiny_llama(), FP8Config(dataset=iter([{"input_ids": "some text"}])))
     with pytest.raises(FP8CalibrationError, match=r"cannot be run on the calibration batch after 0 samples"):
         calibrate(model)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    "samples",
+    [["a b", "c"], [{"text": "a b"}, {"text": "c"}], [{"text": "a b", "id": 1}, {"text": "c", "id": 2}]],
+    ids=["strings", "dicts", "dicts with more"],
+)
+def test_a_stream_of_samples_is_no_stream_of_batches(samples, load, ids, tokenizer):
+    read = []
+
+    def stream():
+        for sample in samples * 10:
+            read.append(sample)
+            yield sample
+
+    found = load(stream(), facts_of(tiny_llama()), tokenizer=tokenizer, num_calibration_samples=3)
+    assert [ids(batch) for batch in found] == [[[2, 3]], [[4]], [[2, 3]]] and len(read) == 3
+
+
+def test_a_stream_of_conversations(load, chat_tokenizer):
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (batch,) = load(iter([chat]), facts_of(tiny_llama()), tokenizer=chat_tokenizer)
+    assert chat_tokenizer.decode(batch["input_ids"][0]) == "<user> a </s> <assistant> b </s>"
+
+
+def test_a_stream_of_different_kinds_is_refused(load, tokenizer):
+    with pytest.raises(FP8CalibrationError, match="sample 1, column 'text' is 3, not text"):
+        load(iter(["a", 3]), facts_of(tiny_llama()), tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("make", [list, iter])
+@pytest.mark.parametrize(
+    "row, said",
+    [
+        ({"text": 5}, "sample 0, column 'text' is of type int, not text"),
+        ({"messages": None}, "sample 0, column 'messages'"),
+        ({"picture": None}, r"sample 0 has the columns \['picture'\]: expected text in 'text'"),
+        ({"audio": np.zeros(8)}, r"sample 0 has the columns \['audio'\]: expected text in 'text'"),
+    ],
+)
+def test_a_dict_without_an_input_of_the_model_is_refused_as_a_row(make, row, said, load, chat_tokenizer):
+    with pytest.raises(FP8CalibrationError, match=said):
+        load(make([row]), facts_of(tiny_llama()), tokenizer=chat_tokenizer)

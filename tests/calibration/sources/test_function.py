@@ -17,3 +17,9 @@ def test_it_is_given_the_model_and_nothing_else_is_run():
 def test_it_has_no_batches(load):
     with pytest.raises(FP8CalibrationError, match="dataset of type function calls the model by itself"):
         load(lambda model: None)
+
+
+@pytest.mark.parametrize("function", [lambda: ["a"], lambda model, data: None], ids=["none", "two"])
+def test_one_that_does_not_take_the_model_is_refused_before_anything_else(function):
+    with pytest.raises(FP8CalibrationError, match=r"cannot be called with the model alone .*pass what it returns"):
+        check_dataset(function)

@@ -7,7 +7,7 @@ from PIL import Image
 from tiny_models import tiny_llama
 from transformers import BatchFeature
 
-from optimum_fp8.calibration import check_dataset, facts_of
+from optimum_fp8.calibration import facts_of
 from optimum_fp8.errors import FP8CalibrationError
 
 LLAMA = facts_of(tiny_llama())
@@ -70,20 +70,10 @@ def test_images_without_a_processor(load):
         ({"text": []}, {}, "the dataset is empty"),
         ({"body": ["a"]}, {}, r"columns \['body'\].*set text_column"),
         ({"input_ids": [[1], [1, 2]]}, {"batch_size": 2}, "different lengths"),
-        ({"text": ["a", None]}, {}, "sample 1 is None, not text: clean the column, or set text_column"),
+        ({"text": ["a", None]}, {}, "sample 1, column 'text' is None, not text: clean the column, or set text_column"),
     ],
     ids=["empty", "columns", "lengths", "missing text"],
 )
 def test_bad_data_says_what_to_do(columns, options, message, load, tokenizer):
     with pytest.raises(FP8CalibrationError, match=message):
         load(datasets.Dataset.from_dict(columns), tokenizer=tokenizer, **options)
-
-
-@pytest.mark.parametrize("kind", [datasets.DatasetDict, datasets.IterableDatasetDict])
-def test_a_dict_of_splits_is_refused_before_anything_is_run(kind):
-    dataset = datasets.Dataset.from_dict({"text": ["a"]})
-    splits = {"test": dataset, "train": dataset}
-    if kind is datasets.IterableDatasetDict:
-        splits = {name: split.to_iterable_dataset() for name, split in splits.items()}
-    with pytest.raises(FP8CalibrationError, match=r"dict of splits: pass one split of \['test', 'train'\]"):
-        check_dataset(kind(splits))

@@ -16,7 +16,8 @@ def test_a_text_file_is_cut_into_paragraph_sized_samples(tmp_path, load, ids, to
 
 def test_an_empty_file_holds_nothing(tmp_path, load, tokenizer):
     (tmp_path / "empty.txt").write_text("\n \n")
-    assert load(tmp_path / "empty.txt", tokenizer=tokenizer) == []
+    with pytest.raises(FP8CalibrationError, match=r"the dataset='.*empty.txt' is empty: expected at least one sample"):
+        load(tmp_path / "empty.txt", tokenizer=tokenizer)
 
 
 def test_other_encodings_say_so(tmp_path, load, tokenizer):

@@ -113,7 +113,7 @@ def test_what_a_processor_refuses_is_said_with_the_samples(load):
         raise ValueError("too small")
 
     with pytest.raises(
-        FP8CalibrationError, match=r"samples 0 to 1: .* in column 'image' \(RGB \(32, 32\)\): too small"
+        FP8CalibrationError, match=r"sample 0 to sample 1: .* in column 'image' \(RGB \(32, 32\)\): too small"
     ):
         load([image(1), image(2)], SEES, processor=processor, batch_size=2)
 
