@@ -87,6 +87,8 @@ def check_intact(
             known = said or told or {}
             _check_config(path, known, config, made_for)
             _check_record_of_scales(path, known.get("scales", {}), model, decisions, prefix)
+            if known.get("by_name"):
+                _refuse_transposed(path, model)
     _check_scales(headers, model, decisions, prefix, config.modules_to_not_convert or [])
 
 
@@ -144,6 +146,17 @@ def _check_record_of_scales(
             raise FP8CheckpointError(
                 f"{path} was made with {', '.join(said[name])} of {name}, but {', '.join(sorted(differing))} is "
                 f"missing or new: {_EDITED}"
+            )
+
+
+def _refuse_transposed(path: str, model: nn.Module) -> None:
+    """Refuse layers whose weight was taken for the `[out, in]` of a `Linear`, by its name, and is stored otherwise."""
+    for name, module in fp8_modules(model).items():
+        if module.stores_in_out:
+            raise FP8CheckpointError(
+                f"{path} was quantized without the class of the model, and {name} was taken for a Linear, but it is a "
+                f"{type(module.origin).__name__}, whose weight is stored transposed: quantize the original with its "
+                "class, or list it in modules_to_not_convert"
             )
 
 

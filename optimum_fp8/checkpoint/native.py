@@ -108,6 +108,7 @@ def carried_config(
         blocklist=None,
         modules_to_not_convert=list(left_out),
         dump_stats_path=KEYS["dump_stats_path"].default,
+        calibration_log=None,
         dataset=None,
         tokenizer=None,
         processor=None,

@@ -18,19 +18,26 @@ from ..modules.weight import stored_shape
 from ..scales import quantize_weight
 
 
+def _where_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
 @dataclass
 class Loading:
     """What is learnt while weights are loaded.
 
     Attributes:
-        observe_weight: called with the name, the high-precision weight and its max|w| when a weight became FP8.
+        observe_weight: called when a weight became FP8, with the name, the high-precision weight as it is stored and as
+            `[out, in, …]`, and its max|w|.
         failures: why weights cannot be used, by module: transformers would bury an exception in its load report.
         missing_keys: transformers' own set, once any weight has been loaded.
+        keep: gives each tensor that was made while loading the place where it stays.
     """
 
-    observe_weight: Callable[[str, torch.Tensor, torch.Tensor], None]
+    observe_weight: Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor], None]
     failures: dict[str, str] = field(default_factory=dict)
     missing_keys: set[str] | None = None
+    keep: Callable[[torch.Tensor], torch.Tensor] = _where_it_is
 
 
 class QuantizeWeight(ConversionOps):
@@ -49,9 +56,10 @@ class QuantizeWeight(ConversionOps):
             name, _, parameter = key.rpartition(".")
             module = model.get_submodule(name)
             if not isinstance(module, FP8Module) or parameter != "weight":
-                result[key] = tensor
+                result[key] = self.loading.keep(tensor)
                 continue
-            result[key], result[f"{name}.weight_scale"] = self._quantize(name, module, tensor)
+            codes, result[f"{name}.weight_scale"] = self._quantize(name, module, tensor)
+            result[key] = self.loading.keep(codes)
         return result
 
     def _quantize(self, name: str, module: FP8Module, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,7 +72,7 @@ class QuantizeWeight(ConversionOps):
         except FP8ScaleError as error:
             self.loading.failures[name] = str(error)
             return torch.zeros(expected, dtype=scheme.fmt.dtype), torch.full((1,), torch.nan)
-        self.loading.observe_weight(name, tensor, maxabs)
+        self.loading.observe_weight(name, tensor, weight, maxabs)
         return codes, scale
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..errors import FP8NotAvailableError
 from ..lifecycle import Origin
 
 _ARGUMENTS = (
@@ -37,6 +38,23 @@ def loading_origin(model: Any) -> Origin:
             arguments["code_revision"] = values.get("code_revision")
             break
     return Origin(str(name), {key: value for key, value in arguments.items() if value not in (None, "")})
+
+
+def refuse_distributed_loading() -> None:
+    """Refuse to calibrate what transformers is about to spread over processes.
+
+    Raises:
+        FP8NotAvailableError: it was told to, by `tp_plan`, `device_mesh` or a `distributed_config`.
+    """
+    for frame in _calls("from_pretrained"):
+        values = frame.f_locals
+        found = [name for name in ("tp_plan", "device_mesh", "distributed_config") if values.get(name) is not None]
+        if found:
+            raise FP8NotAvailableError(
+                f"calibration of a model that from_pretrained spreads over processes ({found[-1]}): load it whole in "
+                "each process, or measure it with prepare, after fully_shard; the FP8 "
+                "checkpoint can be used in any way"
+            )
 
 
 def given_state_dict(model: Any) -> Mapping[str, torch.Tensor] | None:

@@ -17,7 +17,7 @@ from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import HfQuantizer
 
 from ..attention import choices_by_config, chosen_before_loading
-from ..calibration import calibrate, check_dataset, facts_of
+from ..calibration import calibrate, calibrate_sequentially, check_dataset, check_sequential, facts_of
 from ..checkpoint.intact import RECORD, check_intact, record, recorded_modules
 from ..checkpoint.native import check_complete, check_scales, fit_to_target, saved_decisions, saved_scales, scales_in
 from ..config import FP8Config
@@ -29,22 +29,22 @@ from ..lifecycle import (
     Phase,
     convert_with,
     dequantize,
+    empty_measurements,
     finalize_calibration,
     found_measurements,
     needs_ranges,
     prepare,
-    refuse_several_processes,
     set_state,
     start_observing,
     state_of,
     stored_measurements,
 )
 from ..measure import (
-    Measurements,
     architecture,
     check_dump_path,
     model_fingerprint,
     observer_class,
+    processes,
     weight_digest,
 )
 from ..modules import FP8Module, fp8_modules, swap
@@ -52,9 +52,10 @@ from ..modules.handler import Change, Reason, Target, converted_modules
 from ..selection import Decision, names_in_checkpoint, select
 from .conversions import CheckCodes, Loading, QuantizeWeight, ScaleRenaming, without_fp8
 from .load_overrides import apply_load_overrides, check_module_overrides
-from .loading_call import given_state_dict, loading_origin
+from .loading_call import given_state_dict, loading_origin, refuse_distributed_loading
 from .parts import adopt_parts, config_of_part, models_inside
 from .saving import config_to_save, mark_as_quantized, tensors_to_save
+from .sequential import OntoDisk, without_disk
 from .source import refuse_codes
 from .ties import tied_modules, untie
 
@@ -73,10 +74,11 @@ class FP8Quantizer(HfQuantizer):
         self._chosen: dict[str, str] = {}
         self._digests: dict[str, str] = {}
         self._untied: list[Change] = []
-        self._measured = Measurements("", observer=quantization_config.observer)
+        self._measured = empty_measurements(quantization_config)
         self._loading = Loading(self._observe_weight)
         self._origin: Origin | None = None
         self._batches: Iterator[Any] | None = None
+        self._onto_disk: OntoDisk | None = None
         quantization_config.post_init()  # keys may have been assigned since it was made
         if quantization_config.dataset is not None:
             check_dataset(quantization_config.dataset)
@@ -85,24 +87,39 @@ class FP8Quantizer(HfQuantizer):
         elif quantization_config.mode == "LOAD" or quantization_config.dequantize:
             key = "dequantize=True" if quantization_config.dequantize else "mode='LOAD'"
             raise FP8ConfigError(f"{key} is for FP8 checkpoints, and this checkpoint is not one: use mode='AUTO'")
+        elif quantization_config.calibration == "sequential":
+            check_sequential(quantization_config)
+            self._onto_disk = OntoDisk(quantization_config)
+            self._loading.keep = self._onto_disk.memory.keep
 
     # --- before loading -------------------------------------------------------------------------------------------
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Called twice: with the `device_map` as given, and with it resolved."""
+        """Called twice: with the `device_map` as given, and with it resolved, if that was to be done."""
         device_map = kwargs.get("device_map")
-        if isinstance(device_map, dict) and "disk" in device_map.values():
+        if self._onto_disk is not None:
+            if isinstance(device_map, dict) and "weights_only" not in kwargs:
+                device_map.update(without_disk(device_map))
+        elif isinstance(device_map, dict) and "disk" in device_map.values():
             if not self.pre_quantized:
                 raise FP8NotAvailableError(
                     "device_map puts modules on disk, and weights quantized while loading cannot be offloaded there: "
-                    "quantize and save the model once, then load the FP8 checkpoint with this device_map"
+                    "use calibration='sequential' with a dataset, which keeps all of them on disk; or quantize and "
+                    "save the model once, then load the FP8 checkpoint with this device_map"
                 )
             if self.quantization_config.dequantize:
                 raise FP8NotAvailableError("dequantize=True cannot be combined with modules on disk: drop one of them")
 
+    def update_device_map(self, device_map: Any) -> Any:
+        if self._onto_disk is not None and isinstance(device_map, dict):
+            return without_disk(device_map)
+        return device_map
+
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         if dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise FP8ConfigError(f"dtype={dtype} cannot go with FP8Config: expected bfloat16, float16 or float32")
+        if self._onto_disk is not None:
+            self._onto_disk.dtype = dtype
         return dtype
 
     def update_attn_implementation(self, config: Any) -> Any:
@@ -141,6 +158,8 @@ class FP8Quantizer(HfQuantizer):
         swap(model, replacements)
         if self.pre_quantized:
             check_intact(model, self._decisions, config, self._made_for, files)
+        if self._onto_disk is not None:
+            self._onto_disk.look_at(model, files)
 
     def _target(self, model: nn.Module, decision: Decision) -> Target:
         module, ranges = model.get_submodule(decision.name), self._measured.at(decision.name)
@@ -171,15 +190,24 @@ class FP8Quantizer(HfQuantizer):
         if config.dataset is None and not measures:
             stored = found_measurements(config, required=config.mode == "QUANTIZE")
         if measures or config.dataset is not None or (stored is None and config.scheme != "auto"):
-            refuse_several_processes()
+            refuse_distributed_loading()
+            processes()
         if config.dataset is not None:
             self._batches = check_dataset(config.dataset).opened(config.dataset, config, facts_of(model, self._origin))
+        if self._onto_disk is not None:
+            self._onto_disk.look_first(model, self._decisions, self._batches)
 
     # --- while loading --------------------------------------------------------------------------------------------
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        if self.pre_quantized:
+            return False
         name, _, parameter = param_name.rpartition(".")
-        return not self.pre_quantized and parameter == "weight" and isinstance(model.get_submodule(name), FP8Module)
+        if parameter == "weight" and isinstance(model.get_submodule(name), FP8Module):
+            return True
+        # Asked again of what has been loaded, it is about shapes: those of all others are transformers' to check.
+        loads = self._loading.missing_keys is None
+        return loads and self._onto_disk is not None and self._onto_disk.takes(model, param_name)
 
     @property
     def quantized_element_size(self) -> float:
@@ -192,9 +220,11 @@ class FP8Quantizer(HfQuantizer):
     def get_quantize_ops(self) -> QuantizeWeight:
         return QuantizeWeight(self._loading)
 
-    def _observe_weight(self, name: str, weight: torch.Tensor, maxabs: torch.Tensor) -> None:
+    def _observe_weight(self, name: str, stored: torch.Tensor, weight: torch.Tensor, maxabs: torch.Tensor) -> None:
         """Remember what only the high-precision weight can tell: its part of the fingerprint, and its range."""
-        self._digests[f"{name}.weight"] = weight_digest(weight)
+        self._digests[f"{name}.weight"] = weight_digest(stored)
+        if weight.is_meta:  # loaded for its shapes and names alone
+            return
         if "weight" in self.quantization_config.measured:
             known = observer_class(self._measured.observer).from_range(maxabs, weight.numel())
             if known is not None:  # no second pass over the weight
@@ -248,7 +278,7 @@ class FP8Quantizer(HfQuantizer):
         assert state is not None
         state.origin = self._origin
         if config.dataset is not None:
-            calibrate(model, batches=self._batches)
+            calibrate(model, batches=self._taken_batches())
             finalize_calibration(model)
 
     def _finish_on_the_fly(self, model: Any) -> None:
@@ -265,7 +295,10 @@ class FP8Quantizer(HfQuantizer):
                 "data through it, then call optimum_fp8.convert(model)"
             )
             return
+        loaded = fp8_modules(model)
         convert_with(model, state)
+        if self._onto_disk is not None:
+            self._onto_disk.finish(model, loaded)
         self._mark(model)
 
     def _mark(self, model: Any) -> None:
@@ -282,10 +315,14 @@ class FP8Quantizer(HfQuantizer):
         """
         config = state.config
         if config.dataset is not None:
-            start_observing(model, state)
-            calibrate(model, batches=self._batches)
+            batches = self._taken_batches()
+            if self._onto_disk is not None and batches is not None:
+                calibrate_sequentially(model, state, batches)
+            else:
+                start_observing(model, state)
+                calibrate(model, batches=batches)
             return True
-        stored = stored_measurements(config, state.measurements, required=config.mode == "QUANTIZE")
+        stored = stored_measurements(config, model, state.measurements, required=config.mode == "QUANTIZE")
         if stored is not None:
             state.measurements = stored
             return True
@@ -293,6 +330,11 @@ class FP8Quantizer(HfQuantizer):
             return True
         start_observing(model, state)
         return False
+
+    def _taken_batches(self) -> Iterator[Any] | None:
+        """The batches that were opened, which are not kept: models are copied with their quantizers."""
+        batches, self._batches = self._batches, None
+        return batches
 
     def _raise_failures(self) -> None:
         if self._loading.failures:

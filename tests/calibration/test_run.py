@@ -147,7 +147,7 @@ def test_padding_does_not_count_as_tokens(caplog):
         (lambda: [], "the dataset is empty"),
         (lambda: iter(()), "the dataset is empty"),
         (lambda: [3], "a batch of type int"),
-        (lambda: ["a", 3], "a batch of type str"),
+        (lambda: ["a", 3], "sample 1, column 'text' is 3, not text"),
         (lambda: [("a", 3)], "a batch of type str"),
         (lambda: DataLoader([], batch_size=1), "the dataset is empty"),
     ],
@@ -193,3 +193,11 @@ def test_the_data_of_all_runs_counts():
 
     assert len({digest(1.0), digest(2.0), digest(1.0, 2.0), digest(2.0, 2.0)}) == 4
     assert digest(1.0, 2.0) == digest(1.0, 2.0)
+
+
+def test_what_cannot_be_merged_is_refused_before_it_is_measured_in_parts():
+    model = prepare(nn.Sequential(nn.Linear(4, 4)), FP8Config(observer="moving_average", dataset=[torch.ones(1, 4)]))
+    calibrate(model)
+    with pytest.raises(FP8CalibrationError, match="'moving_average' cannot measure a second time: a moving average"):
+        calibrate(model)
+    convert(model)

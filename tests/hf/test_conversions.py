@@ -17,7 +17,7 @@ MODULES = ["model.layers.0.self_attn", "model.layers.1.self_attn", "encoder.atte
 @pytest.fixture
 def loading():
     seen = []
-    made = Loading(lambda name, weight, maxabs: seen.append((name, weight, maxabs)))
+    made = Loading(lambda name, stored, weight, maxabs: seen.append((name, weight, maxabs)))
     made.seen = seen
     return made
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import datasets
 import pytest
 import torch
-from torch.testing._internal.distributed.fake_pg import FakeStore
+from accelerate import PartialState
+from PIL import Image
 from transformers import AutoModelForCausalLM
 
 from optimum_fp8 import FP8Config
-from optimum_fp8.errors import FP8CalibrationError, FP8ConfigError, FP8MeasurementError, FP8NotAvailableError
+from optimum_fp8.errors import FP8CalibrationError, FP8ConfigError, FP8MeasurementError
 from optimum_fp8.lifecycle.state import state_of
 
 from .conftest import llama
+
+ROWS = datasets.Dataset.from_dict({"text": ["a"]})
 
 
 @pytest.fixture
@@ -39,19 +42,39 @@ def load(folder, **keys):
     [
         ("empty.txt", {}, r"the dataset='.*empty.txt' is empty"),
         ("blank.jsonl", {}, r"the dataset='.*blank.jsonl' is empty"),
-        ("lines.jsonl", {"text_column": "body"}, r"line 1 has no text under 'body': set text_column to one of"),
+        ("lines.jsonl", {"text_column": "body"}, r"line 1 has the columns \['text'\], and none is 'body'.*set text"),
         (["", " "], {}, "the dataset is empty"),
         (datasets.Dataset.from_dict({"body": ["a"]}), {}, r"columns \['body'\].*set text_column"),
         (datasets.Dataset.from_dict({"text": []}), {}, "the dataset is empty"),
         ((batch for batch in ()), {}, "the dataset is empty"),
+        ("lines.jsonl", {}, "lines.jsonl, line 2, column 'text' is None, not text"),
+        (["a"] * 9 + [None], {}, "sample 9, column 'text' is None, not text"),
+        (
+            [{"image": Image.new("RGB", (8, 8))}],
+            {},
+            "has images in 'image', which the model does not take: exp",
+        ),
+        ([{"prompt": "a", "completion": "b"}], {}, "column 'prompt' holds conversations, and .* has no chat template"),
+        (datasets.DatasetDict(one=ROWS, two=ROWS), {}, r"has the splits \['one', 'two'\]: set dataset_split"),
+        (
+            (batch for batch in ()),
+            {"shuffle_calibration_samples": True},
+            "shuffle_calibration_samples=True does not go",
+        ),
+        (lambda model: None, {"shuffle_calibration_samples": True}, "shuffle_calibration_samples=True does not go"),
+        (["a"], {"dataset_split": "train"}, "dataset_split='train' does not go with a list of strings"),
+        ("./folder", {}, "dataset='./folder' is not a file"),
         (["a"], {"tokenizer": "./nowhere"}, r"no tokenizer at './nowhere' \(.*pass tokenizer="),
     ],
-    ids=["empty file", "blank lines", "lines", "blank", "columns", "no rows", "no batch", "no tokenizer"],
 )
 def test_data(folder, tmp_path, mode, dataset, keys, message):
-    for name, content in {"empty.txt": "", "blank.jsonl": "\n\n", "lines.jsonl": '{"text": "a"}\n'}.items():
+    for name, content in {
+        "empty.txt": "",
+        "blank.jsonl": "\n\n",
+        "lines.jsonl": '{"text": "a"}\n{"text": null}\n',
+    }.items():
         (tmp_path / name).write_text(content)
-    if isinstance(dataset, str):
+    if isinstance(dataset, str) and not dataset.startswith("."):
         dataset = str(tmp_path / dataset)
     with pytest.raises(FP8CalibrationError, match=message):
         load(folder, dataset=dataset, mode=mode, dump_stats_path=str(tmp_path / "ranges"), **keys)
@@ -90,27 +113,22 @@ def test_measurements_that_cannot_be_used(folder, tmp_path, mode, there, message
         load(folder, mode=mode, dump_stats_path=str(tmp_path / "ranges"))
 
 
-@pytest.fixture(params=["process group", "launcher"])
-def two_processes(request, monkeypatch):
-    """This process is one of two: in a group (tensor parallelism makes one), or only by the launcher's word."""
-    if request.param == "launcher":
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        yield
-        return
-    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-    yield
-    torch.distributed.destroy_process_group()
+@pytest.fixture
+def launched(monkeypatch):
+    """This process is one of two, by the launcher's word, and the other is not there."""
+    PartialState(cpu=True)  # made before, for this process alone
+    monkeypatch.setenv("WORLD_SIZE", "2")
 
 
 @pytest.mark.core
 @pytest.mark.parametrize("keys", [{"mode": "MEASURE"}, {"mode": "AUTO"}, {"activation_scheme": "static"}], ids=str)
-def test_several_processes(two_processes, folder, tmp_path, batches, keys):
+def test_other_processes_that_cannot_be_reached(launched, folder, tmp_path, batches, keys):
     dataset = None if "activation_scheme" in keys else batches
-    with pytest.raises(FP8NotAvailableError, match="calibration in 2 processes at once.*in one process"):
+    with pytest.raises(FP8CalibrationError, match="one of 2 processes, .* cannot be reached"):
         load(folder, dataset=dataset, dump_stats_path=str(tmp_path / "ranges"), **keys)
 
 
-def test_several_processes_without_calibration(two_processes, folder):
+def test_processes_without_calibration_need_no_others(launched, folder):
     with pytest.raises(AssertionError, match="weights are read"):
         load(folder, activation_scheme="dynamic")
 
