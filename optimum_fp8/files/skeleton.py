@@ -1,0 +1,118 @@
+"""The skeleton of a model that transformers knows: loaded on meta, so that nothing but headers is read.
+
+Everything else is what `from_pretrained` does: which modules are selected, how they are named, and what
+`save_pretrained` would write of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import transformers
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from ..checkpoint.intact import record
+from ..config import FP8Config
+from ..hf.ties import Untied
+from ..lifecycle import state_of
+from ..modules import fp8_modules
+from .plan import Skeleton
+from .source import Source
+
+logger = logging.getLogger(__name__)
+
+
+def known_class(source: Source) -> Any:
+    """The class of transformers that `config.json` names, or None."""
+    names = source.config.get("architectures") or [None]
+    found = getattr(transformers, str(names[0]), None)
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model else None
+
+
+def skeleton_of_class(source: Source, model_class: Any, config: FP8Config, dtype: str | torch.dtype) -> Skeleton:
+    """What `from_pretrained` makes of the source, without values.
+
+    Weights that transformers puts together of others while loading are left out.
+    """
+    model, stored = _load(source, model_class, config, dtype)
+    made = [name for name in fp8_modules(model) if f"{name}.weight" not in stored]
+    if made:
+        logger.warning(
+            "%d weights stay in high precision, because transformers converts or puts them together while loading, and "
+            "that takes the model: %s; to have them in FP8, use from_pretrained and save_pretrained",
+            len(made),
+            ", ".join(made[:8]) + (", …" if len(made) > 8 else ""),
+        )
+        config = config.replace(modules_to_not_convert=[*(config.modules_to_not_convert or []), *made])
+        model, stored = _load(source, model_class, config, dtype)
+    saved, names = _saved(model)
+    state, carried = state_of(model), model.config.quantization_config
+    assert state is not None
+    held = {key: source.tensors[name] for key, name in stored.items()}
+    return Skeleton(model, saved, names, held, state.decisions, carried, record(model, carried), {}, whole=True)
+
+
+def write_config(model: Any, folder: str) -> None:
+    """The configurations that `save_pretrained` writes beside the weights."""
+    model.config.dtype = str(model.dtype).split(".")[1]
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def _load(source: Source, model_class: Any, config: FP8Config, dtype: str | torch.dtype) -> tuple[Any, dict[str, str]]:
+    """The model on meta, and the name in the files of each of its tensors that is there as it is."""
+    model = model_class.from_pretrained(
+        os.path.abspath(source.folder), quantization_config=config, dtype=dtype, device_map="meta"
+    )
+    stored = _in_files(model, source.tensors)
+    state = state_of(model)
+    assert state is not None
+    for change in state.changes:
+        if isinstance(change, Untied):  # a head that is in FP8 now has the weight of the embedding
+            prefix = next((name for name, part in model.named_modules() if part is change.owner), "")
+            dot = f"{prefix}." if prefix else ""
+            for target, tied in change.before.items():
+                for one, other in ((target, tied), (tied, target)):
+                    if f"{dot}{other}" in stored:
+                        stored.setdefault(f"{dot}{one}", stored[f"{dot}{other}"])
+    return model, stored
+
+
+def _in_files(model: Any, keys: Iterable[str]) -> dict[str, str]:
+    """The keys of files by the names of the tensors that transformers loads them into, unconverted."""
+    mapping, state = get_model_conversion_mapping(model), model.state_dict()
+    renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
+    converters = [each for each in mapping if isinstance(each, WeightConverter)]
+    found = {}
+    for key in sorted(keys, key=dot_natural_key):  # some renamings depend on what came before
+        name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if name not in state and key in state:  # as transformers decides
+            name, converted = rename_source_key(key, [], [], model.base_model_prefix, state)
+        if converted is None and name in state:
+            found[name] = key
+    return found
+
+
+def _saved(model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The state of a model by the names that `save_pretrained` gives it, and the model's own names by those."""
+    ignored = set(model._keys_to_ignore_on_save or ())
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
+    state = remove_tied_weights_from_state_dict(state, model)
+    own = {id(tensor): name for name, tensor in state.items()}
+    saved = dict(revert_weight_conversion(model, state))
+    return saved, {name: own[id(tensor)] for name, tensor in saved.items() if id(tensor) in own}
