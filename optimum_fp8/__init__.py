@@ -14,7 +14,7 @@ from . import hf
 
 if TYPE_CHECKING:
     from . import ops, scales
-    from .calibration import calibrate
+    from .calibration import calibrate, range_movement
     from .checkpoint import load, save
     from .config import FP8Config
     from .errors import (
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         FP8SelectionError,
         FP8StateError,
     )
+    from .files import quantize_files
     from .measure import Measurements
     from .quantize import convert, dequantize, finalize_calibration, prepare
     from .report import quantization_report
@@ -56,6 +57,8 @@ __all__ = [
     "ops",
     "prepare",
     "quantization_report",
+    "quantize_files",
+    "range_movement",
     "save",
     "scales",
 ]
@@ -73,6 +76,8 @@ _HOMES = {
     "load": "checkpoint",
     "prepare": "quantize",
     "quantization_report": "report",
+    "quantize_files": "files",
+    "range_movement": "calibration",
     "save": "checkpoint",
 }
 

@@ -27,6 +27,17 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def scale_methods() -> Iterator[None]:
+    """A scale method that a test registers is gone after it: others go through all that there are."""
+    from optimum_fp8.scales import SCALE_METHODS
+
+    before = dict(SCALE_METHODS)
+    yield
+    for name in SCALE_METHODS.keys() - before.keys():
+        del SCALE_METHODS[name]
+
+
 class DeprecationsRaise(logging.Handler):
     """Turns into an error what transformers logs of things that it will take away, where the package uses them."""
 

@@ -14,14 +14,17 @@ from typing import Any
 import transformers
 from transformers import AutoConfig
 
+from ..calibration import check_dataset
 from ..checkpoint.inc import refuse_incs
 from ..config import FP8Config
 from ..config.keys import KEYS, given_flags
-from ..errors import FP8ConfigError, FP8Error, FP8StateError
+from ..errors import FP8ConfigError, FP8StateError
+from ..lifecycle import are_there
 from ..lifecycle.state import state_of
-from ..measure import Measurements, why_unwritable
+from ..measure import kept_until_saved, why_unwritable
 from ..report import QuantizationReport, format_bytes, format_share, quantization_report
 from .companions import companions_of, copy_companions
+from .outcome import outcome
 
 _LITTLE = 0.5  # a share of parameters in FP8 below which the command warns
 _NAMED = 4  # so many of the modules in high precision are named
@@ -31,32 +34,26 @@ _NO_DATA = "static activations need calibration data: pass --dataset, or --activ
 
 def main(args: Namespace) -> int:
     """Run the command; 0 when the checkpoint is written, 1 for an error that a message explains."""
-    try:
-        print(quantize(args))
-        return 0
-    except (FP8Error, OSError, ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
+    return outcome(quantize, args, "nothing was written; a calibration goes on when run again")
 
 
 def quantize(args: Namespace) -> str:
     """Quantize `args.model` into `args.output`; the summary."""
     started = time.monotonic()
-    _check_output(args)
-    config = _fp8_config(args)
+    if args.workers != 1 or args.share_scales:
+        raise FP8ConfigError("--workers and --share-scales go with --without-model: add it, or leave them out")
+    config = checked_config(args)
     needs_data = config.mode == "AUTO" and config.scheme == "static" and config.method.activation.needs_range
-    if needs_data and config.dataset is None and not Measurements.exist(config.dump_stats_path):
+    if needs_data and config.dataset is None and not are_there(config.dump_stats_path):
         raise FP8StateError(_NO_DATA)
-    model_class = _model_class(args.model)
+    model_class = class_of(args.model)
     beside = companions_of(args.model)
-    model = model_class.from_pretrained(args.model, quantization_config=config, dtype=args.dtype)
-    state = state_of(model)
-    if state is None or state.phase != "converted":
-        raise FP8StateError(_NO_DATA)
-    _save(model, beside, args.output)
+    with kept_until_saved():
+        model = model_class.from_pretrained(args.model, quantization_config=config, dtype=args.dtype)
+        state = state_of(model)
+        if state is None or state.phase != "converted":
+            raise FP8StateError(_NO_DATA)
+        _save(model, beside, args.output)
     report = quantization_report(model)
     if report.share < _LITTLE:
         print(
@@ -65,6 +62,12 @@ def quantize(args: Namespace) -> str:
             file=sys.stderr,
         )
     return _summary(model, report, args, time.monotonic() - started)
+
+
+def checked_config(args: Namespace) -> FP8Config:
+    """The configuration that a command line says, once it is known that its output can be written."""
+    _check_output(args)
+    return _fp8_config(args)
 
 
 def _check_output(args: Namespace) -> None:
@@ -80,8 +83,8 @@ def _check_output(args: Namespace) -> None:
 
 def _fp8_config(args: Namespace) -> FP8Config:
     given = given_flags(args)
-    if given.get("dataset") is not None and not os.path.isfile(given["dataset"]):
-        raise FP8ConfigError(f"--dataset {given['dataset']!r} is not a file: expected a .txt, .md or .jsonl file")
+    if "dataset" in given:
+        check_dataset(given["dataset"])
     config = FP8Config.from_json_file(args.config) if args.config else FP8Config()
     if "mode" in given:
         _check_mode(given["mode"])
@@ -98,8 +101,8 @@ def _check_mode(mode: str) -> None:
         raise FP8ConfigError(f"--mode {mode} makes no checkpoint: use AUTO, or QUANTIZE with ranges that are there")
 
 
-def _model_class(name: str) -> Any:
-    """The class the checkpoint was saved from."""
+def class_of(name: str) -> Any:
+    """The class of transformers that the checkpoint `name` was saved from."""
     if name.startswith((".", "/", "~")) and not os.path.isdir(name):
         raise FP8ConfigError(f"--model {name!r} is not a folder")
     refuse_incs(name)

@@ -94,7 +94,8 @@ def test_flags_win_over_the_file(tmp_path):
     ("options", "message"),
     [
         ({"--model": "/no/such/folder"}, "--model '/no/such/folder' is not a folder"),
-        ({"--dataset": "no-such-file.txt"}, "--dataset 'no-such-file.txt' is not a file"),
+        ({"--dataset": "no-such-file.txt"}, "dataset='no-such-file.txt' is not a file"),
+        ({"--dataset": "./no-such-folder"}, "dataset='./no-such-folder' is not a file"),
         ({"--scale-method": "maxabs_hv"}, "did you mean 'maxabs_hw'"),
         ({"--scale-method": '{"nodes": {}}'}, "scale_method has no 'default'"),
         ({"--overrides": '{"mlp": {"use_qdk": true}}'}, "did you mean 'use_qdq'"),
@@ -103,7 +104,7 @@ def test_flags_win_over_the_file(tmp_path):
         ({"--config": "no-such-config.json"}, "cannot read the configuration"),
         ({"--activation-scheme": "static"}, "pass --dataset"),
         ({"--model": INC / "saved"}, "was written by Intel Neural Compressor"),
-        ({"--mode": "QUANTIZE", "--dump-stats-path": INC / "measured" / "measure"}, "only INC's own"),
+        ({"--mode": "QUANTIZE", "--dump-stats-path": INC / "measured" / "measure"}, "of another model"),
         ({"--modules-to-not-convert": "no_such_module"}, "matches no module"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -153,7 +154,7 @@ def test_an_output_that_cannot_be_written_is_found_before_weights_are_read(run, 
         (["--activation-scheme", "static"], "pass --dataset"),
         (["--mode", "quantize"], "no measurements at"),
         (["--dataset", "empty.txt"], "dataset='empty.txt' is empty"),
-        (["--dataset", "lines.jsonl", "--text-column", "body"], "set text_column to one of ['text']"),
+        (["--dataset", "lines.jsonl", "--text-column", "body"], "and none is 'body': set text_column (valid: text)"),
         (["--dataset", "lines.jsonl", "--tokenizer", "./nowhere"], "no tokenizer at './nowhere'"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -176,6 +177,17 @@ def test_a_measuring_config_still_makes_one_whole_run(tmp_path, run):
         "--model", TINY_LM, "--config", config, "--output", tmp_path / "fp8", "--dataset", dataset
     )  # fmt: skip
     assert status == 0, err
+
+
+@pytest.mark.parametrize("kind", ["folder", "table"])
+def test_a_dataset_is_whatever_the_library_takes_as_a_string(tmp_path, run, kind):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "rows.csv").write_text("code\n" + "import os\n" * 5)
+    dataset = tmp_path / "data" if kind == "folder" else tmp_path / "data" / "rows.csv"
+    options = ("--dataset", dataset, "--text-column", "code", "--num-calibration-samples", 2)
+    status, _, err = run("--model", TINY_LM, "--output", tmp_path / "fp8", *options)
+    assert status == 0, err
+    assert saved_config(tmp_path / "fp8")["activation_scheme"] == "static"
 
 
 def summary_lines(out: str) -> dict[str, str]:

@@ -21,13 +21,105 @@ class FP8QuantizeCommand(BaseOptimumCLICommand):
         parser.add_argument("--config", help="JSON file with an FP8Config, or one written for INC")
         parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
         parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
+        files = parser.add_argument_group("quantizing the files of a checkpoint, without its model")
+        files.add_argument("--without-model", action="store_true", help="file by file; dynamic or weight-only schemes")
+        files.add_argument("--workers", type=int, default=1, help="with it: how many processes write files")
+        files.add_argument("--share-scales", action="store_true", help="with it: one scale for q, k and v, gate and up")
         add_flags(parser.add_argument_group("keys of FP8Config (they win over --config)"))
         explain_errors(parser)
 
     def run(self) -> None:
-        from optimum_fp8.commands.quantize import main
+        if self.args.without_model:
+            from optimum_fp8.files.command import main
+        else:
+            from optimum_fp8.commands.quantize import main
 
         raise SystemExit(main(self.args))
+
+
+class FP8MeasureCommand(BaseOptimumCLICommand):
+    """`optimum-cli fp8 measure`: a model and data in, measurements out."""
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        parser.description = "Run calibration data through a model, and write the ranges that scales are made from."
+        parser.add_argument("--model", required=True, help="folder or hub name of the model")
+        parser.add_argument("--output", help="folder and beginning of a file name; the same as --dump-stats-path")
+        parser.add_argument("--config", help="JSON file with an FP8Config, or one written for INC")
+        _add_overwrite(parser)
+        parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
+        add_flags(parser.add_argument_group("keys of FP8Config (they win over --config)"))
+        explain_errors(parser)
+
+    def run(self) -> None:
+        from optimum_fp8.commands.measure import main
+
+        raise SystemExit(main(self.args))
+
+
+class FP8MergeCommand(BaseOptimumCLICommand):
+    """`optimum-cli fp8 merge`: measurements of several runs in, one file out."""
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        parser.description = "Merge the measurements of several runs, or ranks, over the same model."
+        parser.add_argument("measurements", nargs="+", help="what was --output when they were measured, or the files")
+        _add_prefix(parser)
+        explain_errors(parser)
+
+    def run(self) -> None:
+        from optimum_fp8.commands.merge import main
+
+        raise SystemExit(main(self.args))
+
+
+class FP8ImportIncCommand(BaseOptimumCLICommand):
+    """`optimum-cli fp8 import-inc`: files of INC's in, measurements out."""
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        parser.description = "Make measurements of what Intel Neural Compressor measured, of all ranks."
+        parser.add_argument("measurements", help="INC's dump_stats_path, its folder, or one of the files")
+        _add_prefix(parser)
+        parser.add_argument(
+            "--model", help="folder or hub name of the model: checks names and weights, and signs for it"
+        )
+        explain_errors(parser)
+
+    def run(self) -> None:
+        from optimum_fp8.commands.inc import main_import
+
+        raise SystemExit(main_import(self.args))
+
+
+class FP8ExportIncCommand(BaseOptimumCLICommand):
+    """`optimum-cli fp8 export-inc`: measurements in, files of INC's out."""
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        parser.description = "Write measurements as Intel Neural Compressor does, for its mode QUANTIZE."
+        parser.add_argument("measurements", help="what was --output when they were measured")
+        parser.add_argument("--output", required=True, help="INC's dump_stats_path: a folder and a beginning of a name")
+        _add_overwrite(parser)
+        parser.add_argument("--vllm", action="store_true", help="names of modules as in vLLM, with fused layers")
+        parser.add_argument("--ranks", type=int, default=0, help="write files for so many ranks (default: no ranks)")
+        parser.add_argument("--model", help="the model: scales of channels need its weights, vLLM's queries its factor")
+        add_flags(parser.add_argument_group("keys of FP8Config (with --scale-method scales are written, too)"))
+        explain_errors(parser)
+
+    def run(self) -> None:
+        from optimum_fp8.commands.inc import main_export
+
+        raise SystemExit(main_export(self.args))
+
+
+def _add_prefix(parser: ArgumentParser) -> None:
+    parser.add_argument("--output", required=True, help="folder and beginning of a file name to write to")
+    _add_overwrite(parser)
+
+
+def _add_overwrite(parser: ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
 
 
 class FP8Command(BaseOptimumCLICommand):
@@ -36,6 +128,10 @@ class FP8Command(BaseOptimumCLICommand):
     COMMAND = CommandInfo(name="fp8", help="FP8 quantization of Hugging Face models.")
     SUBCOMMANDS = (
         CommandInfo(name="quantize", help="Quantize a model and save it.", subcommand_class=FP8QuantizeCommand),
+        CommandInfo(name="measure", help="Measure a model.", subcommand_class=FP8MeasureCommand),
+        CommandInfo(name="merge", help="Merge measurements.", subcommand_class=FP8MergeCommand),
+        CommandInfo(name="import-inc", help="Read INC's measurements.", subcommand_class=FP8ImportIncCommand),
+        CommandInfo(name="export-inc", help="Write measurements for INC.", subcommand_class=FP8ExportIncCommand),
     )
 
 
