@@ -1,6 +1,7 @@
 """Everything, in one table, which is also written to `benchmarks/results/NAME.md`.
 
-    python -m benchmarks [--only linear casts attention generate memory loading overhead] [--compile] [--name NAME]
+    python -m benchmarks [--only linear casts attention generate memory loading overhead calibrate] [--compile]
+                         [--samples N] [--name NAME]
 
 Needs the extra `benchmark` (`pip install -e '.[benchmark]'`), about 6 GB of memory, and a quiet machine: the load
 before and after goes into the page.
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from . import attention, cpu_casts, cpu_linear, generate, loading, machine, memory, overhead, table
+from . import attention, calibrate, cpu_casts, cpu_linear, generate, loading, machine, memory, overhead, table
 
 Part = Callable[[argparse.Namespace], tuple[list[table.Row], list[str]]]
 
@@ -27,6 +28,7 @@ PARTS: dict[str, Part] = {
     "memory": lambda options: memory.run(options.scale_method),
     "loading": lambda options: loading.run(options.scale_method),
     "overhead": lambda options: overhead.run(),
+    "calibrate": lambda options: calibrate.run(options.samples),
 }
 
 
@@ -40,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--rivals", nargs="*", default=generate.RIVALS, choices=generate.RIVALS)
     found.add_argument("--scale-method", default=generate.models.SCALES_PER_CHANNEL)
     found.add_argument("--budget", type=float, default=1.5, help="seconds for each linear layer, cast and attention")
+    found.add_argument("--samples", type=int, default=8, help="of 512 tokens, for calibration")
     found.add_argument("--name", default=datetime.date.today().isoformat(), help="of the page in benchmarks/results")
     return found
 

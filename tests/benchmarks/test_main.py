@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hf.conftest import llama
 
-from benchmarks import attention, cpu_casts, cpu_linear, generate, loading, machine, memory, models, rivals
+from benchmarks import attention, calibrate, cpu_casts, cpu_linear, generate, loading, machine, memory, models, rivals
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -134,6 +134,23 @@ def test_comparison_has_wishes_where_they_belong():
     times[generate.CACHED] = [0.75, 0.75]
     rows = generate.compare("decode 1 after 512", times, str, None, "", generate.WANTED, generate.CACHED)
     assert [(row.ours, row.ratio, row.wanted) for row in rows] == [("0.75", 4.0, None), ("0.75", 0.5 / 0.75, None)]
+
+
+def test_calibration_is_held_against_the_same_passes(folder, monkeypatch):
+    monkeypatch.setattr(models, "llama", lambda: folder)
+    rows, _ = calibrate.run(samples=2, length=8, rounds=1)
+    assert [(row.what, row.wanted) for row in rows] == [
+        ("observe with maxabs, 2 samples of 8 tokens", 1.05),
+        ("calibrate with maxabs, 2 samples of 8 tokens", 1.1),
+        ("observe with mse, 2 samples of 8 tokens", 1.1),
+        ("calibrate with mse, 2 samples of 8 tokens", 1.1),
+    ]
+    model = models.load(folder)
+    sides = calibrate.sides_of(model, calibrate.rows_of(2, 8, TINY["vocab_size"]))
+    twin = sides["observe mse"].args[0]
+    assert twin.lm_head.weight is model.lm_head.weight and "mse" in repr(twin._optimum_fp8_state.measurements)
+    sides["calibrate mse"]()
+    assert twin._optimum_fp8_state.measurements.samples == 2
 
 
 def test_floor_of_loading_reads_every_tensor(folder):
