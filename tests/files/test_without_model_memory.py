@@ -7,6 +7,7 @@ import json
 import fresh
 import pytest
 import torch
+from anonymous_memory import WATCHED
 from hf.conftest import llama
 
 from optimum_fp8.checkpoint.safetensors_writer import SafetensorsWriter, TensorSpec
@@ -14,14 +15,12 @@ from optimum_fp8.checkpoint.safetensors_writer import SafetensorsWriter, TensorS
 MIB = 2**20
 
 # In a process of its own; a thread samples RssAnon, because file-backed pages of the source do not count.
-SCRIPT = """
-import json, sys, threading, time
+SCRIPT = (
+    WATCHED
+    + """
+import json, sys
 import torch
 from optimum_fp8 import FP8Config, quantize_files
-
-def anonymous():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
 
 def quantize(folder, method, share):
     config = FP8Config(activation_scheme="dynamic", scale_method=method)
@@ -29,21 +28,11 @@ def quantize(folder, method, share):
 
 method, share = sys.argv[3], len(sys.argv) > 4
 quantize(sys.argv[2], method, share)  # imports and pools are there before the measurement starts
-before, peak, done = anonymous(), 0, threading.Event()
-
-def sample():
-    global peak
-    while not done.is_set():
-        peak = max(peak, anonymous())
-        time.sleep(0.001)
-
-sampler = threading.Thread(target=sample)
-sampler.start()
-quantize(sys.argv[1], method, share)
-done.set()
-sampler.join()
-print(json.dumps(peak - before))
+with Watched() as memory:
+    quantize(sys.argv[1], method, share)
+print(json.dumps(memory.peak - memory.before))
 """
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +56,8 @@ def big(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "tensors"),
-    [(["maxabs_hw"], 1), (["maxabs_arbitrary", "share"], 1), (["act_maxabs_pow2_weights_pcs_opt_pow2"], 3)],
+    # A search makes three or four tensors of a weight, and the allocator may keep as many that it has freed.
+    [(["maxabs_hw"], 1), (["maxabs_arbitrary", "share"], 1), (["act_maxabs_pow2_weights_pcs_opt_pow2"], 7)],
     ids=["by range", "shared", "search"],
 )
 def test_one_tensor_at_a_time(big, tmp_path, options, tensors):

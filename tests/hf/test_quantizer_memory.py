@@ -7,42 +7,31 @@ import json
 import fresh
 import pytest
 import torch
+from anonymous_memory import WATCHED
 from hf.conftest import llama
 
 MIB = 2**20
 
 # Loads in a process of its own; a thread samples RssAnon, because file-backed pages of the checkpoint do not count.
-SCRIPT = """
-import json, sys, threading, time
+SCRIPT = (
+    WATCHED
+    + """
+import json, sys
 import torch, optimum_fp8
 from transformers import AutoModelForCausalLM
 from optimum_fp8 import FP8Config
-
-def anonymous():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
 
 def load(folder, method):
     config = FP8Config(scale_method=method)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=config)
 
 load(sys.argv[2], sys.argv[3])  # imports and pools are there before the measurement starts
-before, peak, done = anonymous(), 0, threading.Event()
-
-def sample():
-    global peak
-    while not done.is_set():
-        peak = max(peak, anonymous())
-        time.sleep(0.001)
-
-sampler = threading.Thread(target=sample)
-sampler.start()
-model = load(sys.argv[1], sys.argv[3])
-done.set()
-sampler.join()
+with Watched() as memory:
+    model = load(sys.argv[1], sys.argv[3])
 size = sum(p.numel() * p.element_size() for p in model.parameters())
-print(json.dumps({"peak": peak - before, "model": size}))
+print(json.dumps({"peak": memory.peak - memory.before, "model": size}))
 """
+)
 
 
 @pytest.mark.slow

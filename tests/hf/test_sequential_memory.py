@@ -7,6 +7,7 @@ import json
 import fresh
 import pytest
 import torch
+from anonymous_memory import WATCHED
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -14,38 +15,26 @@ MIB = 2**20
 LAYERS = 10
 
 # Loads in a process of its own; a thread samples RssAnon, because file-backed pages do not count.
-SCRIPT = """
-import json, sys, threading, time
+SCRIPT = (
+    WATCHED
+    + """
+import json, sys, time
 import torch, optimum_fp8
 from transformers import AutoModelForCausalLM
 from optimum_fp8 import FP8Config
 
-def anonymous():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
-
-start, peak, done = anonymous(), 0, threading.Event()
-
-def sample():
-    global peak
-    while not done.is_set():
-        peak = max(peak, anonymous())
-        time.sleep(0.001)
-
-sampler = threading.Thread(target=sample)
-sampler.start()
 batches = [{"input_ids": torch.randint(0, 1024, (1, 32))} for _ in range(2)]
 config = FP8Config(
-    dataset=batches, calibration="sequential", calibration_inputs=sys.argv[3], dump_stats_path=sys.argv[2] + "/work/x"
+    dataset=batches, calibration="sequential", calibration_inputs=sys.argv[3], dump_stats_path=sys.argv[2] + "/ranges/x"
 )
-began = time.monotonic()
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16, quantization_config=config)
-loaded, seconds = peak, time.monotonic() - began
-model.save_pretrained(sys.argv[2] + "/out")
-done.set()
-sampler.join()
-print(json.dumps({"start": start, "peak": peak, "loaded": loaded, "seconds": seconds}))
+with Watched() as memory:
+    began = time.monotonic()
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16, quantization_config=config)
+    loaded, seconds = memory.peak, time.monotonic() - began
+    model.save_pretrained(sys.argv[2] + "/out")
+print(json.dumps({"start": memory.before, "peak": memory.peak, "loaded": loaded, "seconds": seconds}))
 """
+)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from ...errors import FP8MeasurementError
+from ..file_format import write_atomically
 from .unpickled import read_npz
 
 logger = logging.getLogger(__name__)
@@ -145,15 +147,9 @@ def paths_of(name: FileName) -> list[str]:
 
 def _write(path: str, write: Callable[[Any], Any]) -> None:
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    temporary = f"{path}.{os.getpid()}.part"
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise
+    content = io.BytesIO()
+    write(content)
+    write_atomically(path, content.getvalue())
 
 
 def _load_json(path: str) -> Any:

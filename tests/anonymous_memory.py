@@ -1,0 +1,30 @@
+"""A process's own memory while it works, for scripts that tests run in processes of their own.
+
+Files that are mapped do not count: the system can drop their pages. So it is RssAnon, which has no maximum of its own.
+"""
+
+WATCHED = """
+import threading, time
+
+class Watched:
+    def __enter__(self):
+        self.before = self.peak = self.now()
+        self._done = threading.Event()
+        self._sampler = threading.Thread(target=self._sample)
+        self._sampler.start()
+        return self
+
+    def __exit__(self, *error):
+        self._done.set()
+        self._sampler.join()
+
+    @staticmethod
+    def now():
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+    def _sample(self):
+        while not self._done.is_set():
+            self.peak = max(self.peak, self.now())
+            time.sleep(0.001)
+"""
