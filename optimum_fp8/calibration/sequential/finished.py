@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from ...config import FP8Config
 from ...errors import FP8MeasurementError
 from ...measure import Measurements
+from ...measure.file_format import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +63,8 @@ class FinishedParts:
         os.makedirs(self.folder, exist_ok=True)
         self._measurements.save(os.path.join(self.folder, _RANGES))
         self.names.append(name)
-        with tempfile.NamedTemporaryFile("w", dir=self.folder, delete=False, encoding="utf-8") as file:
-            json.dump({**self._told, "finished": self.names}, file, indent=2)
-        os.replace(file.name, os.path.join(self.folder, _MANIFEST))
+        manifest = json.dumps({**self._told, "finished": self.names}, indent=2)
+        write_atomically(os.path.join(self.folder, _MANIFEST), manifest.encode())
 
     def remove(self) -> None:
         """Remove the folder: the model is whole."""
