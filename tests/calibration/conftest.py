@@ -60,3 +60,14 @@ def load() -> Callable[..., list[Any]]:
 @pytest.fixture(scope="session")
 def ids() -> Callable[[Any], list[Any]]:
     return lambda batch: batch["input_ids"].tolist()
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Whoever asks the network fails."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the network is asked")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)

@@ -13,18 +13,11 @@ from transformers import AutoImageProcessor, Wav2Vec2FeatureExtractor
 from optimum_fp8.calibration import ModelFacts, check_dataset, facts_of
 from optimum_fp8.errors import FP8CalibrationError
 
+pytestmark = pytest.mark.usefixtures("no_network")
+
 LLAMA = facts_of(tiny_llama())
 SEES = ModelFacts(inputs=frozenset({"pixel_values"}), main_input="pixel_values")
 HEARS = ModelFacts(inputs=frozenset({"input_values", "attention_mask"}), main_input="input_values")
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("the network is asked")
-
-    monkeypatch.setattr("socket.socket.connect", refuse)
-    monkeypatch.setattr("socket.getaddrinfo", refuse)
 
 
 @pytest.fixture

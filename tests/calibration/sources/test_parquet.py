@@ -12,16 +12,9 @@ from transformers import AutoImageProcessor
 from optimum_fp8.calibration import ModelFacts, facts_of
 from optimum_fp8.errors import FP8CalibrationError
 
+pytestmark = pytest.mark.usefixtures("no_network")
+
 LLAMA = facts_of(tiny_llama())
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("the network is asked")
-
-    monkeypatch.setattr("socket.socket.connect", refuse)
-    monkeypatch.setattr("socket.getaddrinfo", refuse)
 
 
 def write(path, **columns):
