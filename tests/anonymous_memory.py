@@ -1,10 +1,14 @@
 """A process's own memory while it works, for scripts that tests run in processes of their own.
 
 Files that are mapped do not count: the system can drop their pages. So it is RssAnon, which has no maximum of its own.
+And glibc is told to give what is freed back at once: how much it keeps depends on what was allocated before.
 """
 
 WATCHED = """
-import threading, time
+import ctypes, threading, time
+
+M_MMAP_THRESHOLD = -3  # of malloc.h; set once, it no longer grows with what is freed
+ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 class Watched:
     def __enter__(self):
