@@ -199,6 +199,15 @@ class AttentionHandler(ModuleHandler):
     def state(self, module: Any) -> dict[str, torch.Tensor]:
         return {f"{CHILD}.{name}": scale for name, scale in scales_of(module).items()}
 
+    def pack(self, module: Any) -> None:
+        plan = plan_of(module)
+        if plan is None or plan.scheme is None or not plan.scheme.constant_scales:
+            return
+        for scale in scales_of(module).values():
+            packing = ops.packing_for(scale.device)
+            if packing is not None and packing.constants:
+                ops.mark_constant(scale, plan.scheme.fmt.hardware_scales)
+
     def fit(self, name: str, module: Any, made_for: NumberFormat, fmt: NumberFormat) -> None:
         """For a target of a smaller range double the scales: what is rounded at run time reaches as far as before."""
         if fmt.full_scale >= made_for.full_scale:

@@ -20,7 +20,7 @@ from ..formats import is_fp8, not_finite
 from ..lifecycle import FP8State, Phase, refuse_second_time, set_state
 from ..measure import Measurements, architecture, difference
 from ..modules import FP8Module, frozen, swap
-from ..modules.handler import Target
+from ..modules.handler import Target, pack_all
 from ..selection import Decision
 from .format import checkpoint_of, whole_folder
 from .inc import refuse_incs
@@ -105,6 +105,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         for target in targets:
             target.handler.loaded(target)
         state.change_around(model, targets)
+    pack_all(model)
     set_state(model, state)
     return model
 

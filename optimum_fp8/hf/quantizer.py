@@ -48,7 +48,7 @@ from ..measure import (
     weight_digest,
 )
 from ..modules import FP8Module, fp8_modules, swap
-from ..modules.handler import Change, Reason, Target, converted_modules
+from ..modules.handler import Change, Reason, Target, converted_modules, pack_all
 from ..selection import Decision, names_in_checkpoint, select
 from .conversions import CheckCodes, Loading, QuantizeWeight, ScaleRenaming, without_fp8
 from .load_overrides import apply_load_overrides, check_module_overrides
@@ -267,6 +267,7 @@ class FP8Quantizer(HfQuantizer):
         for target in targets:
             target.handler.loaded(target)
         state.change_around(model, targets)
+        pack_all(model)
         self._mark(model)
 
     def _measure_only(self, model: Any) -> None:

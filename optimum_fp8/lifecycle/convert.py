@@ -14,7 +14,7 @@ from ..config import FP8Config
 from ..errors import FP8MeasurementError
 from ..measure import Processes, processes
 from ..modules import frozen, swap
-from ..modules.handler import Conversion, Family, Reason, Target, Why, converted_modules
+from ..modules.handler import Conversion, Family, Reason, Target, Why, converted_modules, pack_all
 from ..scales import Scheme, quantize_weight
 from ..selection import leave_out, read_by_owner, reschemed
 from .prepare import merged_measurements, needs_ranges, settle_measurements
@@ -77,6 +77,7 @@ def convert_with(model: nn.Module, state: FP8State, finish: Callable[[Any], None
             conversion.undo()
         set_state(model, previous)
         raise
+    pack_all(model)
     if state.observers is not None:
         state.observers.remove()
     converted.discard_partials()

@@ -159,6 +159,18 @@ class FP8Module(nn.Module):
         self.register_parameter("weight", weight)
         self.record.watch(self.codes)
 
+    def pack(self) -> None:
+        """Bring weight and scales into the form that the backend in use wants, which changes no value."""
+        codes, packing = self.codes, ops.packing_for(self.weight_scale.device)
+        if packing is None:
+            return
+        if codes is not None and codes.ndim == 2 and not codes.is_meta:
+            codes.data = packing.matrix(codes.data)
+            self.record.watch(codes)
+        if packing.constants and self.scheme.constant_scales:
+            for scale in self.scales().values():
+                ops.mark_constant(scale, self.scheme.fmt.hardware_scales)
+
     def dequantized_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """codes · weight_scale, `[out, in, …]` in `dtype`."""
         return ops.cast_from_fp8(self.codes, self.weight_scale, dtype)
@@ -266,6 +278,7 @@ class FP8Module(nn.Module):
 
         super()._apply(keep_dtype, recurse)
         self.record.watch(self.codes)
+        self.pack()
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -298,6 +311,7 @@ class FP8Module(nn.Module):
         if not errors:
             super()._load_from_state_dict(state_dict, prefix, *args)
             self.record.watch(self.codes)
+            self.pack()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -272,6 +272,9 @@ class ModuleHandler:
         """The tensors of a converted module that a checkpoint cannot lack, by their name below the module's."""
         raise NotImplementedError
 
+    def pack(self, module: Any) -> None:
+        """Bring the tensors of a converted module into the form that the backend in use wants."""
+
     def fit(self, name: str, module: Any, made_for: NumberFormat, fmt: NumberFormat) -> None:
         """Bring a converted module of a checkpoint made for one number format within another's full scale."""
 
@@ -308,6 +311,12 @@ def find_all(model: nn.Module) -> dict[str, tuple[Any, ModuleHandler]]:
         for name, module in handler.find(model).items():
             found.setdefault(name, (module, handler))
     return {name: found[name] for name, _ in model.named_modules() if name in found}
+
+
+def pack_all(model: nn.Module) -> None:
+    """Bring the tensors of all converted modules into the form that the backend in use wants."""
+    for module, handler in converted_modules(model).values():
+        handler.pack(module)
 
 
 def converted_modules(model: nn.Module) -> dict[str, tuple[Any, ModuleHandler]]:

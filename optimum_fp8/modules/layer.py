@@ -144,6 +144,9 @@ class LayerHandler(ModuleHandler):
     def state(self, module: Any) -> dict[str, torch.Tensor]:
         return {**dict(module.named_parameters(recurse=False)), "weight": module.codes}
 
+    def pack(self, module: Any) -> None:
+        module.pack()
+
     def fit(self, name: str, module: Any, made_for: NumberFormat, fmt: NumberFormat) -> None:
         if fmt.full_scale < made_for.full_scale:
             if module.codes.device.type == "meta":

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 
 from .attention import attention, attention_weights, matmul
 from .casts import cast_from_fp8, cast_to_fp8, cast_to_fp8_by_range, dynamic_scale, histogram, maxabs
+from .constants import constant_of, mark_constant
 from .conv import conv
 from .dispatch import Kernel, backend, backends, missing, register_kernel, why_reference
 from .linear import linear
+from .packing import packing_for
 from .records import CallRecord, note_fallback
 from .reference import ARITHMETICS
 from .reference_attention import DATAFLOWS
@@ -36,15 +38,18 @@ __all__ = [
     "cast_from_fp8",
     "cast_to_fp8",
     "cast_to_fp8_by_range",
+    "constant_of",
     "conv",
     "cpu",
     "dynamic_scale",
     "histogram",
     "linear",
+    "mark_constant",
     "matmul",
     "maxabs",
     "missing",
     "note_fallback",
+    "packing_for",
     "register_kernel",
     "why_reference",
 ]

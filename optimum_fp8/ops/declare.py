@@ -34,6 +34,8 @@ def call(op: str, arguments: Any, record: CallRecord | None = None) -> Any:
     if _is_compiling():
         if torch.onnx.is_in_onnx_export():
             raise FP8NotAvailableError(_NO_ONNX.format(op))
+        if (kernel := dispatch.traced_kernel(op, arguments)) is not None:
+            return kernel.run(arguments)
         # A graph has no records: its calls are attributed by the tensors they come with.
         return getattr(torch.ops.optimum_fp8, op)(*arguments)
     if record is not None and is_plain(arguments[:1]) and (found := run_prepared(op, arguments, record)) is not None:

@@ -15,6 +15,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ..errors import FP8ConfigError, FP8NotAvailableError, nearest
 from .records import CallRecord
 
@@ -36,6 +38,7 @@ class Kernel:
         prepare: packs what does not change from call to call: given a call that the kernel serves, a function for the
             module's next ones, which are likely to be alike, that answers None to those that are not. None if that
             would not be quicker.
+        traced: whether compilers are to see what `run` calls, operators that they know, and not the operator itself.
     """
 
     backend: str
@@ -43,6 +46,7 @@ class Kernel:
     run: Callable[[Any], Any]
     refuses: Callable[[Any], str | None] = lambda call: None
     prepare: Callable[[Any], Callable[[Any], Any] | None] = lambda call: None
+    traced: bool = False
 
     def serves(self, device: str) -> bool:
         return self.devices is None or device in self.devices
@@ -50,7 +54,7 @@ class Kernel:
 
 _kernels: dict[str, list[Kernel]] = {}
 _registered = 0
-_missing: dict[str, str] = {}
+_missing: dict[str, str | Callable[[], str | None]] = {}
 _missing_devices: dict[str, str] = {}
 _warned: set[str] = set()
 _forced: ContextVar[str | None] = ContextVar("optimum_fp8_backend", default=None)
@@ -78,8 +82,9 @@ def registry() -> int:
 
 
 def backends() -> list[str]:
-    """Names of all backends that have a kernel."""
-    return sorted({kernel.backend for kernels in _kernels.values() for kernel in kernels})
+    """Names of all backends that have a kernel and can run."""
+    names = {kernel.backend for kernels in _kernels.values() for kernel in kernels}
+    return sorted(name for name in names if missing(name) is None)
 
 
 @contextmanager
@@ -103,15 +108,20 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def note_missing(name: str, reason: str, *, device: bool = False) -> None:
+def note_missing(name: str, reason: str | Callable[[], str | None], *, device: bool = False) -> None:
     """Remember why a backend is not there, or all kernels for a device type (`device`): of those it is said once, when
-    the reference first runs instead."""
-    (_missing_devices if device else _missing)[name] = reason
+    the reference first runs instead. Of a backend that comes and goes `reason` is asked (None: it is there)."""
+    if device:
+        assert isinstance(reason, str)
+        _missing_devices[name] = reason
+    else:
+        _missing[name] = reason
 
 
 def missing(name: str) -> str | None:
     """Why a backend, or the kernels for a device type, are not there; None if they are, or if there are none at all."""
-    return _missing.get(name) or _missing_devices.get(name)
+    reason = _missing.get(name) or _missing_devices.get(name)
+    return reason() if callable(reason) else reason
 
 
 def why_reference(device: str | None = None) -> str | None:
@@ -143,6 +153,37 @@ def choose(op: str, call: Any, device: str, record: CallRecord | None) -> tuple[
             record.fallbacks[op, kernel.backend, reason] += 1
         refused = True
     raise FP8NotAvailableError(f"backend {forced!r} has no kernel for {op!r}; leave the backend free")
+
+
+def traced_kernel(op: str, call: Any) -> Kernel | None:
+    """While compiling: the kernel whose own calls the compiler is to see; None: it sees the operator.
+
+    Raises:
+        FP8NotAvailableError: such a backend is forced and refuses the call.
+    """
+    name = _traced_backend(call[0].device.type)
+    for kernel in _kernels[op] if name else ():
+        if kernel.backend == name and kernel.traced:
+            reason = kernel.refuses(call)
+            if reason is None:
+                return kernel
+            if name == _forced_now():
+                raise FP8NotAvailableError(f"backend {name!r} cannot run {op!r} here: {reason}; leave the backend free")
+    return None
+
+
+@torch._dynamo.assume_constant_result
+def _traced_backend(device: str) -> str:
+    """The backend whose calls compilers are to see: the forced one, or that which serves the device; else none."""
+    forced, kernels = _forced.get(), [kernel for kernels in _kernels.values() for kernel in kernels if kernel.traced]
+    return next(
+        (kernel.backend for kernel in kernels if (kernel.backend == forced if forced else kernel.serves(device))), ""
+    )
+
+
+@torch._dynamo.assume_constant_result
+def _forced_now() -> str:
+    return _forced.get() or ""
 
 
 def _warn_of_missing(device: str) -> None:

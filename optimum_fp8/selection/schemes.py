@@ -41,4 +41,5 @@ def scheme_for(
         dataflow="qdq" if own.use_qdq else own.attention_dataflow,
         rounds_attention=own.attention and activations != WEIGHT_ONLY,
         caches=own.kv_cache,
+        constant_scales=own.scale_format == "scalar",
     )

@@ -1,0 +1,37 @@
+"""Intel Gaudi's kernels: the operators through `torch.ops.hpu`, as Gaudi's PyTorch bridge declares them.
+
+They serve tensors on the device "hpu", and any tensors where `ops.backend("hpu")` forces them, over an emulated bridge
+for example. Which operators there are is asked at each call: a bridge may be loaded after this package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..dispatch import Kernel, note_missing, register_kernel
+from ..packing import Packing, register_packing
+from . import casts
+from .bridge import why_missing
+
+BACKEND, DEVICES = "hpu", ("hpu",)
+
+_KERNELS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], str | None]]] = {
+    "cast_to_fp8": (casts.cast_to, casts.refuses_cast_to),
+    "cast_from_fp8": (casts.cast_from, casts.refuses_cast_from),
+}
+
+
+def register() -> None:
+    """Register Gaudi's kernels, and note that they cannot run while no bridge is loaded."""
+    note_missing(BACKEND, why_missing)
+    register_packing(BACKEND, Packing(DEVICES, _transposed, constants=True))
+    for operator, (run, refuses) in _KERNELS.items():
+        register_kernel(operator, Kernel(BACKEND, DEVICES, run, refuses, traced=True))
+
+
+def _transposed(matrix: torch.Tensor) -> torch.Tensor:
+    """`[out, in]` whose transpose is contiguous: what a GEMM that transposes nothing reads."""
+    return matrix.t().contiguous().t()

@@ -1,0 +1,46 @@
+"""What Gaudi's PyTorch bridge offers: its operators, its version, the generation of the card.
+
+`torch.ops.hpu` has what the bridge registered when `habana_frameworks` was imported; nothing here imports it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...errors import FP8NotAvailableError
+
+
+def operator(name: str, overload: str = "default") -> Any:
+    """An overload of `torch.ops.hpu`.
+
+    Raises:
+        FP8NotAvailableError: the bridge does not have it; the message names it, and the overloads that there are.
+    """
+    packet = getattr(torch.ops.hpu, name, None)
+    found = getattr(packet, overload, None)
+    if found is not None:
+        return found
+    if (reason := why_missing()) is not None:
+        raise FP8NotAvailableError(f"torch.ops.hpu.{name} cannot be called: {reason}")
+    there = f"of {name} there are {', '.join(packet.overloads())}" if packet is not None else f"there is no {name}"
+    raise FP8NotAvailableError(
+        f"torch.ops.hpu.{name}.{overload} is not in this bridge ({there}): install a newer release of Intel Gaudi's "
+        "software, or put what calls it on the blocklist"
+    )
+
+
+def offers(name: str, overload: str = "default") -> bool:
+    """Whether the bridge has an overload of an operator."""
+    return getattr(getattr(torch.ops.hpu, name, None), overload, None) is not None
+
+
+def why_missing() -> str | None:
+    """Why none of Gaudi's operators can be called; None if they can."""
+    if offers("cast_to_fp8_v2"):
+        return None
+    return (
+        "torch.ops.hpu has no operators: there is no Intel Gaudi, or its PyTorch bridge is not loaded "
+        "(import habana_frameworks.torch first)"
+    )
