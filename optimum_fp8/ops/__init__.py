@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from .attention import attention, attention_weights, matmul
 from .casts import cast_from_fp8, cast_to_fp8, cast_to_fp8_by_range, dynamic_scale, histogram, maxabs
-from .constants import constant_of, mark_constant
+from .constants import constant_of, mark_constant, mark_constants, part_of
 from .conv import conv
 from .dispatch import Kernel, backend, backends, missing, register_kernel, why_reference
+from .experts import experts
 from .linear import linear
 from .packing import packing_for
 from .records import CallRecord, note_fallback
@@ -42,14 +43,17 @@ __all__ = [
     "conv",
     "cpu",
     "dynamic_scale",
+    "experts",
     "histogram",
     "linear",
     "mark_constant",
+    "mark_constants",
     "matmul",
     "maxabs",
     "missing",
     "note_fallback",
     "packing_for",
+    "part_of",
     "register_kernel",
     "why_reference",
 ]

@@ -142,4 +142,22 @@ class AttentionWeightsCall(NamedTuple):
     dataflow: str
 
 
+class ExpertsCall(NamedTuple):
+    """Of `experts`."""
+
+    x: torch.Tensor
+    table: torch.Tensor
+    router_weights: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    gate_up_scale: torch.Tensor
+    down_scale: torch.Tensor
+    input_scale: torch.Tensor | None
+    intermediate_scale: torch.Tensor | None
+    activation: str
+    experts_min: int
+    full_scale: float
+    arithmetic: str
+
+
 Product: TypeAlias = LinearCall | ConvCall

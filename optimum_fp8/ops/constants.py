@@ -17,9 +17,9 @@ _is_compiling = torch.compiler.is_compiling
 
 
 class _Constant(NamedTuple):
-    """A value, and the version of the tensor that had it."""
+    """Values, and the version of the tensor that had them."""
 
-    value: float
+    values: tuple[float, ...]
     version: int
 
 
@@ -34,21 +34,42 @@ def mark_constant(scale: torch.Tensor, hardware: HardwareScales) -> bool:
         whether `constant_of` will give it.
     """
     scale.__dict__.pop(_CONSTANT, None)
-    if scale.numel() != 1 or scale.is_meta:
+    return scale.numel() == 1 and mark_constants(scale, hardware)
+
+
+def mark_constants(scales: torch.Tensor, hardware: HardwareScales) -> bool:
+    """As `mark_constant`, of a tensor of several scales, each of which is one of its own: of experts, say."""
+    scales.__dict__.pop(_CONSTANT, None)
+    if scales.is_meta or not scales.numel():
         return False
-    value = float(scale)
-    if value not in hardware.descending():
+    values = tuple(scales.flatten().tolist())
+    if not set(values).issubset(hardware.descending()):
         return False
-    setattr(scale, _CONSTANT, _Constant(value, _version(scale)))
+    setattr(scales, _CONSTANT, _Constant(values, _version(scales)))
     return True
 
 
 def constant_of(scale: torch.Tensor | None) -> float | None:
     """The value of a scale that `mark_constant` kept; None: not known, or the tensor was written to since."""
-    constant = getattr(scale, _CONSTANT, None)
-    if constant is None or scale is None:
+    values = None if scale is None else constants_of(scale)
+    return values[0] if values is not None and len(values) == 1 else None
+
+
+def constants_of(scales: torch.Tensor) -> tuple[float, ...] | None:
+    """The values that `mark_constants` kept, in the order they are in; None as of `constant_of`."""
+    constant = getattr(scales, _CONSTANT, None)
+    if constant is None:
         return None
-    return constant.value if _is_compiling() or constant.version == _version(scale) else None
+    return constant.values if _is_compiling() or constant.version == _version(scales) else None
+
+
+def part_of(scales: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """`scales[start:stop]`, of which is known what is known of the whole."""
+    part, values = scales[start:stop], constants_of(scales)
+    if values is not None and not _is_compiling():
+        each = len(values) // scales.shape[0]
+        setattr(part, _CONSTANT, _Constant(values[start * each : stop * each], _version(part)))
+    return part
 
 
 def _version(scale: torch.Tensor) -> int:

@@ -144,7 +144,7 @@ def _view(func: Callable[..., Any], tensor: FP8Tensor, args: tuple[Any, ...], kw
     codes, dtype = func(tensor.codes, *args, **kwargs), tensor.dtype
     many = isinstance(codes, (tuple, list))
     if tensor.scale.numel() == 1:
-        scale = tensor.scale.reshape(1)
+        scale = tensor.scale if tensor.scale.shape == (1,) else tensor.scale.reshape(1)  # a known constant stays one
         return type(codes)(FP8Tensor(c, scale, dtype) for c in codes) if many else FP8Tensor(codes, scale, dtype)
     try:
         scales = func(_expanded(tensor.scale, tensor.codes.shape), *args, **kwargs)

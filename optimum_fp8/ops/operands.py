@@ -19,6 +19,7 @@ from ..formats import FP8_DTYPES
 HIGH_PRECISION = frozenset({torch.float32, torch.bfloat16, torch.float16})  # what fast kernels take beside FP8
 BLOCK = 128  # side of the blocks that share a scale
 GROUPS = (128, 32)  # values along the last dimension that share a scale
+GAUDI_EXPERTS = 64  # that Gaudi's operator takes at a time: as of bridge 1.20, by vLLM's extension for it
 BIN_SHIFT = 19  # bits of a float32 that a histogram does not look at: 8 of the exponent and 4 of the mantissa are left
 BINS = 1 << (31 - BIN_SHIFT)
 _LARGEST = {dtype: torch.finfo(dtype).max for dtype in FP8_DTYPES.values()}

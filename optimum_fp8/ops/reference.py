@@ -69,12 +69,16 @@ def _check_format(dtype: torch.dtype, full_scale: float) -> None:
 def cast_to_fp8_by_range(
     x: torch.Tensor, scale_of_range: torch.Tensor, per_row: bool, dtype: torch.dtype, full_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    x = x.contiguous()
+    scale, found = scale_by_range(x, scale_of_range, per_row)
+    return cast_to_fp8(x.contiguous(), scale, dtype, full_scale), scale, found
+
+
+def scale_by_range(x: torch.Tensor, scale_of_range: torch.Tensor, per_row: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scale that `cast_to_fp8_by_range` casts with, and the range that it follows from."""
     rows = x.reshape(x.shape[0], -1) if per_row else x
     found = maxabs(rows, -1).reshape(-1, *[1] * (x.ndim - 1)) if per_row else maxabs(x, 0)
     bits = found.to(torch.bfloat16).view(torch.int16).long()
-    scale = scale_of_range[torch.where(found.isnan(), 0x7FC0, bits)]
-    return cast_to_fp8(x, scale, dtype, full_scale), scale, found
+    return scale_of_range[torch.where(found.isnan(), 0x7FC0, bits)], found
 
 
 def cast_from_fp8(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

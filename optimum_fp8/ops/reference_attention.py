@@ -1,12 +1,15 @@
 """The reference of attention's operators: plain torch that defines the result, down to each rounding, on any device.
 
 All products are formed from FP8 values (or unrounded ones) held in float32 (float64 for float64 queries) and
-accumulated there; scales are multiplied in afterwards. What lies between the products is the `dataflow`:
+accumulated there; the scales of both operands, multiplied with one another, are multiplied in afterwards. What lies
+between the products is the `dataflow`:
 
 * "fused": scores, scaling, soft cap, mask and softmax stay in float32; the probabilities are rounded to FP8; the second
   product is rounded to FP8 where there is an `output_scale`, then once to the query's dtype.
 * "unfused": the scores are rounded to the query's dtype as a matmul's output is, and scaled, capped and masked in it;
   the softmax is taken in float32 and rounded to that dtype, then to FP8; the second product is rounded to that dtype.
+* "fused_gaudi" and "unfused_gaudi": the same but for the probabilities, which are rounded once: to FP8, or where they
+  have no scale to the query's dtype.
 * "qdq": as "unfused", and each operand is rounded to FP8 and back to the query's dtype before its product.
 
 Keys and values that are FP8 codes already are converted in blocks of positions: there never is a high-precision copy of
@@ -24,7 +27,8 @@ from ..formats import is_fp8
 from .arguments import AttentionCall, AttentionWeightsCall, MatmulCall
 from .reference import cast_from_fp8, cast_to_fp8
 
-DATAFLOWS = ("fused", "unfused", "qdq")
+DATAFLOWS = ("fused", "unfused", "fused_gaudi", "unfused_gaudi", "qdq")
+FUSED = ("fused", "fused_gaudi")
 _BLOCK = 2048  # positions of a cache that are converted at a time
 
 
@@ -33,12 +37,10 @@ def attention(call: AttentionCall) -> torch.Tensor:
     probabilities = _probabilities(call)
     values, scale = _operand(call.value, call.v_scale, call)
     result = _weighted_sum(probabilities, values, scale)
-    if p_scale is not None and dataflow != "qdq":
-        result = result * p_scale
-    if scale is not None and scale.ndim <= 3:
-        result = result * _of_key_heads(scale, result.dtype)
+    per_tensor = p_scale if dataflow != "qdq" else None
+    result = _scaled(result, per_tensor, None if scale is None or scale.ndim == 4 else _of_key_heads(scale))
     result = result.flatten(1, 2).transpose(1, 2).contiguous()
-    if output_scale is not None and dataflow == "fused":
+    if output_scale is not None and dataflow in FUSED:
         codes = cast_to_fp8(result, output_scale, call.dtype, call.full_scale)
         result = cast_from_fp8(codes, output_scale, torch.float32)
     return result.to(call.query.dtype)
@@ -59,9 +61,13 @@ def matmul(call: MatmulCall) -> torch.Tensor:
     left, right = _rounded(a, a_scale, dtype, full_scale), _rounded(b, b_scale, dtype, full_scale)
     by_rows = b_scale is not None and b_scale.ndim > 1 and b_scale.shape[-2] > 1
     result = _product(_wide(left), right, b_scale if by_rows else None)
-    for scale in (a_scale, None if by_rows else b_scale):
-        result = result if scale is None else result * scale
-    return result.to(a.dtype)
+    return _scaled(result, a_scale, None if by_rows else b_scale).to(a.dtype)
+
+
+def _scaled(product: torch.Tensor, a_scale: torch.Tensor | None, b_scale: torch.Tensor | None) -> torch.Tensor:
+    """`product` times the scales of its operands, which are multiplied with one another first."""
+    scales = [scale.to(product.dtype) for scale in (a_scale, b_scale) if scale is not None]
+    return product * reduce(torch.mul, scales) if scales else product
 
 
 def _product(left: torch.Tensor, right: torch.Tensor, row_scale: torch.Tensor | None) -> torch.Tensor:
@@ -91,22 +97,26 @@ def _probabilities(call: AttentionCall | AttentionWeightsCall) -> torch.Tensor:
     queries, query_scale = _operand(query, call.q_scale, call)
     keys, key_scale = _operand(call.key, call.k_scale, call)
     scores = _scores(_grouped(queries, key_heads), keys)
-    if query_scale is not None:
-        scores = scores * _grouped_scale(query_scale, key_heads)
-    if key_scale is not None:
-        scores = scores * (_of_key_heads(key_scale, scores.dtype) if key_scale.ndim <= 3 else _per_key(key_scale))
-    if dataflow != "fused":
+    of_queries = None if query_scale is None else _grouped_scale(query_scale, key_heads)
+    of_keys = None if key_scale is None else _of_key_heads(key_scale) if key_scale.ndim <= 3 else _per_key(key_scale)
+    scores = _scaled(scores, of_queries, of_keys)
+    if dataflow not in FUSED:
         scores = scores.to(query.dtype)
     scores = _capped(scores * call.scaling, call.softcap)
     if call.mask is not None:
         scores = _masked(scores, call.mask, key_heads)
     probabilities = _softmax(scores, call.sinks, key_heads)
-    if dataflow != "fused":
+    if rounds_probabilities(dataflow, p_scale):
         probabilities = probabilities.to(query.dtype)
     if p_scale is None:
         return _wide(probabilities)
     codes = cast_to_fp8(probabilities, p_scale, call.dtype, call.full_scale)
     return _wide(cast_from_fp8(codes, p_scale, query.dtype) if dataflow == "qdq" else codes)
+
+
+def rounds_probabilities(dataflow: str, p_scale: torch.Tensor | None) -> bool:
+    """Whether the softmax's output is rounded to the query's dtype, before it is to FP8 if it has a scale."""
+    return dataflow in ("unfused", "qdq") or (dataflow.endswith("_gaudi") and p_scale is None)
 
 
 def _operand(
@@ -159,9 +169,9 @@ def _grouped_scale(scale: torch.Tensor, key_heads: int) -> torch.Tensor:
     return scale if scale.numel() == 1 else scale.unflatten(-3, (key_heads, -1))
 
 
-def _of_key_heads(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _of_key_heads(scale: torch.Tensor) -> torch.Tensor:
     """A static scale of keys or values, `(1,)` or `(Hkv, 1, 1)`, along grouped scores or outputs."""
-    return scale.to(dtype) if scale.numel() == 1 else scale.to(dtype).reshape(-1, 1, 1, 1)
+    return scale if scale.numel() == 1 else scale.reshape(-1, 1, 1, 1)
 
 
 def _per_key(scale: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,11 @@ HEADS, TOKENS = torch.rand(2, 1, 1) + 0.1, torch.rand(2, 2, 5, 1) + 0.1
 UNMASKED = (None, None, 0.5, 0.0, E4M3, 448.0)
 MASKED = (torch.zeros(2, 1, 3, 5), torch.randn(4), 0.5, 2.0, E4M3, 240.0)
 
+ROUTED = (X.bfloat16(), torch.randint(0, 5, (4, 2)), torch.rand(4, 2))
+EXPERTS = (torch.randn(3, 16, 6).to(E4M3), torch.randn(3, 6, 8).to(E4M3))
+PER_EXPERT, HALVES = torch.rand(3, 1, 1) + 0.1, torch.rand(3, 2, 1) + 0.1
+EXPERT_CHANNELS = (torch.rand(3, 16, 1) + 0.1, torch.rand(3, 6, 1) + 0.1)
+
 CALLS = {
     "cast_to": (NAMESPACE.cast_to_fp8, (X, SCALE, E4M3, 448.0)),
     "cast_to-e5m2": (NAMESPACE.cast_to_fp8, (X.bfloat16(), ROWS, E5M2, 57344.0)),
@@ -49,6 +54,18 @@ CALLS = {
     "linear-empty": (NAMESPACE.linear, (X[:0], WEIGHT, SCALE, SCALE, None, 448.0, "fused")),
     "linear-transposed": (NAMESPACE.linear, (torch.randn(6, 4).t(), WEIGHT, SCALE, SCALE, None, 448.0, "fused")),
     "linear-no-features": (NAMESPACE.linear, (X[:, :0], WEIGHT[:, :0], SCALE, None, None, 448.0, "fused")),
+    "experts": (
+        NAMESPACE.experts,
+        (*ROUTED, *EXPERTS, HALVES, PER_EXPERT, SCALE, PER_EXPERT, "silu", 0, 240.0, "gaudi"),
+    ),
+    "experts-dynamic": (
+        NAMESPACE.experts,
+        (*ROUTED, *EXPERTS, *EXPERT_CHANNELS, ROWS, None, "gelu", 1, 448.0, "fused"),
+    ),
+    "experts-transposed": (
+        NAMESPACE.experts,
+        (torch.randn(6, 4).t(), *ROUTED[1:], *EXPERTS, PER_EXPERT, PER_EXPERT, None, None, "relu", 0, 448.0, "qdq"),
+    ),
     "conv": (NAMESPACE.conv, (IMAGE, KERNEL, SCALE, None, None, *GEOMETRY, 448.0, "fused")),
     "conv-qdq": (NAMESPACE.conv, (IMAGE.half(), KERNEL, SCALE, SCALE, None, *GEOMETRY, 448.0, "qdq")),
     "conv-unbatched": (
@@ -115,6 +132,7 @@ def test_every_operator_is_called_here():
         "attention",
         "attention_weights",
         "matmul",
+        "experts",
     }
 
 

@@ -6,12 +6,12 @@ import torch
 
 from ..arguments import AttentionCall
 from ..operands import refuses_format
-from .attention_call import pack, rounds_probabilities, row_size
+from ..reference_attention import DATAFLOWS, FUSED
+from .attention_call import keeps_scores, pack, row_size
 from .attention_prefill import many_queries
 from .casts import Casts
 from .library import FORMATS, TYPES, check
 
-_DATAFLOWS = ("fused", "unfused")
 FEW_QUERIES = 16  # up to so many, reading keys and values takes longest; beyond, multiplying does
 
 
@@ -23,7 +23,7 @@ class Attention:
 
     def refuses(self, call: AttentionCall) -> str | None:
         query, key, value, mask, sinks = call.query, call.key, call.value, call.mask, call.sinks
-        if call.dataflow not in _DATAFLOWS:
+        if call.dataflow not in DATAFLOWS or call.dataflow == "qdq":
             return f"dataflow {call.dataflow!r}"
         if query.dtype not in TYPES or call.dtype not in FORMATS:
             return f"queries in {query.dtype}, rounded to {call.dtype}"
@@ -54,7 +54,7 @@ class Attention:
             value=self._codes(call.value, call.v_scale, call),
             k_scale=_packed(call.k_scale),
             v_scale=_packed(call.v_scale),
-            output_scale=call.output_scale if call.dataflow == "fused" else None,
+            output_scale=call.output_scale if call.dataflow in FUSED else None,
             mask=None if mask is None else _expanded_mask(mask, (*rows[:3], call.key.shape[2])),
             sinks=sinks.reshape(1, -1, 1, 1).expand(rows) if sinks is not None and sinks.ndim == 1 else sinks,
         )
@@ -69,7 +69,7 @@ class Attention:
     def _few_queries(self, call: AttentionCall) -> torch.Tensor:
         batch, heads, queries, _ = call.query.shape
         scores = None
-        if rounds_probabilities(call):
+        if keeps_scores(call):
             shape = (batch * heads * queries, row_size(call.key.shape[2]))
             scores = call.query.new_empty(shape, dtype=torch.float32)
         output = call.query.new_empty((batch, queries, heads, call.value.shape[3]))

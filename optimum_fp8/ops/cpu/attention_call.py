@@ -13,10 +13,11 @@ from struct import Struct
 import torch
 
 from ..arguments import AttentionCall
+from ..reference_attention import FUSED, rounds_probabilities
 from .library import FORMATS, TYPES, threads
 
 _BOOLEAN = 3
-_ARGUMENTS = Struct("=54q3d")
+_ARGUMENTS = Struct("=55q3d")
 _NO_MASK, _NO_SINKS = (0,) * 6, (0,) * 5
 _WIDEST = 16  # floats in a vector, on any processor
 
@@ -54,8 +55,8 @@ def part(call: AttentionCall, batch: int, key_head: int, queries: slice, keys: i
     )
 
 
-def rounds_probabilities(call: AttentionCall) -> bool:
-    """Whether their sum must be known before they are multiplied with values: then all scores are kept."""
+def keeps_scores(call: AttentionCall) -> bool:
+    """Whether the sum of probabilities must be known before they are multiplied with values, since they are rounded."""
     return call.p_scale is not None or call.dataflow != "fused"
 
 
@@ -79,7 +80,7 @@ def pack(call: AttentionCall, variant: int, scores: torch.Tensor | None, output:
         *(_NO_SINKS if sinks is None else (sinks.data_ptr(), TYPES[sinks.dtype], *sinks.stride()[:3])),
         *((0, 0) if scores is None else (scores.data_ptr(), scores.stride(0))),
         0 if output is None else output.data_ptr(),
-        call.dataflow != "fused",
+        *(call.dataflow not in FUSED, rounds_probabilities(call.dataflow, call.p_scale)),
         *(call.full_scale, call.scaling, call.softcap),
     )
 

@@ -74,10 +74,13 @@ def _block(
     torch.mm(rows, key[:keys].t(), out=scores)
     check(casts.library.softmax(pack(some, casts.variant, padded, None)), "attention")
     result = scores @ value[:keys]
-    if some.p_scale is not None:
-        result.mul_(some.p_scale)
-    if some.v_scale is not None and some.v_scale.stride(2) == 0:  # one a position was multiplied with probabilities
-        result.mul_(some.v_scale[0, 0, 0])
+    assert some.v_scale is not None  # or it was refused
+    scale = some.p_scale
+    if some.v_scale.stride(2) == 0:  # one a position was multiplied with probabilities
+        v_scale = some.v_scale[0, 0, 0]
+        scale = v_scale if scale is None else scale * v_scale
+    if scale is not None:
+        result.mul_(scale)
     if some.output_scale is not None:
         codes = casts.cast_to_fp8(result, some.output_scale, some.dtype, some.full_scale)
         result = casts.cast_from_fp8(codes, some.output_scale, torch.float32)

@@ -11,16 +11,31 @@ from typing import Any
 
 import torch
 
+from .. import reference
 from ..dispatch import Kernel, note_missing, register_kernel
 from ..packing import Packing, register_packing
-from . import casts
+from . import attention, casts, conv, experts, linear, matmul, ranges
 from .bridge import why_missing
 
 BACKEND, DEVICES = "hpu", ("hpu",)
 
+
+def takes_all(call: Any) -> None:
+    """What refuses no call."""
+
+
 _KERNELS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], str | None]]] = {
     "cast_to_fp8": (casts.cast_to, casts.refuses_cast_to),
     "cast_from_fp8": (casts.cast_from, casts.refuses_cast_from),
+    "cast_to_fp8_by_range": (ranges.cast_by_range, ranges.refuses_cast_by_range),
+    "maxabs": (lambda call: reference.maxabs(*call), takes_all),
+    "histogram": (lambda call: reference.histogram(*call), takes_all),
+    "dynamic_scale": (ranges.dynamic_scale, takes_all),
+    "linear": (linear.run, linear.refuses),
+    "matmul": (matmul.run, matmul.refuses),
+    "conv": (conv.run, conv.refuses),
+    "attention": (attention.run, attention.refuses),
+    "experts": (experts.experts, experts.refuses),
 }
 
 

@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from importlib import import_module
 from typing import Any
 
 import torch
 
 from ...errors import FP8NotAvailableError
+from ...formats import FP8_DTYPES, number_format
 
 
 def operator(name: str, overload: str = "default") -> Any:
@@ -44,3 +47,20 @@ def why_missing() -> str | None:
         "torch.ops.hpu has no operators: there is no Intel Gaudi, or its PyTorch bridge is not loaded "
         "(import habana_frameworks.torch first)"
     )
+
+
+@torch._dynamo.assume_constant_result
+def full_scale(dtype: torch.dtype) -> float:
+    """The largest number that the card's codes of an FP8 dtype stand for."""
+    name = next(name for name, known in FP8_DTYPES.items() if known == dtype)
+    return number_format(name, chip()).full_scale
+
+
+def chip() -> str:
+    """The generation of the card: "gaudi2" or "gaudi3"."""
+    return _chip(import_module("habana_frameworks.torch.hpu"))
+
+
+@lru_cache(maxsize=1)
+def _chip(hpu: Any) -> str:
+    return "gaudi3" if "gaudi3" in str(hpu.get_device_name()).lower() else "gaudi2"

@@ -66,6 +66,7 @@ static void draw_attention(fp8cpu_attention_args *a, operands *o) {
     a->type = below(3), a->format = below(2), a->k_format = below(2), a->v_format = below(2);
     a->full_scale = a->format == FP8CPU_E5M2 ? 57344.0 : 448.0;
     a->scaling = 0.02, a->softcap = chance(4) ? 5.0 : 0.0, a->rounds_scores = chance(4);
+    a->rounds_probabilities = a->rounds_scores ? chance(2) : chance(8);
     const int64_t q = draw_strides(a->q_stride, a->batch, a->heads, a->queries, a->key_dim);
     const int64_t k = draw_strides(a->k_stride, a->batch, a->key_heads, a->keys, a->key_dim);
     const int64_t v = draw_strides(a->v_stride, a->batch, a->key_heads, a->keys, a->value_dim);
@@ -89,7 +90,8 @@ static void draw_attention(fp8cpu_attention_args *a, operands *o) {
         a->sinks = (int64_t)o->sinks.data;
     }
     a->scores_stride = (a->keys + 15) / 16 * 16;
-    if (a->p_scale || a->rounds_scores) o->scores = new_buffer(4 * a->batch * a->heads * a->queries * a->scores_stride, 4);
+    if (a->p_scale || a->rounds_scores || a->rounds_probabilities)
+        o->scores = new_buffer(4 * a->batch * a->heads * a->queries * a->scores_stride, 4);
     a->scores = (int64_t)o->scores.data;
     const int64_t y = a->batch * a->queries * a->heads * a->value_dim * size_of(a->type);
     o->y = new_buffer(y, size_of(a->type));
@@ -159,7 +161,8 @@ static void fuzz_attention(int64_t variant) {
     if (fp8cpu_attention(&a) != FP8CPU_OK) FAIL("attention refused");
     double *p = malloc(sizeof(double) * (size_t)a.keys);
     if (!p) abort();
-    const int exact = !a.p_scale && !a.output_scale && !(a.rounds_scores && a.type != FP8CPU_FLOAT32);
+    const int rounds = (a.rounds_scores || a.rounds_probabilities) && a.type != FP8CPU_FLOAT32;
+    const int exact = !a.p_scale && !a.output_scale && !rounds;
     for (int64_t b = 0; exact && b < a.batch; b++)
         for (int64_t h = 0; h < a.heads; h++)
             for (int64_t s = 0; s < a.queries && !failed; s++) check_row(&a, b, h, s, p);

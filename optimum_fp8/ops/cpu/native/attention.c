@@ -202,7 +202,7 @@ static void output_row(void *context, int64_t number, int64_t thread) {
             vf sum = splat(0);
             for (int64_t c = 0; c < job->splits; c++)
                 sum += load_floats(acc + c * job->rows * job->v_size + step + i * LANES) * split_weights[c];
-            sum = sum * p_scale * v_scale;
+            sum = sum * (p_scale * v_scale);
             if (a->output_scale)
                 sum = to_grid(sum * (1.0f / output_scale), (float)a->full_scale, format_of(a->format)) * output_scale;
             for (int lane = 0; lane < LANES; lane++) values[code_of(i, lane)] = sum[lane];
@@ -229,7 +229,7 @@ static int64_t split_size_for(const fp8cpu_attention_args *a) {
 static attention_job job_for(const fp8cpu_attention_args *a) {
     attention_job job = {.args = a, .rows = a->heads / a->key_heads * a->queries, .split_size = split_size_for(a)};
     choose_kernels(&job);
-    job.two_passes = a->p_scale || a->rounds_scores;
+    job.two_passes = a->p_scale || a->rounds_scores || a->rounds_probabilities;
     job.q_size = divide_up(a->key_dim, STEP) * (uses_bf16_pairs(a) ? STEP / 2 : STEP);
     job.v_size = divide_up(a->value_dim, STEP) * STEP;
     job.k_prefetch = prefetch_distance(a->k_stride[2]);

@@ -9,7 +9,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FP8CPU_ABI 6
+#define FP8CPU_ABI 7
 
 enum { FP8CPU_FLOAT32 = 0, FP8CPU_BFLOAT16 = 1, FP8CPU_FLOAT16 = 2, FP8CPU_BOOLEAN = 3 };
 enum { FP8CPU_E4M3 = 0, FP8CPU_E5M2 = 1 };
@@ -77,9 +77,10 @@ typedef struct {
     int64_t mask, mask_type, mask_size, mask_stride[3]; /* [batch, heads, queries, keys], mask_size bytes an element; or 0 */
     int64_t sinks, sinks_type, sinks_stride[3];         /* [batch, heads, queries], or 0 */
     int64_t scores, scores_stride; /* float * [batch * heads * queries, stride]: scratch, whole vectors a row; attention
-                                      needs it where it rounds probabilities: p_scale or rounds_scores */
+                                      needs it where it rounds probabilities, or scores */
     int64_t y;                     /* [batch, queries, heads, value_dim], contiguous */
-    int64_t rounds_scores;         /* each step from products to probabilities is rounded to q's type */
+    int64_t rounds_scores;         /* each step from products to scores is rounded to q's type, */
+    int64_t rounds_probabilities;  /* and their softmax, before it is to FP8 */
     double full_scale, scaling, softcap;
 } fp8cpu_attention_args;
 

@@ -40,7 +40,7 @@ INLINE void scale_scores(const score_row *row, int64_t type, float *x, int64_t f
     const vf shared = splat(row->k_scale && !per_position ? *row->k_scale : 1);
     for (int64_t at = 0; at < count; at += LANES) {
         const vf k_scale = per_position ? load_up_to(row->k_scale + first + at, FP8CPU_FLOAT32, count - at) : shared;
-        const vf product = load_floats(x + at) * q_scale * k_scale;
+        const vf product = load_floats(x + at) * (q_scale * k_scale);
         store_floats(x + at, round_to(round_to(product, type) * scaling, type));
     }
 }
@@ -116,7 +116,7 @@ void make_probabilities(const score_row *row, float *x, int64_t first, int64_t c
     else                                                                 \
         probabilities_in(row, type, E5M2, x, first, count, sum);         \
     break
-    switch (row->rounds_to) {
+    switch (row->args->rounds_probabilities ? row->args->type : FP8CPU_FLOAT32) {
         case FP8CPU_FLOAT32: PROBABILITIES(FP8CPU_FLOAT32);
         case FP8CPU_BFLOAT16: PROBABILITIES(FP8CPU_BFLOAT16);
         default: PROBABILITIES(FP8CPU_FLOAT16);

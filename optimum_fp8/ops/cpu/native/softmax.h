@@ -14,7 +14,7 @@ typedef struct {
     const float *k_scale, *v_scale; /* one a position or one for all; v_scale: NULL unless one a position */
     const char *mask;               /* of this row, or NULL */
     float sink;                     /* a score without a value; -Inf where there is none */
-    int64_t rounds_to;              /* the type that each step is rounded to */
+    int64_t rounds_to;              /* the type that each step to its scores is rounded to */
     float max_score, exp_sum;       /* of all its scores, once they are known */
 } score_row;
 
