@@ -33,17 +33,25 @@ class Kind(Enum):
     FUNCTIONS = auto()  # computes attention by functions of torch itself
     # Helper modules:
     PRODUCT = auto()  # one product
+    MAPPING = auto()  # a product with a matrix of zeros and ones, from sequences to blocks of a cache and back
     SOFTMAX = auto()
     FUSED = auto()  # attention as a whole
     STORAGE = auto()  # of keys or of values
+    PAGED = auto()  # storage that is handed to it, in blocks
 
 
 HELPERS = {
     "Matmul": Kind.PRODUCT,
+    "B2BMatmul": Kind.MAPPING,
     "Softmax": Kind.SOFTMAX,
+    "BlockSoftmaxConstMax": Kind.SOFTMAX,
     "ModuleFusedSDPA": Kind.FUSED,
     "KVCache": Kind.STORAGE,
+    "VLLMKVCache": Kind.PAGED,
 }
+STORES = (Kind.STORAGE, Kind.PAGED)
+# What a helper module has to have besides its name; of the others the name says all.
+_METHODS = {Kind.STORAGE: ("allocate", "update"), Kind.PAGED: ("fetch_from_cache",)}
 
 
 def attention_modules(model: nn.Module) -> dict[str, Kind]:
@@ -58,7 +66,7 @@ def attention_modules(model: nn.Module) -> dict[str, Kind]:
         if kind is Kind.INTERFACE and inside:
             left_out.add(name)
         elif kind is Kind.FUNCTIONS:
-            left_out |= {helper for helper in inside if kinds[helper] is not Kind.STORAGE}
+            left_out |= {helper for helper in inside if kinds[helper] not in STORES}
     return {name: kind for name, kind in kinds.items() if name not in left_out}
 
 
@@ -70,12 +78,11 @@ def _beside_a_product(name: str, kinds: dict[str, Kind]) -> bool:
 def attention_kind(module: nn.Module) -> Kind | None:
     """How a module takes part in attention; None: it does not."""
     kind = HELPERS.get(type(module).__name__)
-    whole = any(not isinstance(child, AttentionScales) for child in module.children())
+    # vLLM-Gaudi's ModuleFusedSDPA has a module inside for another way of calling its kernel.
+    whole = kind is not Kind.FUSED and any(not isinstance(child, AttentionScales) for child in module.children())
     if kind is None or isinstance(module, nn.Softmax) or whole:
         return _kind_of(cast(Hashable, type(module)))
-    if kind is Kind.STORAGE and not (hasattr(module, "allocate") and hasattr(module, "update")):
-        return None
-    return kind
+    return kind if all(hasattr(module, name) for name in _METHODS.get(kind, ())) else None
 
 
 @cache

@@ -6,6 +6,9 @@ and only what is called in between, in that thread, is looked at.
 The first product before the softmax takes "q" and "k", the first after it "p" and "v"; further ones (relative
 positions, loops over chunks) are numbered, "q2" and "k2" for the second before the softmax. Each operand has a scale of
 its own.
+
+A `Matmul` with INC's attribute `no_input_quant` takes its second operand as it is: codes that its model makes itself,
+or a tensor in high precision.
 """
 
 from __future__ import annotations
@@ -21,8 +24,10 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from .. import ops
 from ..errors import FP8Error
+from ..formats import is_fp8
 from ..ops.fp8_tensor import FP8Tensor
 from ..scales import Scheme, inf_as_nan
+from .detect import Kind, attention_kind
 from .plan import AttentionPlan, plan_of
 from .scale_module import scale_of
 
@@ -82,7 +87,7 @@ class AttentionMode(TorchFunctionMode):
         """a @ b: observed, or computed in FP8."""
         if _is_weight(a) or _is_weight(b):  # a layer's product, as FalconLinear's
             return compute()
-        names = self._next_names()
+        names, out = self._next_names(), kwargs.pop("out", None)
         if self.plan.observe is not None:
             self._observe(names, a, b)
         elif self.plan.scheme is not None:
@@ -91,7 +96,7 @@ class AttentionMode(TorchFunctionMode):
                 return compute()
             found = self._attempt("matmul", partial(self._rounded_product, names, a, b, self.plan.scheme))
             if found is not None:
-                return found
+                return found if out is None else out.resize_(found.shape).copy_(found)
         return compute()
 
     def reversed_product(self, compute: Callable[[], torch.Tensor], a: Any, b: Any) -> torch.Tensor:
@@ -135,6 +140,7 @@ class AttentionMode(TorchFunctionMode):
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """scaled_dot_product_attention: observed, or computed in FP8."""
         plan, operands = self.plan, (("q", query), ("k", key), ("v", value))
@@ -152,7 +158,8 @@ class AttentionMode(TorchFunctionMode):
         values = [name for name, x in operands if not isinstance(x, FP8Tensor)]
         if self._unseen("attention", values, plan.scheme) and not cached:
             return compute()
-        rounded = partial(self._rounded_attention, query, key, value, attn_mask, is_causal, scale, plan.scheme)
+        options = (attn_mask, is_causal, scale, sinks, plan.scheme)
+        rounded = partial(self._rounded_attention, query, key, value, *options)
         found = self._attempt("attention", rounded)
         return compute() if found is None else found
 
@@ -174,6 +181,7 @@ class AttentionMode(TorchFunctionMode):
         mask: torch.Tensor | None,
         is_causal: bool,
         scale: float | None,
+        sinks: torch.Tensor | None,
         scheme: Scheme,
     ) -> torch.Tensor:
         shape = query.shape
@@ -197,6 +205,7 @@ class AttentionMode(TorchFunctionMode):
             scale_of(self.module, "p_scale"),
             scale_of(self.module, "output_scale"),
             mask,
+            sinks=sinks,
             scaling=shape[-1] ** -0.5 if scale is None else scale,
             dtype=scheme.fmt.dtype,
             full_scale=scheme.fmt.full_scale,
@@ -212,8 +221,10 @@ class AttentionMode(TorchFunctionMode):
 
     def _observe(self, names: tuple[str, str], a: Any, b: Any) -> None:
         assert self.plan.observe is not None
+        if attention_kind(self.module) is Kind.MAPPING and _fits(a) and _fits(b):
+            b = torch.where((a != 0).any(dim=-2).unsqueeze(-1), b, 0)  # what no row takes may be anything
         for name, x in zip(names, (a, b), strict=True):
-            if _fits(x):
+            if _fits(x) and not (x is b and is_taken_as_it_is(self.module)):
                 self.plan.observe(name, x.mT if name.startswith("k") else x)  # the tokens of all are rows
 
     def _rounded_product(self, names: tuple[str, str], a: Any, b: Any, scheme: Scheme) -> torch.Tensor | None:
@@ -223,13 +234,16 @@ class AttentionMode(TorchFunctionMode):
         if isinstance(a, FP8Tensor) and not isinstance(b, FP8Tensor):  # the operator takes codes on the right
             turned = self._rounded_product(names[::-1], b.mT, a.mT, scheme)
             return None if turned is None else turned.mT
-        cached = isinstance(b, FP8Tensor)
+        cached, as_it_is = isinstance(b, FP8Tensor), is_taken_as_it_is(self.module)
         if not (scheme.rounds_attention or cached):
             return None
-        if self._unseen("matmul", names[:1] if cached else names, scheme) and not cached:
+        if self._unseen("matmul", names[:1] if cached or as_it_is else names, scheme) and not cached:
             return None
         a, a_scale = self._operand(names[0], _values(a), scheme)
-        b, b_scale = self._operand(names[1], b, scheme, columns=not names[1].startswith("v"))
+        if as_it_is and not cached:
+            b_scale = self._scale_of_codes(b)
+        else:
+            b, b_scale = self._operand(names[1], b, scheme, columns=not names[1].startswith("v"))
         return ops.matmul(
             a,
             b,
@@ -240,6 +254,13 @@ class AttentionMode(TorchFunctionMode):
             arithmetic="qdq" if scheme.dataflow == "qdq" else "fused",
             record=self.plan.record,
         )
+
+    def _scale_of_codes(self, b: torch.Tensor) -> torch.Tensor | None:
+        """The scale of a second operand that is not to be rounded; None where it is in high precision."""
+        if not is_fp8(b.dtype):
+            return None
+        scale = scale_of(self.module, "k_scale")
+        return torch.ones(1, device=b.device) if scale is None else scale
 
     def _unseen(self, op: str, names: Sequence[str], scheme: Scheme) -> bool:
         """Whether calibration has not seen some of the operands that are to be rounded; the report tells which."""
@@ -266,6 +287,11 @@ class AttentionMode(TorchFunctionMode):
             return x, scale_of(self.module, f"{name}_scale")
         rule = scheme.operands
         return inf_as_nan(x), scheme.dynamic_scale(x.mT, rule).mT if columns else scheme.dynamic_scale(x, rule)
+
+
+def is_taken_as_it_is(module: nn.Module) -> bool:
+    """Whether the second operand of a product is not to be rounded, as INC has it."""
+    return hasattr(module, "no_input_quant")
 
 
 def _values(x: torch.Tensor) -> torch.Tensor:

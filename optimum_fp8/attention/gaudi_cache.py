@@ -24,7 +24,7 @@ from .plan import plan_of
 from .scale_module import scale_of
 
 _ACTS_AS = "_optimum_fp8_acts_as"
-_HIGH_PRECISION = "a cache in high precision was handed to update(): what is written is rounded, and stored as before"
+HIGH_PRECISION = "a cache in high precision was handed to update(): what is written is rounded, and stored as before"
 
 
 def store_in_fp8(module: Any) -> None:
@@ -42,6 +42,11 @@ def store_as_before(module: Any) -> None:
             del module.__dict__[name]
     if _holds_fp8(module):
         module.cache = ops.cast_from_fp8(module.cache, _scale(module), module.__dict__.pop(_ACTS_AS))
+
+
+def as_stored(codes: torch.Tensor) -> torch.Tensor:
+    """Codes as operators that move them take them: on Gaudi as they are, elsewhere, where some are missing, bytes."""
+    return codes if codes.device.type == "hpu" else codes.view(torch.uint8)
 
 
 def _holds_fp8(module: Any) -> bool:
@@ -87,12 +92,11 @@ def _update(
         prev = prev.codes if prev.scale.data_ptr() == scale.data_ptr() else prev.dequantize()
     if isinstance(prev, torch.Tensor) and is_fp8(prev.dtype):
         record.layers = 1
-        # As bytes: not every device has every operator for FP8.
-        kept = original(prev.view(torch.uint8), codes.view(torch.uint8), *args, **kwargs).view(fmt.dtype)
+        kept = original(as_stored(prev), as_stored(codes), *args, **kwargs).view(fmt.dtype)
     else:
         values = original(prev, ops.cast_from_fp8(codes, scale, cur.dtype), *args, **kwargs)
         if isinstance(prev, torch.Tensor) and values.untyped_storage().data_ptr() == prev.untyped_storage().data_ptr():
-            record.refused[_HIGH_PRECISION] = record.refused.get(_HIGH_PRECISION, 0) + 1
+            record.refused[HIGH_PRECISION] = record.refused.get(HIGH_PRECISION, 0) + 1
         kept = ops.cast_to_fp8(values, scale, fmt.dtype, fmt.full_scale)
     return FP8Tensor(kept, scale, cur.dtype)
 

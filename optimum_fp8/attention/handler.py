@@ -14,11 +14,11 @@ from torch import nn
 from .. import ops
 from ..cache import CacheScales, attach_cache, cache_record, detach_cache, observe_caches
 from ..errors import FP8CheckpointError, FP8MeasurementError
-from ..formats import NumberFormat
 from ..measure import Observers
 from ..modules.handler import Conversion, Family, ModuleHandler, Quantize, Reason, Row, Surroundings, Target, Why
 from ..scales import PerHead, Scheme
-from .detect import Kind, attention_kind, attention_modules
+from .cache_ranges import with_ranges_of_caches
+from .detect import STORES, Kind, attention_kind, attention_modules
 from .plan import AttentionPlan, plan_of, set_plan
 from .scale_module import CHILD, scales_of, set_scales
 
@@ -97,9 +97,9 @@ class AttentionHandler(ModuleHandler):
         """Measurements of which at least one tells that calibration has reached a module; none: it needs no ranges."""
         return ("q", "k_cache")
 
-    def scales_for(self, target: Target) -> dict[str, torch.Tensor]:
-        """The scales that a module gets, by name."""
-        raise NotImplementedError
+    def scales_in(self, model: nn.Module, target: Target) -> dict[str, torch.Tensor]:
+        """The same, where what is around the module has a say."""
+        return self.scales_for(with_ranges_of_caches(target, model))
 
     def expected(self, scheme: Scheme) -> tuple[str, ...]:
         """Names of the scales that a module's operators cannot do without."""
@@ -146,7 +146,7 @@ class AttentionHandler(ModuleHandler):
     def convert(self, target: Target, model: nn.Module, quantize: Quantize) -> Conversion:
         module, before = target.module, (plan_of(target.module), scales_of(target.module))
         device = _device_of(model, target.name)
-        scales = {name: scale.to(device) for name, scale in self.scales_for(target).items()}
+        scales = {name: scale.to(device) for name, scale in self.scales_in(model, target).items()}
 
         def apply() -> None:
             set_scales(module, scales)
@@ -199,6 +199,13 @@ class AttentionHandler(ModuleHandler):
     def state(self, module: Any) -> dict[str, torch.Tensor]:
         return {f"{CHILD}.{name}": scale for name, scale in scales_of(module).items()}
 
+    def run_time_scales(self, module: Any) -> dict[str, torch.Tensor]:
+        return scales_of(module)
+
+    def rescale(self, module: Any, scales: Mapping[str, torch.Tensor]) -> None:
+        before = scales_of(module)
+        set_scales(module, {name: scale.to(before[name].device) for name, scale in scales.items()})
+
     def pack(self, module: Any) -> None:
         plan = plan_of(module)
         if plan is None or plan.scheme is None or not plan.scheme.constant_scales:
@@ -207,17 +214,6 @@ class AttentionHandler(ModuleHandler):
             packing = ops.packing_for(scale.device)
             if packing is not None and packing.constants:
                 ops.mark_constant(scale, plan.scheme.fmt.hardware_scales)
-
-    def fit(self, name: str, module: Any, made_for: NumberFormat, fmt: NumberFormat) -> None:
-        """For a target of a smaller range double the scales: what is rounded at run time reaches as far as before."""
-        if fmt.full_scale >= made_for.full_scale:
-            return
-        two = torch.full((1,), 2.0)
-        doubled = {
-            key: ops.cast_from_fp8(scale, two.to(scale.device), torch.float32)
-            for key, scale in scales_of(module).items()
-        }
-        set_scales(module, doubled)
 
     def row(self, module: Any) -> Row | None:
         plan = plan_of(module)
@@ -281,7 +277,7 @@ def _note_unseen(observers: Observers, target: Target, module: nn.Module, args: 
 def _may_cache(model: nn.Module) -> bool:
     """Whether a model stores keys and values as it generates."""
     return any(
-        attention_kind(part) is Kind.STORAGE or (isinstance(part, transformers.PreTrainedModel) and part.can_generate())
+        attention_kind(part) in STORES or (isinstance(part, transformers.PreTrainedModel) and part.can_generate())
         for part in model.modules()
     )
 

@@ -16,9 +16,9 @@ from ..config.inc import OPERATIONS
 from ..modules.handler import Change, Reason, Surroundings, Target, Why, register_handler
 from ..scales import Scheme
 from .continuous_batching import fall_back_in_batches
-from .detect import OTHER_STORAGE, Kind, attention_kind
+from .detect import OTHER_STORAGE, STORES, Kind, attention_kind
 from .function import NAME
-from .function_mode import enter_mode, leave_mode
+from .function_mode import enter_mode, is_taken_as_it_is, leave_mode
 from .handler import P_MAXABS, AttentionHandler, softmax_scale
 from .implementation import chosen_implementation, running_implementation, use_ours
 from .own_path import own_path, own_paths
@@ -159,8 +159,21 @@ class ProductHandler(ProductsHandler):
     def tells(self, scheme: Scheme) -> tuple[str, ...]:
         return ("q",) if scheme.rounds_attention else ()  # else only what comes out of a cache is in FP8
 
+    def scales_in(self, model: nn.Module, target: Target) -> dict[str, torch.Tensor]:
+        scales = super().scales_in(model, target)
+        if scales and is_taken_as_it_is(target.module):
+            scales["k_scale"] = _scale_of_codes(model.get_submodule(target.name.rpartition(".")[0]))
+        return scales
+
     def expected(self, scheme: Scheme) -> tuple[str, ...]:
         return ("q_scale", "k_scale") if scheme.rounds_attention and scheme.is_static else ()
+
+
+def _scale_of_codes(parent: nn.Module) -> torch.Tensor:
+    """The scale of codes that a model makes itself and multiplies in a `Matmul`, by INC's attribute of its parent."""
+    scale = getattr(parent, "scale_bf16_to_fp8", None)
+    scale = torch.ones(1) if scale is None else torch.as_tensor(scale).detach().float().cpu().reshape(-1)[:1]
+    return scale if bool(scale > 0) else torch.ones(1)
 
 
 class UnsupportedHandler(AttentionHandler):
@@ -191,10 +204,13 @@ class OtherStorageHandler(UnsupportedHandler):
     """Modules called as those that store keys and values, and made otherwise."""
 
     kind = "other attention storage"
-    why = "it stores keys and values in its own way: only a KVCache with allocate() and update() becomes FP8"
+    why = (
+        "it stores keys and values in its own way: only a KVCache with allocate() and update(), and a VLLMKVCache with "
+        "fetch_from_cache(), become FP8"
+    )
 
     def matches(self, module: nn.Module) -> bool:
-        return type(module).__name__ in OTHER_STORAGE and attention_kind(module) is not Kind.STORAGE
+        return type(module).__name__ in OTHER_STORAGE and attention_kind(module) not in STORES
 
     def concerned(self, scheme: Scheme) -> bool:
         return scheme.caches
@@ -202,7 +218,7 @@ class OtherStorageHandler(UnsupportedHandler):
 
 def stores_keys(model: nn.Module) -> bool:
     """Whether a model has modules that store keys or values themselves."""
-    return any(attention_kind(module) is Kind.STORAGE for module in model.modules())
+    return any(attention_kind(module) in STORES for module in model.modules())
 
 
 def scales_of_cache(

@@ -36,6 +36,11 @@ MODULE_RULES = [
         "or a maxabs method",
     ),
     Rule(
+        lambda c: c.row_parallel_linear_allreduce_quantization and c.scheme in ("dynamic", "weight_only"),
+        "row_parallel_linear_allreduce_quantization=True needs calibrated ranges, but activations are {c.scheme!r}: "
+        "use activation_scheme='static', or drop it",
+    ),
+    Rule(
         lambda c: "input" not in c.measured and c.method.activation.needs_range and _needs_ranges(c),
         "measure_exclude={c.measure_exclude!r} leaves inputs unmeasured, but static activations need their ranges: use "
         "measure_exclude='OUTPUT'",

@@ -17,7 +17,7 @@ MODES_NOT_THERE = ("shape", "none")
 OBSERVERS_NOT_THERE = ("shape",)
 # Switches that have no counterpart (yet): off is how things are, on is an error.
 _INTERVAL = "calibration_sample_interval"
-_SWITCHES_NOT_THERE = ("fake_quant", "row_parallel_linear_allreduce_quantization", _INTERVAL)
+_SWITCHES_NOT_THERE = ("fake_quant", _INTERVAL)
 _OFF = ("false", "0", "none")
 _SCALE_PARAMS = ("input_backoff", "weight_backoff")
 _BY_INC = ("hp_dtype", "lp_dtype")  # INC puts them there itself
@@ -42,31 +42,7 @@ _BOOKKEEPING = [
 INC_TYPES_NOT_THERE = frozenset(
     [
         "BMM",
-        "B2BMatmul",
-        "ParallelLMHead",
-        "RowParallelLinear",
-        "ColumnParallelLinear",
-        "MergedColumnParallelLinear",
-        "QKVParallelLinear",
-        "ReplicatedLinear",
-        "VLLMKVCache",
-        "LoRACompatibleLinear",
-        "LoRACompatibleConv",
-        "BlockSoftmaxConstMax",
-        "MoeMatmul",
-        "MoeFP8Matmul",
         "GaudiFP8Linear",
-        "FusedMoE",
-        "SharedFusedMoE",
-        "GaudiMixtralSparseMoeBlock",
-        "GaudiDeepseekV3MoE",
-        "VllmMixtureOfExpertsOp",
-        "VllmMixtureOfExpertsOpFP8",
-        "VllmMixtureOfExpertsOpFP8PerChannel",
-        "LinearLayer",
-        "LinearAllreduce",
-        "ScopedLinearAllReduce",
-        "LmHeadLinearAllreduce",
         "EmbeddingBag",
     ]
 )
@@ -74,6 +50,10 @@ INC_TYPES_NOT_THERE = frozenset(
 
 # Class names of INC's helper modules for the operations of attention, which lists of INC's switch on and off.
 OPERATIONS = ("Matmul", "Softmax", "ModuleFusedSDPA", "KVCache")
+# Of those that only models in vLLM-Gaudi's manner have, for the same operations on blocks of a cache.
+OF_BLOCKS = ("B2BMatmul", "BlockSoftmaxConstMax", "VLLMKVCache")
+HELPERS = (*OPERATIONS, *OF_BLOCKS)
+_STORES = ("KVCache", "VLLMKVCache")  # the others compute attention
 # What a file without an allowlist selects. Conv1D is transformers' Linear; BMM is a helper module that no model has.
 _WITHOUT_ALLOWLIST = ["Linear", "Conv2d", "Conv1D"]
 
@@ -156,7 +136,7 @@ def translate(options: dict[str, Any], known_keys: Iterable[str]) -> dict[str, A
         else:
             raise FP8ConfigError(f"unknown key {key!r}: {nearest(key, [*known_keys, *ALIASES])}")
     if str(translated.get("activation_scheme")).lower() != "weight_only":
-        return {**asked_for(operations(translated)), **translated}
+        return {**asked_for(translated), **translated}
     return translated
 
 
@@ -179,9 +159,9 @@ def _warn_of_what_inc_reads_otherwise(options: Mapping[str, Any]) -> None:
 
 def with_operations(options: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments with `attention` and `kv_cache` on where the types of the allowlist name what they do."""
-    if not set(bare_types(options.get("allowlist"))).intersection(OPERATIONS):
+    if not set(bare_types(options.get("allowlist"))).intersection(HELPERS):
         return options
-    return {**{key: True for key, on in asked_for(operations(options)).items() if on}, **options}
+    return {**{key: True for key, on in asked_for(options).items() if on}, **options}
 
 
 def operations(options: Mapping[str, Any]) -> dict[str, tuple[bool, str]]:
@@ -204,10 +184,15 @@ def operations(options: Mapping[str, Any]) -> dict[str, tuple[bool, str]]:
     return found
 
 
-def asked_for(found: Mapping[str, tuple[bool, str]]) -> dict[str, bool]:
-    """The keys that stand for the operations of attention, as far as lists select any."""
-    products = ("Matmul", "Softmax", "ModuleFusedSDPA")
-    return {"attention": any(found[kind][0] for kind in products), "kv_cache": found["KVCache"][0]}
+def asked_for(options: Mapping[str, Any]) -> dict[str, bool]:
+    """The keys that stand for the operations of attention, as far as lists select any.
+
+    Those on blocks have to be named: where a list selects all that there is, the others tell.
+    """
+    named, blocked = bare_types(options.get("allowlist")), bare_types(options.get("blocklist"))
+    on = {kind for kind, (selected, _) in operations(options).items() if selected}
+    on |= {kind for kind in OF_BLOCKS if kind in named and kind not in blocked}
+    return {"attention": bool(on.difference(_STORES)), "kv_cache": bool(on.intersection(_STORES))}
 
 
 def bare_types(entries: Any) -> list[str]:

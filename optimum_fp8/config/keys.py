@@ -171,6 +171,14 @@ class ConfigKeys:
     use_qdq: bool = key(
         False, BOOLEAN, "compute as quantize/dequantize pairs around high-precision operators", "INC", of_module=True
     )
+    row_parallel_linear_allreduce_quantization: bool = key(
+        False,
+        BOOLEAN,
+        "add up in FP8 what processes compute of one new token in layers split by rows (`RowParallelLinear`, "
+        "`LinearAllreduce`), which halves what they send; static activations only",
+        "INC",
+        of_module=True,
+    )
     target: str = key(
         "auto",
         choice("auto", "gaudi2", "gaudi3", "cuda", "cpu"),

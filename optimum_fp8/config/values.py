@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import FP8ConfigError, FP8NotAvailableError, nearest
-from .inc import INC_TYPES_NOT_THERE, OBSERVERS_NOT_THERE, OPERATIONS
+from .inc import HELPERS, INC_TYPES_NOT_THERE, OBSERVERS_NOT_THERE
 
 _HP_ALIASES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
@@ -211,7 +211,7 @@ def _allowlist(where: str, value: Any) -> dict[str, list[str]]:
         if kind.removeprefix("torch.nn.") in INC_TYPES_NOT_THERE:
             raise FP8NotAvailableError(
                 f"{where} type {kind!r} is not available in optimum_fp8 yet: use Linear, Conv2d, and for attention "
-                f"{', '.join(OPERATIONS)}"
+                f"{', '.join(HELPERS)}"
             )
     return checked
 

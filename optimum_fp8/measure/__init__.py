@@ -5,6 +5,7 @@ from .fingerprint import added_data, architecture, difference, model_fingerprint
 from .foreign import not_found
 from .hooks import Observers
 from .inc import IncMeasurements, files_of_inc, has_inc_ranges, read_inc
+from .known import AskedRanges, KnownRange
 from .observer import OBSERVERS, Context, Observer, Purpose, Statistic, observer_class, register_observer
 from .partial import discard, kept_until_saved
 from .paths import check_dump_path, kept_prefix, measurements_path, why_unwritable
@@ -14,8 +15,10 @@ from .store import Measurements, Ranges
 
 __all__ = [
     "OBSERVERS",
+    "AskedRanges",
     "Context",
     "IncMeasurements",
+    "KnownRange",
     "Measurements",
     "Observer",
     "Observers",

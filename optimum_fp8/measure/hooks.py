@@ -48,16 +48,18 @@ class Observers:
         self._weights: dict[str, tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor]]] = {}
         self._handles: list[Any] = []
         self._inputs: list[tuple[str, nn.Module, int]] = []
+        self._counted: set[str] = set()
         self._padding = Padding()
         self._seen = Seen()
 
-    def attach(self, name: str, module: nn.Module) -> None:
-        """Measure what goes into the module called `name`, and what comes out of it, as `kinds` says."""
+    def attach(self, name: str, module: nn.Module, *, outputs: bool = True) -> None:
+        """Measure what goes into the module called `name`, and (`outputs`) what comes out of it, as `kinds` says; of
+        several outputs the first."""
         if "input" in self.kinds:
             hook = partial(self._observe_input, name)
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             self._inputs.append((name, module, self._handles[-1].id))
-        if "output" in self.kinds:
+        if outputs and "output" in self.kinds:
             self._handles.append(module.register_forward_hook(partial(self._observe_output, name)))
 
     def attach_weight(
@@ -121,6 +123,16 @@ class Observers:
 
         self._observe(name, kind, x, tokens, ("per head", keys), per_head=True)
 
+    def rows_of(self, x: torch.Tensor) -> torch.Tensor:
+        """What of a tensor is not padding, where that shows: `[tokens, …]`; it is not measured."""
+        return self._padding.rows_of(x)
+
+    def add_tokens(self, name: str, tokens: torch.Tensor | None = None) -> None:
+        """Count tokens of the experts of a module, int64 `(experts,)`, that no hook is to count; None: later."""
+        self._counted.add(name)
+        if tokens is not None:
+            self.measurements.add_experts(name, ExpertTokens(tokens=tokens))
+
     def watch_masks(self, model: nn.Module) -> None:
         """Also leave out what the masks say that modules of `model` give to each other, where `only_where` is active.
 
@@ -136,7 +148,7 @@ class Observers:
     def count_experts(self, model: nn.Module) -> None:
         """Also count the tokens that go to each expert of `model`, where modules hold the stacked weights of many."""
         for name, module in model.named_modules() if self.is_attached else ():
-            if number_of_experts(module) is not None:
+            if number_of_experts(module) is not None and name not in self._counted:
                 hook = partial(self._count_experts, name)
                 self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
@@ -208,4 +220,4 @@ class Observers:
         self.observe(name, "input", next(iter((*args, *kwargs.values())), None))
 
     def _observe_output(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.observe(name, "output", output)
+        self.observe(name, "output", output[0] if isinstance(output, tuple) and output else output)

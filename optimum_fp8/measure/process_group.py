@@ -95,8 +95,13 @@ class Processes:
         with suppress(FP8CalibrationError):  # of another that was lost meanwhile
             self.agree({"error": f"{type(error).__name__}: {error}"[:_LONGEST]})
 
-    def merged(self, measurements: Measurements, *, everywhere: bool) -> Measurements:
+    def merged(self, measurements: Measurements, *, everywhere: bool, parts: bool = False) -> Measurements:
         """Those of all ranks as one, in rank 0 and, where they are wanted `everywhere`, in all; else what was given.
+
+        Args:
+            measurements: of this one.
+            everywhere: whether all of them are to have the result.
+            parts: whether each holds other parts of the weights.
 
         Raises:
             FP8CalibrationError: one of them was lost.
@@ -110,7 +115,7 @@ class Processes:
         total = measurements.without_data()
         total.include(measurements)
         for rank in range(1, self.count):
-            total.include(self._decoded(rank))
+            total.include(self._decoded(rank), parts=parts)
         if everywhere:
             data = total.encoded()
             for rank in range(1, self.count):

@@ -178,15 +178,20 @@ class Measurements:
         """Measurements of the same model, by the same observer, that hold nothing yet."""
         return replace(self, tensors={}, experts={}, samples=0, data="", architecture=dict(self.architecture))
 
-    def include(self, other: Measurements) -> None:
+    def include(self, other: Measurements, *, parts: bool = False) -> None:
         """Merge other measurements into these.
+
+        Args:
+            other: of the same model.
+            parts: whether they are of other parts of its weights, which processes hold that split its layers.
 
         Raises:
             FP8MeasurementError: as `merged`; these are as they were, then.
         """
-        self._refuse(other)
+        once = () if parts else _ONCE
+        self._refuse(other, once)
         for (module, kind), observer in other.tensors.items():
-            if kind not in _ONCE or (module, kind) not in self.tensors:
+            if kind not in once or (module, kind) not in self.tensors:
                 self.add(module, kind, observer)
         for module, tokens in other.experts.items():
             self.add_experts(module, tokens)
@@ -194,7 +199,7 @@ class Measurements:
         self.data = added_data(self.data, other.data)
         self.architecture = {**other.architecture, **self.architecture}
 
-    def _refuse(self, other: Measurements) -> None:
+    def _refuse(self, other: Measurements, once: Iterable[str] = _ONCE) -> None:
         if self.fingerprint != other.fingerprint:
             raise FP8MeasurementError(
                 f"measurements of different models cannot be merged: fingerprints {self.fingerprint} and "
@@ -208,7 +213,7 @@ class Measurements:
                 "measure both with one"
             )
         for module, kind in self.tensors.keys() & other.tensors.keys():
-            if kind in _ONCE and not self.tensors[module, kind].agrees(other.tensors[module, kind]):
+            if kind in once and not self.tensors[module, kind].agrees(other.tensors[module, kind]):
                 raise FP8MeasurementError(
                     f"measurements of different weights cannot be merged: {module} has other statistics of its {kind} "
                     "in each; expected the same model in the same dtype: measure both alike"
@@ -357,11 +362,16 @@ class Ranges:
         measurements: where they are.
         module: the module's name.
         kinds: which of its tensors were seen.
+        elsewhere: kinds whose ranges are those of another module's tensor: its name, and the kind there.
     """
 
     measurements: Measurements
     module: str
     kinds: frozenset[str]
+    elsewhere: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+    def _place(self, kind: str) -> tuple[str, str]:
+        return self.elsewhere.get(kind, (self.module, kind))
 
     def of(self, kind: str, purpose: Purpose | None = None) -> torch.Tensor:
         """The range of a tensor, a float32 scalar; `purpose` is what for, where observers choose by that.
@@ -369,7 +379,7 @@ class Ranges:
         Raises:
             FP8MeasurementError: it was never seen, or NaN or Inf went through.
         """
-        found = self.measurements.range(self.module, kind, purpose)
+        found = self.measurements.range(*self._place(kind), purpose)
         if found is None:
             seen = ", ".join(sorted(self.kinds)) or "nothing"
             raise FP8MeasurementError(f"{self.module}: no range of {kind!r} was measured (found {seen}): measure again")
@@ -378,11 +388,11 @@ class Ranges:
     def largest(self, kind: str) -> torch.Tensor:
         """The largest magnitude of a tensor, a float32 scalar, also where its range is smaller."""
         self.of(kind)
-        return self.measurements.tensors[self.module, kind].largest()
+        return self.measurements.tensors[self._place(kind)].largest()
 
     def per_head(self, kind: str) -> torch.Tensor | None:
         """The range of each head, float32 `(heads,)`; None if it is not known."""
-        return self.measurements.range_per_head(self.module, kind)
+        return self.measurements.range_per_head(*self._place(kind))
 
 
 def _under(kind: str, observers: Mapping[str, Observer]) -> list[tuple[tuple[str, str], Observer]]:

@@ -18,8 +18,9 @@ from ..scales import PerTensor, ScaleRule, Scheme, unsound
 from .weight import FP8Weight, asked_by_mover, frozen, stored_shape, stored_weight
 
 _HIGH_PRECISION = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float64})
-# What every module has, and what accelerate hangs on one: of a module's instance, not of what it stands for.
-_OF_THE_INSTANCE = frozenset({*vars(nn.Module()), "forward", "_old_forward", "_hf_hook"})
+# What every module has, and what accelerate hangs on one: of a module's instance, not of what it stands for. A bias
+# that is None may be an attribute like any other.
+_OF_THE_INSTANCE = frozenset({*vars(nn.Module()), "bias", "forward", "_old_forward", "_hf_hook"})
 
 
 class FP8Module(nn.Module):
@@ -44,6 +45,7 @@ class FP8Module(nn.Module):
 
     rows_are_tokens = True  # whether the last dimension of an input is its features
     stores_in_out = False  # whether the original's weight is `[in, out]`
+    scale_names: tuple[str, ...] = ("weight_scale", "input_scale")  # the weight's comes first; the others may be None
 
     weight_scale: nn.Parameter
     input_scale: nn.Parameter | None
@@ -66,7 +68,8 @@ class FP8Module(nn.Module):
         self.register_parameter("bias", getattr(origin, "bias", None))
         self.register_parameter("weight", frozen(torch.empty(shape, dtype=scheme.fmt.dtype, device=device)))
         self.weight_scale = frozen(scale)
-        self.register_parameter("input_scale", None)
+        for name in self.scale_names[1:]:
+            self.register_parameter(name, None)
         self.set_scheme(scheme, None)
 
     @classmethod
@@ -249,7 +252,7 @@ class FP8Module(nn.Module):
 
     def scales(self) -> dict[str, torch.Tensor]:
         """The scales that are there, by name."""
-        found = {"weight_scale": self.weight_scale, "input_scale": self.input_scale}
+        found = {name: getattr(self, name) for name in self.scale_names}
         return {name: scale for name, scale in found.items() if scale is not None}
 
     # --- as a module ----------------------------------------------------------------------------------------------
@@ -271,7 +274,7 @@ class FP8Module(nn.Module):
 
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
             applied = fn(tensor)
-            keep = is_fp8(tensor.dtype) or any(tensor is scale for scale in (self.weight_scale, self.input_scale))
+            keep = is_fp8(tensor.dtype) or any(tensor is scale for scale in self.scales().values())
             if is_fp8(tensor.dtype) and applied.dtype != tensor.dtype:
                 self.high_precision = applied.dtype
             return tensor.to(applied.device) if keep and applied.dtype != tensor.dtype else applied
@@ -302,7 +305,7 @@ class FP8Module(nn.Module):
                 errors.append(f"{prefix}weight_scale is missing: codes mean nothing without their scale")
             if weight.shape == stored_shape(self.weight_shape):
                 state_dict[f"{prefix}weight"] = weight.squeeze(0)
-        for name in ("weight_scale", "input_scale"):
+        for name in self.scale_names:
             scale = state_dict.get(f"{prefix}{name}")
             if scale is not None and scale.dtype != torch.float32:
                 errors.append(f"{prefix}{name} is {scale.dtype}, expected torch.float32")

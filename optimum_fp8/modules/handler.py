@@ -8,7 +8,7 @@ schemes and ranges, never the configuration or the model's state.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import partial
 from typing import Any
@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from .. import ops
-from ..formats import NumberFormat
+from ..errors import FP8NotAvailableError
+from ..formats import NumberFormat, number_format
 from ..measure import Observers, Purpose, Ranges
 from ..scales import ScaleRule, Scheme
 
@@ -88,13 +89,19 @@ class Family:
 
 @dataclass(frozen=True)
 class Target:
-    """One selected module: what the steps work on."""
+    """One selected module: what the steps work on; `model` is what it is in, where that is known."""
 
     name: str
     module: Any
     handler: ModuleHandler
     scheme: Scheme
     ranges: Ranges
+    model: nn.Module | None = None
+
+    def on(self, hardware: str) -> Target:
+        """The same module with the number format, and so the scales, of another target."""
+        fmt = number_format(self.scheme.fmt.name, hardware)
+        return replace(self, scheme=replace(self.scheme, fmt=fmt))
 
     def static_scale(self, kind: str, rule: ScaleRule | None = None) -> torch.Tensor:
         """The scale that follows from the range of one of its tensors, by `rule` (by default the input's): `(1,)`."""
@@ -199,6 +206,10 @@ class ModuleHandler:
         """Whether a module in high precision is of this kind."""
         raise NotImplementedError
 
+    def parts(self, module: nn.Module) -> Iterable[nn.Module]:
+        """Modules inside one of this kind, converted or not, that hold tensors for it and are of no kind themselves."""
+        return ()
+
     def find(self, model: nn.Module) -> dict[str, Any]:
         """All modules of this kind by qualified name (one in two places has its first name)."""
         return {name: module for name, module in model.named_modules() if self.matches(module)}
@@ -272,11 +283,40 @@ class ModuleHandler:
         """The tensors of a converted module that a checkpoint cannot lack, by their name below the module's."""
         raise NotImplementedError
 
+    def held(self, module: Any) -> dict[str, torch.Tensor]:
+        """The parameters and buffers of a converted module, by name, where those of a checkpoint are parts of them."""
+        return self.state(module)
+
+    def scales_for(self, target: Target) -> dict[str, torch.Tensor]:
+        """The scales of what is rounded at run time, by name: nothing but ranges and the scheme decides."""
+        return {}
+
+    def run_time_scales(self, module: Any) -> dict[str, torch.Tensor]:
+        """Those that a converted module has.
+
+        Raises:
+            FP8NotAvailableError: modules of this kind cannot be brought to another target.
+        """
+        raise FP8NotAvailableError(
+            f"a checkpoint with {self.kind!r} modules cannot be loaded for another target: load it for its own, or "
+            "quantize the original model for the other"
+        )
+
+    def rescale(self, module: Any, scales: Mapping[str, torch.Tensor]) -> None:
+        """Give a converted module others in the place of those that it has."""
+        raise NotImplementedError
+
+    def fit_weight(self, target: Target, made_for: NumberFormat, fit: FitWeight) -> None:
+        """Bring the weight of a converted module of a checkpoint, made for one number format, within the scheme's.
+
+        Args:
+            target: the module, with the scheme that it is loaded with.
+            made_for: the number format of its codes.
+            fit: codes and scale of a weight within a scheme's number format, as parameters that tied weights share.
+        """
+
     def pack(self, module: Any) -> None:
         """Bring the tensors of a converted module into the form that the backend in use wants."""
-
-    def fit(self, name: str, module: Any, made_for: NumberFormat, fmt: NumberFormat) -> None:
-        """Bring a converted module of a checkpoint made for one number format within another's full scale."""
 
     def row(self, module: Any) -> Row | None:
         """What the report says of a module; None where it is not converted."""
@@ -288,6 +328,7 @@ class ModuleHandler:
 
 
 Quantize = Callable[[nn.Parameter, torch.Tensor, Scheme], tuple[nn.Parameter, nn.Parameter]]
+FitWeight = Callable[[nn.Parameter, nn.Parameter, Scheme], tuple[nn.Parameter, nn.Parameter]]
 
 _handlers: list[ModuleHandler] = []
 
@@ -310,6 +351,7 @@ def find_all(model: nn.Module) -> dict[str, tuple[Any, ModuleHandler]]:
     for handler in _handlers:
         for name, module in handler.find(model).items():
             found.setdefault(name, (module, handler))
+    found = _without_parts(found)
     return {name: found[name] for name, _ in model.named_modules() if name in found}
 
 
@@ -321,4 +363,12 @@ def pack_all(model: nn.Module) -> None:
 
 def converted_modules(model: nn.Module) -> dict[str, tuple[Any, ModuleHandler]]:
     """Every converted module with its handler, by qualified name."""
-    return {name: (module, handler) for handler in _handlers for name, module in handler.converted(model).items()}
+    return _without_parts(
+        {name: (module, handler) for handler in _handlers for name, module in handler.converted(model).items()}
+    )
+
+
+def _without_parts(found: dict[str, tuple[Any, ModuleHandler]]) -> dict[str, tuple[Any, ModuleHandler]]:
+    """Modules with their handlers by name, less those that are parts of others."""
+    parts = {id(part) for module, handler in found.values() for part in handler.parts(module)}
+    return {name: entry for name, entry in found.items() if id(entry[0]) not in parts}

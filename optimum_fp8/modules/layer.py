@@ -8,13 +8,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import ops
 from ..errors import FP8CheckpointError, FP8NotAvailableError, FP8ScaleError
 from ..formats import NumberFormat, holds_codes
 from ..measure import Observers
-from ..scales import Scheme
+from ..scales import Scheme, always_fits
 from .base import FP8Module
-from .handler import Conversion, Family, ModuleHandler, Quantize, Reason, Row, Surroundings, Target, Why, spoken_type
+from .handler import (
+    Conversion,
+    Family,
+    FitWeight,
+    ModuleHandler,
+    Quantize,
+    Reason,
+    Row,
+    Surroundings,
+    Target,
+    Why,
+    spoken_type,
+)
 from .weight import frozen
 
 LAYERS = Family(
@@ -56,10 +67,14 @@ class LayerHandler(ModuleHandler):
         return tuple(spoken_type(f"{cls.__module__}.{cls.__name__}") for cls in self.classes)
 
     def matches(self, module: nn.Module) -> bool:
-        return isinstance(module, self.classes)
+        return self.base_of(module) is not None
+
+    def base_of(self, module: Any) -> type[nn.Module] | None:
+        """The class of this kind that a module is an instance of; None if it is of another kind."""
+        return next((base for base in self.classes if isinstance(module, base)), None)
 
     def refusal(self, module: Any, scheme: Scheme, around: Surroundings) -> Why | None:
-        base = next(base for base in self.classes if isinstance(module, base))
+        base: Any = self.base_of(module)
         weight = module._parameters.get("weight")
         if type(module).forward is not base.forward and type(module).__name__ not in self.equivalents:
             return Why(Reason.UNFIT, f"{type(module).__name__} has a forward of its own")
@@ -92,9 +107,7 @@ class LayerHandler(ModuleHandler):
         return None if reached else Why(Reason.NEVER_REACHED)
 
     def convert(self, target: Target, model: nn.Module, quantize: Quantize) -> Conversion:
-        module, scheme, input_scale = target.module, target.scheme, None
-        if scheme.is_static:
-            input_scale = target.static_scale("input") if scheme.needs_ranges else scheme.static_scale(torch.zeros(()))
+        module, scheme, input_scale = target.module, target.scheme, self.scales_for(target).get("input_scale")
         if isinstance(module, FP8Module):  # its weight became FP8 while loading
             before = (module.scheme, module.input_scale)
             return Conversion(
@@ -124,7 +137,7 @@ class LayerHandler(ModuleHandler):
         return {name: module for name, module in named if type(module) is self.fp8_class and self._stands_for(module)}
 
     def _stands_for(self, module: FP8Module) -> bool:
-        return isinstance(module.origin, self.classes)
+        return self.base_of(module.origin) is not None
 
     def restore(self, module: Any, dtype: torch.dtype | None = None) -> nn.Module | None:
         return module.restored(dtype)
@@ -147,16 +160,25 @@ class LayerHandler(ModuleHandler):
     def pack(self, module: Any) -> None:
         module.pack()
 
-    def fit(self, name: str, module: Any, made_for: NumberFormat, fmt: NumberFormat) -> None:
-        if fmt.full_scale < made_for.full_scale:
-            if module.codes.device.type == "meta":
+    def scales_for(self, target: Target) -> dict[str, torch.Tensor]:
+        scheme = target.scheme
+        if not scheme.is_static:
+            return {}
+        return {"input_scale": target.static_scale("input") if scheme.needs_ranges else scheme.static_scale(0.0)}
+
+    def run_time_scales(self, module: Any) -> dict[str, torch.Tensor]:
+        return {} if module.input_scale is None else {"input_scale": module.input_scale}
+
+    def rescale(self, module: Any, scales: Mapping[str, torch.Tensor]) -> None:
+        module.input_scale = frozen(scales["input_scale"].to(module.input_scale.device))
+
+    def fit_weight(self, target: Target, made_for: NumberFormat, fit: FitWeight) -> None:
+        name, module, fmt = target.name, target.module, target.scheme.fmt
+        if fmt != made_for and not always_fits(target.scheme.weight, made_for, fmt):
+            if module.codes.is_meta:
                 raise FP8NotAvailableError(f"{name}: changing the target to {fmt.target} cannot be offloaded")
-            two = torch.full((1,), 2.0, device=module.codes.device)
-            halved = ops.cast_to_fp8(module.codes, two, fmt.dtype, fmt.full_scale)
-            module.set_weight(halved, module.weight_scale * two)
-            if module.input_scale is not None:
-                module.input_scale = frozen(module.input_scale * two)
-        elif fmt.full_scale < 448 and module.codes.device.type != "meta":
+            module.set_weight(*fit(module.codes, module.weight_scale, target.scheme))
+        elif fmt.full_scale < 448 and not module.codes.is_meta:
             largest = float((module.codes.view(torch.uint8) & 0x7F).max().view(fmt.dtype).float())  # without the sign
             if largest > fmt.full_scale:
                 raise FP8CheckpointError(

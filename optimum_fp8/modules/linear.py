@@ -25,6 +25,10 @@ class FP8Linear(FP8Module):
         self.out_features, self.in_features = self.weight_shape
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.product(input, self._parameters["bias"])
+
+    def product(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`[…, out]` of an input `[…, in]`, with a bias `(out,)` or without, which may be that of the module or not."""
         parameters: dict[str, Any] = self._parameters  # attributes take longer
         scheme, x = self.scheme, autocast(input)
         input_scale = self.activation_scale(x)
@@ -34,7 +38,7 @@ class FP8Linear(FP8Module):
                 parameters["weight"],
                 parameters["weight_scale"],
                 input_scale,
-                parameters["bias"],
+                bias,
                 full_scale=scheme.fmt.full_scale,
                 arithmetic=scheme.arithmetic,
                 record=self.record,

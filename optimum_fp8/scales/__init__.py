@@ -5,6 +5,7 @@ from pkgutil import iter_modules
 
 from .activation import activation_divisor, activation_scale, dynamic_scale, inf_as_nan, scale_of_range
 from .check import is_sound, unsound
+from .fit import always_fits, fit_weight
 from .granularity import Granularity, PerBlock, PerChannel, PerGroup, PerHead, PerTensor, PerToken
 from .methods import SCALE_METHODS, ScaleMethod, register_method, scale_method
 from .rule import VALUES, ScaleRule, ScaleValue, register_value
@@ -33,7 +34,9 @@ __all__ = [
     "Scheme",
     "activation_divisor",
     "activation_scale",
+    "always_fits",
     "dynamic_scale",
+    "fit_weight",
     "inf_as_nan",
     "is_sound",
     "quantize_weight",

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..config import FP8Config
-from ..config.inc import OPERATIONS, bare_types
+from ..config.inc import HELPERS, OPERATIONS, bare_types
 from ..errors import FP8NotAvailableError
 from ..modules.handler import ModuleHandler
 from ..scales import Scheme
@@ -84,7 +84,7 @@ def why_off(kind: str, names: Sequence[str], config: FP8Config) -> str:
 def allowlist_tells(config: FP8Config) -> bool:
     """Whether the allowlist is about attention at all: it names types of it, or names that INC would look for there."""
     types = set(bare_types(config.allowlist))
-    return bool(types.intersection(OPERATIONS)) or (config.lenient and bool(config.allowlist["names"]))
+    return bool(types.intersection(HELPERS)) or (config.lenient and bool(config.allowlist["names"]))
 
 
 def helper_names(names: Sequence[str], kind: str = "") -> list[str]:

@@ -240,11 +240,12 @@ def _unfit_modules(model: nn.Module) -> dict[str, Why]:
 
 
 def _adapters(model: nn.Module) -> set[nn.Module]:
-    """Modules of adapters (LoRA and its like), which are trained and merged: peft's layers name theirs."""
+    """Modules of adapters (LoRA and its like), which are trained and merged: peft's layers name theirs, and diffusers'
+    older layers have one `lora_layer`."""
     parts = [
         part
         for module in model.modules()
-        for name in getattr(module, "adapter_layer_names", ())
+        for name in (*getattr(module, "adapter_layer_names", ()), "lora_layer")
         if isinstance(part := getattr(module, name, None), nn.Module)
     ]
     return {inner for part in parts for inner in part.modules()}

@@ -18,7 +18,7 @@ from torch import nn
 from optimum_fp8 import FP8Config, convert, dequantize, finalize_calibration, prepare, quantization_report
 from optimum_fp8.attention import scales_of
 from optimum_fp8.cache import FP8Tensor
-from optimum_fp8.errors import FP8CheckpointError, FP8MeasurementError, FP8NotAvailableError
+from optimum_fp8.errors import FP8CheckpointError, FP8MeasurementError
 
 pytestmark = pytest.mark.core
 STEPS = 5
@@ -342,17 +342,6 @@ def test_measurements_serve_another_process(tmp_path):
     finalize_calibration(model)
     later = convert(gaudi_model(), config(mode="QUANTIZE", **options))
     assert torch.equal(generate(later, IDS, STEPS), generate(convert(model), IDS, STEPS))
-
-
-def test_lengths_instead_of_a_mask_are_refused():
-    module = converted(flash=True).layers[0].self_attn.fused_scaled_dot_product_attention
-    q, more = torch.randn(1, 4, 3, 8), (None, 0.0, True, None, "fast", False)
-    assert module(q, q, q, *more, None).shape == q.shape
-    for given in ({"lengths": torch.tensor([3])}, {"valid_sequence_lengths": torch.tensor([3])}):
-        with pytest.raises(FP8NotAvailableError, match=r"layers\.0\.self_attn\.fused_\w+ \(Mod.*engths, .*attn_mask"):
-            module(q, q, q, *more, **given)
-    with pytest.raises(FP8NotAvailableError, match="was given further arguments"):
-        module(q, q, q, *more, None, "left", "a window")
 
 
 def test_a_softmax_without_a_product_beside_it_is_not_attention():

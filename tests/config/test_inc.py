@@ -8,6 +8,7 @@ from torch import nn
 
 from optimum_fp8 import FP8Config
 from optimum_fp8.errors import FP8ConfigError, FP8NotAvailableError
+from optimum_fp8.test_utils import gaudi
 
 SHIPPED = {"method": "HOOKS", "observer": "maxabs", "dump_stats_path": "./hqt_output/measure"}
 NOTHING = {"names": [], "types": []}
@@ -101,9 +102,11 @@ def test_a_file_that_inc_saved_beside_a_model(read, caplog):
         ({"scale_params": {"alpha": 0.5}}, "input_backoff", None),
         ({"scale_params": None}, "input_backoff", None),
         ({"device_for_scales": "GAUDI2"}, "target", "gaudi2"),
+        ({"device_for_scales": "gaudi3"}, "target", "gaudi3"),
         ({"device_for_scales": None}, "target", "auto"),
+        ({"device_for_scales": None, "target": "gaudi2"}, "target", "gaudi2"),
         ({"calibration_sample_interval": "0"}, "mode", "AUTO"),
-        ({"row_parallel_linear_allreduce_quantization": False}, "mode", "AUTO"),
+        ({"row_parallel_linear_allreduce_quantization": "True"}, "row_parallel_linear_allreduce_quantization", True),
         ({"recalc_scales": "True", "seperate_measure_files": False, "local_rank": None}, "mode", "AUTO"),
         ({"dataset": "texts.txt", "target": "gaudi3"}, "target", "gaudi3"),
     ],
@@ -111,6 +114,29 @@ def test_a_file_that_inc_saved_beside_a_model(read, caplog):
 )
 def test_values_as_they_are_in_the_wild(read, options, key, value):
     assert getattr(read(options), key) == value
+
+
+@pytest.mark.parametrize("value", ["GAUDI2", "gaudi2", "Gaudi2"])
+def test_the_device_for_scales_is_the_target_whose_numerics_apply(read, value):
+    asked = FP8Config(target="gaudi2")
+    with gaudi.emulated("gaudi3"):
+        for config in (FP8Config(device_for_scales=value), read({"device_for_scales": value})):
+            assert config.target == "gaudi2" and config.number_format == asked.number_format
+            assert config.number_format.full_scale == 240 and config.arithmetic == "gaudi"
+        assert FP8Config(device_for_scales=None).resolved_target == "gaudi3"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"device_for_scales": "GAUDI2", "target": "gaudi3"}, "both 'device_for_scales' and 'target' are given"),
+        ({"device_for_scales": "GAUDI4"}, "target='GAUDI4'"),
+    ],
+)
+def test_a_device_for_scales_that_contradicts_the_target_or_is_not_known(read, options, message):
+    for make in (read, lambda options: FP8Config(**options)):
+        with pytest.raises(FP8ConfigError, match=message):
+            make(options)
 
 
 @pytest.mark.parametrize(
@@ -135,10 +161,9 @@ def test_how_often_inc_writes_its_files_has_no_counterpart(read, caplog):
     [
         {"fake_quant": True},
         {"fake_quant": "True"},
-        {"row_parallel_linear_allreduce_quantization": True},
         {"observer": "shape"},
         {"mode": "SHAPE"},
-        {"allowlist": {"types": ["VLLMKVCache", "B2BMatmul"]}},
+        {"allowlist": {"types": ["EmbeddingBag"]}},
         {"scale_method": {"default": {"activation": {"params": {"x": 1}}}}},
     ],
     ids=str,

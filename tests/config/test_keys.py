@@ -115,6 +115,7 @@ def test_modules_differ_in_these_keys():
         "scale_format",
         "dynamic_quantization",
         "use_qdq",
+        "row_parallel_linear_allreduce_quantization",
         "activation_scheme",
         "attention",
         "kv_cache",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -9,9 +11,10 @@ from torch import nn
 from optimum_fp8 import FP8Config, convert, prepare
 from optimum_fp8.errors import FP8CheckpointError, FP8NotAvailableError, FP8ScaleError
 from optimum_fp8.formats import number_format
-from optimum_fp8.measure import Measurements
-from optimum_fp8.modules import FP8Linear, LayerHandler
+from optimum_fp8.measure import KnownRange, Measurements
+from optimum_fp8.modules import FP8Linear, LayerHandler, frozen
 from optimum_fp8.modules.handler import Reason, Surroundings, Target
+from optimum_fp8.scales import fit_weight
 from optimum_fp8.selection import scheme_for
 
 HANDLER = LayerHandler("mine", (nn.Linear,), FP8Linear, equivalents=("Equivalent",))
@@ -153,42 +156,64 @@ def converted(**options):
     return convert(model)[0]
 
 
+def fit(module, made_for: str, to: str) -> None:
+    """Fit the weight of a module made for one target to another."""
+    scheme = replace(module.scheme, fmt=number_format(module.scheme.fmt.name, to))
+    target = Target("a.b", module, HANDLER, scheme, Measurements("").at("a.b"))
+
+    def fitted(codes, scale, scheme):
+        fitted = fit_weight(codes, scale, scheme.weight, scheme.fmt)[:2]
+        return fitted if fitted[0] is codes else tuple(map(frozen, fitted))
+
+    HANDLER.fit_weight(target, number_format(scheme.fmt.name, made_for), fitted)
+
+
 @pytest.mark.core
 @pytest.mark.parametrize(
     "options", [{}, {"activation_scheme": "dynamic"}, {"scale_method": "maxabs_pcs_pow2"}], ids=str
 )
 def test_fitted_to_a_smaller_full_scale_values_stay(options):
     module = converted(**options)
-    before, scales = module.dequantized_weight(torch.float32), {k: v.clone() for k, v in module.scales().items()}
-    HANDLER.fit("a.b", module, number_format("E4M3", "cpu"), number_format("E4M3", "gaudi2"))
+    before = module.dequantized_weight(torch.float32)
+    fit(module, "cpu", "gaudi2")
     assert module.codes.float().abs().max() <= 240 and module.codes.dtype == torch.float8_e4m3fn
-    assert {name: scale.tolist() for name, scale in module.scales().items()} == {
-        name: (2 * scale).tolist() for name, scale in scales.items()
-    }
-    assert ((module.dequantized_weight(torch.float32) - before).abs() <= module.weight_scale * 2**-9).all()
+    assert ((module.dequantized_weight(torch.float32) - before).abs() <= module.weight_scale * 2**-10).all()
 
 
 @pytest.mark.parametrize("to", ["gaudi3", "cuda", "cpu"])
 def test_where_the_full_scale_is_no_smaller_nothing_changes(to):
     module = converted()
     before = module.codes
-    HANDLER.fit("a.b", module, number_format("E4M3", "cpu"), number_format("E4M3", to))
+    fit(module, "cpu", to)
     assert module.codes is before
 
 
+def test_scales_of_inputs_follow_from_ranges_and_the_scheme():
+    module = converted()
+    ranges = Measurements("", {("a.b", "input"): KnownRange({"gaudi2": 448.0, "cpu": 112.0})}).at("a.b")
+    target = Target("a.b", module, HANDLER, module.scheme, ranges)
+    assert HANDLER.scales_for(target)["input_scale"].tolist() == [1.0]
+    assert HANDLER.scales_for(target.on("gaudi2"))["input_scale"].tolist() == [16.0]
+    HANDLER.rescale(module, HANDLER.scales_for(target.on("gaudi2")))
+    assert module.input_scale.tolist() == [16.0] and HANDLER.run_time_scales(module) == {
+        "input_scale": module.input_scale
+    }
+
+
 def test_codes_that_were_not_made_for_gaudi2_are_refused():
-    module, gaudi2 = converted(), number_format("E4M3", "gaudi2")
+    module = converted()
     assert module.codes.float().abs().max() > 240
     with pytest.raises(
         FP8CheckpointError, match=r"^a\.b\.weight holds codes up to \d+, but gaudi2 reads those above 240"
     ):
-        HANDLER.fit("a.b", module, gaudi2, gaudi2)
+        fit(module, "gaudi2", "gaudi2")
 
 
 def test_offloaded_codes_cannot_be_changed():
     module = converted().to("meta")
     with pytest.raises(FP8NotAvailableError, match="^a.b: changing the target to gaudi2 cannot be offloaded"):
-        HANDLER.fit("a.b", module, number_format("E4M3", "cpu"), number_format("E4M3", "gaudi2"))
+        fit(module, "cpu", "gaudi2")
+    fit(module, "gaudi2", "gaudi3")  # whatever they hold, they fit
 
 
 # --- the report ---------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ We measure the operands of attention of the module that computes it: `self_attn`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -22,6 +23,7 @@ Tensors = Mapping[tuple[str, str], Observer]
 FUSED_SDPA, QK, AV = "fused_scaled_dot_product_attention", "matmul_qk", "matmul_av"
 SOFTMAX, K_CACHE, V_CACHE = "softmax", "k_cache", "v_cache"
 OPERATIONS = (FUSED_SDPA, QK, AV, SOFTMAX, K_CACHE, V_CACHE)
+INTERMEDIATE = "intermediate"  # with the number of its expert: the kind of what goes into its down projection
 VLLM = ".attn.impl"  # where vLLM keeps them
 # Layers that vLLM makes one of: they have one input, and the weights below each other.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -29,11 +31,18 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj")
 
 # The kinds that the modules of operations have here, by class and by INC's kind.
-_KINDS = {
+_KINDS: dict[str, dict[str, str | None]] = {
     "Matmul": {"input": "q", "input2": "k"},
+    # Of its second operand INC has measured blocks as well that belong to no sequence; its output has none.
+    "B2BMatmul": {"input": "q", "input2": None, "output": "k"},
     "Softmax": {"output": "p"},
+    "BlockSoftmaxConstMax": {"output": "p"},
     "ModuleFusedSDPA": {"input": "q", "input2": "k", "input3": "v", "output2": "p"},
 }
+# Mixtures of experts: their further outputs are what goes into the down projection of each expert. vLLM's module has
+# those of its own process, optimum-habana's blocks all of the model, with zeros for those of others.
+_EXPERTS, _OWN_EXPERTS = ("GaudiMixtralSparseMoeBlock", "GaudiDeepseekV3MoE"), "VllmMixtureOfExpertsOp"
+_FURTHER = re.compile(r"output(\d+)")
 
 
 @dataclass
@@ -70,9 +79,9 @@ def in_names_of(model: nn.Module, tensors: Tensors) -> Renamed:
         around = next((each for each in (parent, parent.removesuffix(VLLM)) if each in modules), None)
         parts = [f"{name.removesuffix(last)}{part}" for part in FUSED.get(last, ())]
         if name in modules:
-            kinds = _KINDS.get(type(modules[name]).__name__, {})
             for kind, observer in node.items():
-                found.add(name, kinds.get(kind, kind), observer)
+                if (renamed := _our_kind(modules[name], kind)) is not None:
+                    found.add(name, renamed, observer)
         elif last in OPERATIONS and around:
             attention.setdefault((around, parent.endswith(VLLM)), {})[last] = node
         elif parts and all(part in modules for part in parts):
@@ -86,6 +95,16 @@ def in_names_of(model: nn.Module, tensors: Tensors) -> Renamed:
     for (name, in_vllm), operations in attention.items():
         _take_attention(found, name, operations, _scaling(modules[name]) if in_vllm else 1.0)
     return found
+
+
+def _our_kind(module: nn.Module, kind: str) -> str | None:
+    """What we call one of INC's kinds of tensors of a module."""
+    cls = type(module).__name__
+    own = cls.startswith(_OWN_EXPERTS)
+    if (own or cls in _EXPERTS) and (further := _FURTHER.fullmatch(kind)):
+        first = int(getattr(module, "experts_min", 0)) if own else 0
+        return f"{INTERMEDIATE}{first + int(further[1]) - 2}"
+    return _KINDS.get(cls, {}).get(kind, kind)
 
 
 def by_module(tensors: Tensors) -> dict[str, dict[str, Observer]]:

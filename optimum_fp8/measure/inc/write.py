@@ -12,11 +12,25 @@ from torch import nn
 
 from ..observer import Observer
 from .file import RANGES, File, FileName, Node, paths_of, write_file
-from .names import AV, FUSED, FUSED_SDPA, K_CACHE, OPERATIONS, QK, SOFTMAX, V_CACHE, VLLM, Tensors, by_module
+from .names import (
+    AV,
+    FUSED,
+    FUSED_SDPA,
+    INTERMEDIATE,
+    K_CACHE,
+    OPERATIONS,
+    QK,
+    SOFTMAX,
+    V_CACHE,
+    VLLM,
+    Tensors,
+    by_module,
+)
 
 _OWN = re.compile(r"(input|output)\d*|weight|bias")  # kinds that INC has itself
 _OPERANDS = frozenset(["q", "k", "v", "p", "output", "k_cache", "v_cache"])
 _NOTHING = ("unseen",)  # says that a module ran, and nothing of a tensor
+_MAPPINGS = ("batch2block_matmul", "block2batch_matmul")
 _ROW_PARALLEL = ("o_proj", "down_proj")
 
 
@@ -54,9 +68,12 @@ def nodes_of(tensors: Tensors, *, vllm: bool = False, scaling: Mapping[str, floa
         elif last == FUSED_SDPA and values.keys() >= {"q", "k", "v", "output"}:
             made.nodes[name] = _operations(values, 1.0)[FUSED_SDPA]
         elif values.keys() == {"q", "k"}:  # a product that is a module
-            made.nodes[name] = Node((values["q"], values["k"]))
+            outputs = (values["k"],) if last in _MAPPINGS else None  # where INC looks for the range of the second
+            made.nodes[name] = Node((values["q"], values["k"]), outputs)
         elif values.keys() == {"p"}:
             made.nodes[name] = Node((), (values["p"],))
+        elif "input" in values and any(kind.startswith(INTERMEDIATE) for kind in values):
+            made.nodes[name] = _mixture(values)
         else:
             made.left_out += [f"{name}/{kind}" for kind in values if kind not in _OPERANDS]
             factor = (scaling or {}).get(name, 1.0) if vllm else 1.0
@@ -115,6 +132,14 @@ def _plain(values: Mapping[str, torch.Tensor]) -> Node:
 
     params = {key: value for key, value in values.items() if not key.startswith(("input", "output"))}
     return Node(numbered("input"), numbered("output"), params or None)
+
+
+def _mixture(values: Mapping[str, torch.Tensor]) -> Node:
+    """A mixture of experts: INC has its output and then a range for each expert, 0 of one that was not reached."""
+    places = {int(kind.removeprefix(INTERMEDIATE)): kind for kind in values if kind.startswith(INTERMEDIATE)}
+    zero = torch.zeros(1, 1)
+    reached = [values[places[place]] if place in places else zero for place in range(max(places) + 1)]
+    return Node((values["input"],), (values.get("output", zero), *reached))
 
 
 def _operations(values: Mapping[str, torch.Tensor], scaling: float) -> dict[str, Node]:
