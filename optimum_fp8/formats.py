@@ -12,6 +12,8 @@ Bytes are those of `torch.float8_e4m3fn` / `torch.float8_e5m2` on all targets. (
 
 from __future__ import annotations
 
+import re
+import sys
 from dataclasses import dataclass
 from functools import cache
 
@@ -119,9 +121,22 @@ def not_finite(codes: torch.Tensor) -> bool:
 
 
 def detect_target() -> str:
-    """What `target="auto"` means on this machine: the accelerator that is there, else the CPU."""
-    hpu = getattr(torch, "hpu", None)
-    if hpu is not None and hpu.is_available():
-        name = str(hpu.get_device_name()).lower()
-        return "gaudi3" if "gaudi3" in name else "gaudi2"
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """What `target="auto"` means on this machine: the accelerator that is there, else the CPU.
+
+    A Gaudi is there where its bridge was imported: nothing is imported to find out.
+
+    Raises:
+        FP8ConfigError: a Gaudi of a generation that is not known.
+    """
+    hpu = getattr(torch, "hpu", None) or sys.modules.get("habana_frameworks.torch.hpu")
+    if hpu is None or not hpu.is_available():
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    name = str(hpu.get_device_name())
+    generation = re.search(r"gaudi[ _-]?(\d+)", name, re.IGNORECASE)
+    target = f"gaudi{generation[1]}" if generation else name
+    if target not in GAUDI_TARGETS:
+        raise FP8ConfigError(
+            f"target='auto': this machine's device calls itself {name!r}, expected one of {', '.join(GAUDI_TARGETS)}: "
+            f"name the target whose numerics it has, as in FP8Config(target={GAUDI_TARGETS[-1]!r})"
+        )
+    return target

@@ -3,12 +3,14 @@
 import copy
 import types
 
+import fresh
 import pytest
 import torch
 
 from optimum_fp8.errors import FP8ConfigError
 from optimum_fp8.formats import (
     FP8_DTYPES,
+    GAUDI_TARGETS,
     HP_DTYPES,
     TARGETS,
     HardwareScales,
@@ -17,6 +19,7 @@ from optimum_fp8.formats import (
     is_fp8,
     number_format,
 )
+from optimum_fp8.test_utils import gaudi
 
 EVERYWHERE = [(fp8, target) for fp8 in FP8_DTYPES for target in TARGETS]
 
@@ -111,12 +114,46 @@ def test_is_fp8():
     assert not any(map(is_fp8, [torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.bfloat16, torch.int8]))
 
 
+def bridge(name: str | None) -> types.SimpleNamespace:
+    return types.SimpleNamespace(is_available=lambda: name is not None, get_device_name=lambda: name)
+
+
 @pytest.mark.parametrize(
     "device_name, cuda, target",
-    [("GAUDI3", False, "gaudi3"), ("GAUDI2", True, "gaudi2"), (None, True, "cuda"), (None, False, "cpu")],
+    [
+        ("GAUDI3", False, "gaudi3"),
+        ("GAUDI2", True, "gaudi2"),
+        ("Gaudi 3 HL-325L", False, "gaudi3"),
+        ("GAUDI2D", False, "gaudi2"),
+        (None, True, "cuda"),
+        (None, False, "cpu"),
+    ],
 )
 def test_detected_target(monkeypatch, device_name, cuda, target):
-    hpu = types.SimpleNamespace(is_available=lambda: device_name is not None, get_device_name=lambda: device_name)
-    monkeypatch.setattr(torch, "hpu", hpu, raising=False)
+    monkeypatch.setattr(torch, "hpu", bridge(device_name), raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     assert detect_target() == target
+
+
+@pytest.mark.parametrize("name", ["GAUDI4", "GAUDI", "GAUDI30", "HL-999", ""])
+def test_a_device_of_an_unknown_generation(monkeypatch, name):
+    monkeypatch.setattr(torch, "hpu", bridge(name), raising=False)
+    with pytest.raises(
+        FP8ConfigError, match=rf"calls itself '{name}', expected one of gaudi2, gaudi3: name the target"
+    ):
+        detect_target()
+
+
+@pytest.mark.parametrize("chip", ["gaudi2", "gaudi3"])
+def test_a_bridge_that_was_imported_is_asked(chip):
+    assert detect_target() not in GAUDI_TARGETS
+    with gaudi.emulated(chip):
+        assert not hasattr(torch, "hpu") and detect_target() == chip
+    assert detect_target() not in GAUDI_TARGETS
+
+
+def test_a_bridge_is_not_imported_to_find_out(tmp_path):
+    (tmp_path / "habana_frameworks").mkdir()
+    (tmp_path / "habana_frameworks" / "__init__.py").write_text("raise SystemExit('imported')")
+    script = "import optimum_fp8\nprint(optimum_fp8.FP8Config().resolved_target)"
+    assert fresh.TRANSFORMERS.run(script, folder=tmp_path).split()[-1] in ("cpu", "cuda")

@@ -19,8 +19,9 @@ from ..errors import FP8CheckpointError
 from ..modules import fp8_modules
 from ..modules.handler import converted_modules, find_all
 from ..selection import Decision, names_in_checkpoint
-from .names import COMPILED, names_in_model
+from .names import name_of, names_in_model
 from .native import SCALE, name_in, refuse_damaged
+from .ranges import Known, known_ranges
 
 RECORD = "optimum_fp8"
 _OF_MODULES = [name for name, key in KEYS.items() if key.of_module]
@@ -32,29 +33,38 @@ _EDITED = "the checkpoint was edited or mixed from others: save it again"
 Header = tuple[str, tuple[int, ...]]
 
 
-def record(model: nn.Module, config: FP8Config, **more: Any) -> str:
-    """What the files of a checkpoint say of the model and the configuration it is saved with, and `more`."""
+def record(model: nn.Module, config: FP8Config, ranges: Known | None = None, **more: Any) -> str:
+    """What the files of a checkpoint say of the model and the configuration it is saved with, and `more`.
+
+    Args:
+        model: converted.
+        config: as it is saved.
+        ranges: that its scales follow from; None: what is known of the model.
+        more: JSON.
+    """
     said = config.to_dict()
+    converted = converted_modules(model)
     scales = {
-        name: sorted(handler.state(module))
-        for name, (module, handler) in converted_modules(model).items()
+        name_of(name): sorted(handler.state(module))
+        for name, (module, handler) in converted.items()
         if not handler.family.replaced
     }
     told = {key: said[key] for key in _TOLD}
-    modules = [name.replace(COMPILED, "") for name in fp8_modules(model)]
+    modules = [name_of(name) for name, (_, handler) in converted.items() if handler.family.replaced]
     of_model = {"format_version": config.format_version, "config": told, "scales": scales, "modules": modules}
-    return json.dumps({**of_model, **more})
+    known = known_ranges(model) if ranges is None else ranges
+    return json.dumps({**of_model, **({"ranges": known} if known else {}), **more})
 
 
-def recorded_modules(files: Sequence[str] | None) -> set[str] | None:
-    """The modules whose weights were in FP8 when a checkpoint was saved; None where it does not say."""
+def recorded(files: Sequence[str] | None) -> dict[str, Any]:
+    """The record in the files of a checkpoint: the first that lists modules; empty where there is none."""
     for path in files or ():
         if str(path).endswith(".safetensors"):
             with refuse_damaged(path), safe_open(path, framework="pt") as file:
                 said = read_record(path, file.metadata())
             if "modules" in said:
-                return set(said["modules"])
-    return None
+                return said
+    return {}
 
 
 def check_intact(

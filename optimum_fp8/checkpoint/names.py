@@ -32,5 +32,10 @@ def names_in_model(model: Any, keys: Iterable[str]) -> dict[str, str]:
     return names
 
 
+def name_of(module: str) -> str:
+    """The name of a module, or of its place where it was compiled."""
+    return f"{module}.".replace(COMPILED, "").removesuffix(".")
+
+
 def _module(key: str) -> str:
     return key.rpartition(".")[0]

@@ -22,7 +22,6 @@ from torch import nn
 from ..attention import CHILD
 from ..config import FORMAT_VERSION, KEYS, FP8Config
 from ..errors import FP8CheckpointError
-from ..formats import number_format
 from ..modules.handler import Reason, Surroundings, Why, converted_modules, find_all
 from ..modules.weight import stored_shape, stored_weight
 from ..scales import unsound
@@ -43,7 +42,7 @@ from .names import names_in_model
 _KEPT = f"{Reason.NOT_IN_CHECKPOINT.value}, {Reason.KEPT.value}"
 
 _WEIGHT, _WEIGHT_SCALE = "weight", "weight_scale"
-SCALE = re.compile(rf"(.+?)\.(?:{CHILD}\.)?((?:[qkpv]\d*|input|output|weight|[kv]_cache)_scale)$")
+SCALE = re.compile(rf"(.+?)\.(?:{CHILD}\.)?((?:[qkpv]\d*|input|output|partial|intermediate|weight|[kv]_cache)_scale)$")
 Shapes = dict[str, dict[str, tuple[int, ...]]]
 
 
@@ -60,7 +59,7 @@ class Native:
     def tensors(self, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
         """Codes with a leading dimension of one, all else as it is."""
         return {
-            f"{record.name}.{name}": stored_weight(tensor) if name == _WEIGHT else tensor
+            f"{record.name}.{name}": stored_weight(tensor) if name.rpartition(".")[2] == _WEIGHT else tensor
             for record in checkpoint.records
             for name, tensor in record.tensors.items()
         }
@@ -272,22 +271,6 @@ def check_complete(model: nn.Module, missing_keys: set[str] | None, advice: str)
             f"the checkpoint lacks {len(missing)} tensors of modules in FP8 ({', '.join(missing[:4])}"
             f"{', …' if len(missing) > 4 else ''}): it is damaged, or was made with another model class; {advice}"
         )
-
-
-def fit_to_target(model: nn.Module, decisions: Sequence[Decision], made_for: str) -> None:
-    """Bring codes and scales within the full scale of the target a checkpoint is loaded for.
-
-    Gaudi2 reads E4M3 codes above 240 as Inf. Codes made for a full scale of 448 are halved and scales doubled: a power
-    of two keeps all values but the smallest subnormal ones, where 240/448 would round nearly all of them again.
-
-    Raises:
-        FP8CheckpointError: codes exceed the target's full scale although the checkpoint says they were made for it.
-        FP8NotAvailableError: codes have to be changed and some weights are offloaded.
-    """
-    formats = {each.name: each.scheme.fmt for each in decisions}
-    for name, (module, handler) in converted_modules(model).items():
-        fmt = formats[name]
-        handler.fit(name, module, number_format(fmt.name, made_for), fmt)
 
 
 def refuse_unsound(tensors: Iterable[tuple[str, str, torch.Tensor]], action: str) -> None:

@@ -19,17 +19,18 @@ from ..errors import FP8CheckpointError, FP8NotAvailableError, FP8StateError
 from ..formats import is_fp8, not_finite
 from ..lifecycle import FP8State, Phase, refuse_second_time, set_state
 from ..measure import Measurements, architecture, difference
-from ..modules import FP8Module, frozen, swap
+from ..modules import FP8Module, frozen, part_of, swap
 from ..modules.handler import Target, pack_all
 from ..selection import Decision
 from .format import checkpoint_of, whole_folder
 from .inc import refuse_incs
 from .intact import RECORD, check_intact, read_record, record
-from .native import Native, check_scales, fit_to_target, refuse_damaged, saved_decisions, saved_scales
+from .native import Native, check_scales, refuse_damaged, saved_decisions, saved_scales
+from .ranges import converted_targets, recorded_ranges
+from .targets import fit_to_target, target_to_load
 
 CONFIG_FILE = "quantization.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_OF_LAYERS = ("weight", "weight_scale", "input_scale")
 _Tensors = dict[str, torch.Tensor]
 
 
@@ -62,13 +63,14 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_size: in
         native.refuse(checkpoint)
         said = native.config(checkpoint)
         tensors, shared = _apart(_state(model) | native.tensors(checkpoint))
-        told = record(model, FP8Config.from_dict(said), architecture=architecture(model), shared=shared)
+        more: dict[str, Any] = {"architecture": architecture(model), "shared": shared, "part": part_of(model)}
+        told = record(model, FP8Config.from_dict(said), **more)
         save_torch_state_dict(tensors, temporary, max_shard_size=max_shard_size, metadata={RECORD: told})
         with open(os.path.join(temporary, CONFIG_FILE), "w", encoding="utf-8") as file:
             json.dump(said, file, indent=2)
 
 
-def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
+def load(folder: str | os.PathLike[str], model: nn.Module, *, target: str | None = None) -> nn.Module:
     """Make `model` the FP8 model that `save` wrote: it is converted without data, and takes all of the saved state.
 
     An error leaves the model as it was.
@@ -76,6 +78,8 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     Args:
         folder: what `save` wrote.
         model: the same architecture in high precision, on any device; on meta, what is read stays on the CPU.
+        target: "gaudi2", "gaudi3", "cuda" or "cpu"; None: the one it was saved for, or on a Gaudi that cannot compute
+            as that one, the Gaudi.
 
     Returns:
         `model` itself.
@@ -83,6 +87,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     Raises:
         FP8CheckpointError: nothing of `save` is there, it is damaged or edited, or `model` is another architecture.
         FP8StateError: the model is prepared or converted already, or is a transformers model.
+        FP8ConfigError: an unknown target.
     """
     refuse_second_time(model, "load")
     if isinstance(model, transformers.PreTrainedModel):
@@ -90,20 +95,24 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         raise FP8StateError(f"load: {kind} is a transformers model: use {kind}.from_pretrained({os.fspath(folder)!r})")
     folder = os.fspath(folder)
     config, files = _config(folder), _files(folder)
+    made_for = config.resolved_target
+    config = config.replace(target=target_to_load(made_for, target))
     told, tensors = _read(folder, files)
     if unlike := difference(told.get("architecture", {}), architecture(model)):
         raise FP8CheckpointError(f"{folder} is of another architecture: {unlike}; give the one that was saved")
+    _check_part(folder, told.get("part"), part_of(model))
     decisions = saved_decisions(model, config, files, {})
     with _made_ready(model, decisions, files):
-        check_intact(model, decisions, config, config.resolved_target, files, told)
+        check_intact(model, decisions, config, made_for, files, told)
         _check_same(folder, tensors, _state(model))
         _assign(model, tensors)
         check_scales(model, "loaded")
-        fit_to_target(model, decisions, config.resolved_target)
-        state = FP8State(config, decisions, Phase.CONVERTED, Measurements("", observer=config.observer))
+        measured = Measurements("", recorded_ranges(told, decisions, ""), observer=config.observer)
+        state = FP8State(config, decisions, Phase.CONVERTED, measured)
+        fit_to_target(converted_targets(model, state), made_for)
         targets = state.targets(model)
-        for target in targets:
-            target.handler.loaded(target)
+        for each in targets:
+            each.handler.loaded(each)
         state.change_around(model, targets)
     pack_all(model)
     set_state(model, state)
@@ -200,11 +209,24 @@ def _apart(tensors: Mapping[str, torch.Tensor]) -> tuple[_Tensors, dict[str, str
         if tensor.numel() and same in first:
             shared[name] = first[same]
             continue
-        first[same], storage = name, tensor.untyped_storage().data_ptr()
-        alone = storage not in storages and tensor.is_contiguous()
+        first[same], memory = name, tensor.untyped_storage()
+        whole = tensor.is_contiguous() and tensor.numel() * tensor.itemsize == memory.nbytes()
+        alone = whole and memory.data_ptr() not in storages
         apart[name] = tensor.detach() if alone else tensor.detach().clone(memory_format=torch.contiguous_format)
-        storages.add(storage)
+        storages.add(memory.data_ptr())
     return apart, shared
+
+
+def _check_part(folder: str, saved: Sequence[int] | None, here: Sequence[int] | None) -> None:
+    """Refuse what another process saved of a model that is split over them: its tensors have the same shapes."""
+    if list(saved or ()) != list(here or ()):
+        found, expected = (
+            f"rank {part[0]} of {part[1]}" if part else "a process that holds it all" for part in (saved, here)
+        )
+        raise FP8CheckpointError(
+            f"{folder} holds what {found} saved of a model whose layers are split over processes, and this is "
+            f"{expected}: give each process what it saved itself, of as many processes"
+        )
 
 
 def _check_same(folder: str, tensors: _Tensors, expected: _Tensors) -> None:
@@ -244,10 +266,10 @@ def _assign(model: nn.Module, tensors: _Tensors) -> None:
     layers = set()
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, FP8Module):
-            layers |= {f"{name}.{leaf}" for leaf in _OF_LAYERS}
+            layers |= {f"{name}.{leaf}" for leaf in ("weight", *module.scale_names)}
             module.set_weight(at(f"{name}.weight", codes=True), at(f"{name}.weight_scale"))
-            if module.input_scale is not None:
-                module.input_scale = at(f"{name}.input_scale")
+            for leaf in module.scales().keys() - {"weight_scale"}:
+                setattr(module, leaf, at(f"{name}.{leaf}"))
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     rest = {name: at(name) if name in parameters else at(name).data for name in tensors if name not in layers}
     model.load_state_dict(rest, strict=False, assign=True)
@@ -263,7 +285,7 @@ def _made_ready(model: nn.Module, decisions: Sequence[Decision], files: Sequence
     try:
         for each in (each for each in decisions if each.selected):
             module = model.get_submodule(each.name)
-            target = Target(each.name, module, each.handler, each.scheme, nothing.at(each.name))
+            target = Target(each.name, module, each.handler, each.scheme, nothing.at(each.name), model)
             made = each.handler.expect(target, saved.get(each.name, {}))
             if made is None:
                 kept.append(target)

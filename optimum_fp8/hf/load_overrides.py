@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..checkpoint.targets import target_to_load
 from ..config import FP8Config
 from ..errors import FP8CheckpointError
 from ..scales import STATIC, WEIGHT_ONLY
@@ -14,7 +15,7 @@ from ..selection import Decision, reschemed
 
 # What may be chosen while loading, and what a checkpoint does not tell.
 _LOADING_KEYS = ("target", "dequantize", "mode", "dump_stats_path")
-_BY_MODULE = "_requested_by_module"
+_BY_MODULE, _TARGET = "_requested_by_module", "_requested_target"
 
 
 def apply_load_overrides(config: FP8Config) -> str:
@@ -47,8 +48,13 @@ def apply_load_overrides(config: FP8Config) -> str:
     config.dequantize = requested.get("dequantize", config.dequantize)
     made_for = config.resolved_target
     if requested.get("target", "auto") != "auto":
-        config.target = requested["target"]
+        config.target = config.__dict__[_TARGET] = requested["target"]
     return made_for
+
+
+def settle_target(config: FP8Config, made_for: str) -> None:
+    """Have the config of a checkpoint that is about to be loaded name the target that it is loaded for."""
+    config.target = target_to_load(made_for, config.__dict__.pop(_TARGET, None))
 
 
 def check_module_overrides(model: nn.Module, config: FP8Config, decisions: Sequence[Decision]) -> None:

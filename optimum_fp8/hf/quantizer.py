@@ -18,8 +18,10 @@ from transformers.quantizers import HfQuantizer
 
 from ..attention import choices_by_config, chosen_before_loading
 from ..calibration import calibrate, calibrate_sequentially, check_dataset, check_sequential, facts_of
-from ..checkpoint.intact import RECORD, check_intact, record, recorded_modules
-from ..checkpoint.native import check_complete, check_scales, fit_to_target, saved_decisions, saved_scales, scales_in
+from ..checkpoint.intact import RECORD, check_intact, record, recorded
+from ..checkpoint.native import check_complete, check_scales, saved_decisions, saved_scales, scales_in
+from ..checkpoint.ranges import Known, converted_targets, known_ranges, ranges_within, recorded_ranges
+from ..checkpoint.targets import fit_to_target
 from ..config import FP8Config
 from ..errors import FP8CheckpointError, FP8ConfigError, FP8NotAvailableError, FP8ScaleError
 from ..formats import is_fp8
@@ -51,7 +53,7 @@ from ..modules import FP8Module, fp8_modules, swap
 from ..modules.handler import Change, Reason, Target, converted_modules, pack_all
 from ..selection import Decision, names_in_checkpoint, select
 from .conversions import CheckCodes, Loading, QuantizeWeight, ScaleRenaming, without_fp8
-from .load_overrides import apply_load_overrides, check_module_overrides
+from .load_overrides import apply_load_overrides, check_module_overrides, settle_target
 from .loading_call import given_state_dict, loading_origin, refuse_distributed_loading
 from .parts import adopt_parts, config_of_part, models_inside
 from .saving import config_to_save, mark_as_quantized, tensors_to_save
@@ -79,6 +81,7 @@ class FP8Quantizer(HfQuantizer):
         self._origin: Origin | None = None
         self._batches: Iterator[Any] | None = None
         self._onto_disk: OntoDisk | None = None
+        self._ranges: Known = {}  # of a part of a converted model, which has no state of its own
         quantization_config.post_init()  # keys may have been assigned since it was made
         if quantization_config.dataset is not None:
             check_dataset(quantization_config.dataset)
@@ -137,7 +140,10 @@ class FP8Quantizer(HfQuantizer):
         implementations = choices_by_config(model, self._chosen)
         if self.pre_quantized:
             adopt_parts(model, config)
-            self._decisions = saved_decisions(model, config, files, implementations, recorded_modules(files))
+            settle_target(config, self._made_for)
+            told = recorded(files)
+            self._decisions = saved_decisions(model, config, files, implementations, told.get("modules"))
+            self._measured.tensors = recorded_ranges(told, self._decisions, f"{model.base_model_prefix}.")
             check_module_overrides(model, config, self._decisions)
             self._untied = untie(model, [each.name for each in self._decisions if each.selected])
         else:
@@ -163,7 +169,7 @@ class FP8Quantizer(HfQuantizer):
 
     def _target(self, model: nn.Module, decision: Decision) -> Target:
         module, ranges = model.get_submodule(decision.name), self._measured.at(decision.name)
-        return Target(decision.name, module, decision.handler, decision.scheme, ranges)
+        return Target(decision.name, module, decision.handler, decision.scheme, ranges, model)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """The last hook before weights are read, and the first outside of the context that builds on meta."""
@@ -241,7 +247,7 @@ class FP8Quantizer(HfQuantizer):
             advice = "quantize the original model, loaded with this class"
         check_complete(model, self._loading.missing_keys, advice)
         for module in fp8_modules(model).values():
-            for parameter in (module.codes, module.weight_scale, module.input_scale):
+            for parameter in (module.codes, *module.scales().values()):
                 if parameter is not None:
                     parameter.requires_grad_(False)
         if self.pre_quantized:
@@ -262,7 +268,7 @@ class FP8Quantizer(HfQuantizer):
             # transformers would take our own conversions back when it saves the model.
             model._weight_conversions = without_fp8(getattr(model, "_weight_conversions", None) or [], ())
             return
-        fit_to_target(model, self._decisions, self._made_for)
+        fit_to_target(converted_targets(model, state), self._made_for)
         targets = state.targets(model)
         for target in targets:
             target.handler.loaded(target)
@@ -360,7 +366,8 @@ class FP8Quantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         if state_of(model) is not None:
             self._mark(model)  # what is written is what was done, whatever became of the model's config since
-        return tensors_to_save(model, given_state_dict(model)), {RECORD: record(model, self.quantization_config)}
+        told = record(model, self.quantization_config, known_ranges(model) or self._ranges)
+        return tensors_to_save(model, given_state_dict(model)), {RECORD: told}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -383,8 +390,11 @@ class FP8Quantizer(HfQuantizer):
 def attach_to_parts(model: nn.Module, state: FP8State) -> None:
     """Give the transformers models inside a converted model what they need to be saved, and loaded, by themselves."""
     known = {id(model.config)} if isinstance(model, transformers.PreTrainedModel) else set()
-    for prefix, part in models_inside(model):  # what shares its configuration with what is around it is saved with that
+    parts = list(models_inside(model))
+    ranges = known_ranges(model) if parts else {}
+    for prefix, part in parts:  # what shares its configuration with what is around it is saved with that
         config = part.config.quantization_config if id(part.config) in known else config_of_part(state, prefix, part)
         known.add(id(part.config))
         mark_as_quantized(part, config, state)
         part.hf_quantizer = FP8Quantizer(config, pre_quantized=True)
+        part.hf_quantizer._ranges = ranges_within(ranges, prefix)

@@ -18,7 +18,7 @@ from .prepare import (
     stored_measurements,
     unmeasured_state,
 )
-from .sharded import is_sharded
+from .sharded import is_sharded, refuse_shares
 from .state import FP8State, Phase, measuring_state, refuse_second_time, set_state, state_of, unwrapped
 from .unsigned import is_unsigned, signed
 
@@ -41,6 +41,7 @@ __all__ = [
     "new_measurements",
     "prepare",
     "refuse_second_time",
+    "refuse_shares",
     "refuse_unreached",
     "set_state",
     "settle_measurements",

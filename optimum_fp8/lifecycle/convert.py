@@ -91,7 +91,7 @@ def _with_all_ranges(model: nn.Module, state: FP8State) -> FP8State:
         return state
     with ranks.together():
         settle_measurements(model, state)
-    return replace(state, measurements=merged_measurements(state, ranks))
+    return replace(state, measurements=merged_measurements(model, state, ranks))
 
 
 def convert_some(model: nn.Module, targets: list[Target]) -> None:

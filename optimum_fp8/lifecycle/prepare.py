@@ -27,9 +27,10 @@ from ..measure import (
     observed_by,
     processes,
 )
+from ..modules import part_of
 from ..modules.handler import find_all
 from ..selection import select
-from .sharded import refuse_partial_activations
+from .sharded import common_fingerprint, refuse_partial_activations
 from .state import FP8State, Phase, measuring_state, refuse_second_time, set_state, unwrapped
 from .unsigned import is_unsigned, signed
 
@@ -117,7 +118,7 @@ def finalize_calibration(model: nn.Module) -> Measurements:
     ranks = processes()
     with ranks.together():
         settle_measurements(model, state)
-    measurements = merged_measurements(state, ranks)
+    measurements = merged_measurements(model, state, ranks)
     observes = state.observers is None or state.observers.is_attached
     if needs_ranges(state) and observes and not saw_activations(measurements):
         raise FP8MeasurementError(
@@ -136,9 +137,11 @@ def finalize_calibration(model: nn.Module) -> Measurements:
     return measurements
 
 
-def merged_measurements(state: FP8State, ranks: Processes) -> Measurements:
+def merged_measurements(model: nn.Module, state: FP8State, ranks: Processes) -> Measurements:
     """What all processes have measured together; what measuring has ended for is that already."""
-    return state.measurements if state.observers is None else ranks.merged(state.measurements, everywhere=True)
+    if state.observers is None:
+        return state.measurements
+    return ranks.merged(state.measurements, everywhere=True, parts=part_of(model) is not None)
 
 
 def settle_measurements(model: nn.Module, state: FP8State) -> None:
@@ -151,7 +154,7 @@ def settle_measurements(model: nn.Module, state: FP8State) -> None:
     """
     measurements, observers = state.measurements, state.observers
     found = model_fingerprint(model)
-    now = state.fingerprint(model) if state.digests else found
+    now = state.fingerprint(model) if state.digests else common_fingerprint(model, found)
     changed = now != measurements.fingerprint if observers is None else observers.began_with not in (None, found)
     if changed:
         raise FP8MeasurementError(
@@ -203,7 +206,7 @@ def fingerprint(model: nn.Module) -> str:
             f"the weights of {len(offloaded)} modules ({', '.join(offloaded[:3])}, …) are offloaded or not loaded: "
             "quantize while loading, with from_pretrained(…, quantization_config=…)"
         )
-    return model_fingerprint(model)
+    return common_fingerprint(model, model_fingerprint(model))
 
 
 def found_measurements(config: FP8Config, *, required: bool) -> Measurements | None:

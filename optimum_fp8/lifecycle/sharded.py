@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+
 from torch import nn
 
 from ..errors import FP8NotAvailableError
+from ..measure import processes
+from ..modules import part_of
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -45,4 +49,31 @@ def refuse_sharded(model: nn.Module, action: str) -> None:
             f"{action}: the weights of this model are spread over processes: end measuring with "
             "finalize_calibration(model), which writes the measurements, and quantize in one process by "
             "from_pretrained(…, quantization_config=FP8Config(mode='QUANTIZE', dump_stats_path=…))"
+        )
+
+
+def common_fingerprint(model: nn.Module, own: str) -> str:
+    """The fingerprint of a model whose layers are split over processes, the same in all of them, which have to ask for
+    it at once; of any other model its own.
+
+    Args:
+        model: the model, of which this process holds a part.
+        own: the fingerprint of that part.
+    """
+    if part_of(model) is None:
+        return own
+    parts = sorted({said["fingerprint"] for said in processes().agree({"fingerprint": own})})
+    return own if len(parts) == 1 else hashlib.sha256("\n".join(parts).encode()).hexdigest()[: len(own)]
+
+
+def refuse_shares(model: nn.Module) -> None:
+    """Refuse to give each process a share of the data where all have to compute the same at once.
+
+    Raises:
+        FP8NotAvailableError: layers are split over processes.
+    """
+    if part_of(model) is not None:
+        raise FP8NotAvailableError(
+            "calibrate: layers of this model are split over processes, and each process would get other samples: run "
+            "the same data through the model in all of them, after prepare(model, config), in a loop of your own"
         )

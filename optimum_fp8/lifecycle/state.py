@@ -13,6 +13,7 @@ from ..measure import Measurements, Observers, discard, model_fingerprint
 from ..modules.handler import Change, Reason, Target, converted_modules
 from ..selection import Decision
 from .origin import Origin
+from .sharded import common_fingerprint
 
 _ATTRIBUTE = "_optimum_fp8_state"
 
@@ -64,14 +65,14 @@ class FP8State:
 
     def fingerprint(self, model: nn.Module) -> str:
         """The fingerprint of `model` as it is now, in high precision."""
-        return model_fingerprint(model, self.digests)
+        return common_fingerprint(model, model_fingerprint(model, self.digests))
 
     def targets(self, model: nn.Module) -> list[Target]:
         """The selected modules of `model`, with their handlers, schemes and ranges."""
         selected = [each for each in self.decisions if each.selected]
         ranges = self.measurements.by_module(each.name for each in selected)
         return [
-            Target(each.name, model.get_submodule(each.name), each.handler, each.scheme, ranges[each.name])
+            Target(each.name, model.get_submodule(each.name), each.handler, each.scheme, ranges[each.name], model)
             for each in selected
         ]
 

@@ -124,10 +124,7 @@ def test_a_target_of_a_smaller_full_scale_takes_effect(save, ids, batches, tmp_p
         codes = module.codes.view(torch.uint8) & 0x7F
         assert codes.max() <= 0x77 < (before.codes.view(torch.uint8) & 0x7F).max()
         values, expected = module.dequantized_weight(torch.float32), before.dequantized_weight(torch.float32)
-        assert torch.equal(module.weight_scale, 2 * before.weight_scale)
-        assert ((values - expected).abs() <= before.weight_scale * 2**-9).all(), "only subnormal codes may round"
-        if before.input_scale is not None:
-            assert torch.equal(module.input_scale, 2 * before.input_scale)
+        assert ((values - expected).abs() <= module.weight_scale * 2**-10).all(), "only subnormal codes may round"
     found, expected = logits(model, ids), logits(original, ids)
     assert ((found - expected).norm() / expected.norm()).item() < 0.05
     model.save_pretrained(tmp_path / "gaudi2")
