@@ -7,7 +7,7 @@ from argparse import ArgumentParser
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from optimum_fp8.commands.arguments import explain_errors
-from optimum_fp8.config.keys import add_flags
+from optimum_fp8.config.keys import KEYS, add_flags
 
 
 class FP8QuantizeCommand(BaseOptimumCLICommand):
@@ -113,6 +113,28 @@ class FP8ExportIncCommand(BaseOptimumCLICommand):
         raise SystemExit(main_export(self.args))
 
 
+class FP8SelftestCommand(BaseOptimumCLICommand):
+    """`optimum-cli fp8 selftest`: a machine in, a table of what its operators compute out."""
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        parser.description = "Run every operator on a device and compare with the reference: what to do first on a "
+        parser.description += "machine, and to attach to a report of something wrong. Status 0: all is well."
+        parser.add_argument("--device", help="hpu, cuda or cpu (default: the accelerator that is there)")
+        parser.add_argument(
+            KEYS["target"].flag, help="number formats: of gaudi2, gaudi3, cuda or cpu (default: the device's)"
+        )
+        parser.add_argument("--backend", help="run this backend only: what it refuses is not run otherwise")
+        parser.add_argument("--operator", action="append", default=[], help="only this one; may be given again")
+        parser.add_argument("--json", metavar="FILE", help="write everything to a file as well")
+        explain_errors(parser)
+
+    def run(self) -> None:
+        from optimum_fp8.commands.selftest import main
+
+        raise SystemExit(main(self.args))
+
+
 def _add_prefix(parser: ArgumentParser) -> None:
     parser.add_argument("--output", required=True, help="folder and beginning of a file name to write to")
     _add_overwrite(parser)
@@ -132,6 +154,7 @@ class FP8Command(BaseOptimumCLICommand):
         CommandInfo(name="merge", help="Merge measurements.", subcommand_class=FP8MergeCommand),
         CommandInfo(name="import-inc", help="Read INC's measurements.", subcommand_class=FP8ImportIncCommand),
         CommandInfo(name="export-inc", help="Write measurements for INC.", subcommand_class=FP8ExportIncCommand),
+        CommandInfo(name="selftest", help="Test the operators on this machine.", subcommand_class=FP8SelftestCommand),
     )
 
 

@@ -1,0 +1,15 @@
+"""The cases of the self-test, one file a family of operators; each has a function `cases(fmt)`."""
+
+from collections.abc import Iterator
+
+from ...formats import NumberFormat
+from ..case import Case
+from . import attention, casts, conv, experts, golden, linear, ranges
+
+_FAMILIES = (golden, casts, ranges, linear, conv, attention, experts)
+
+
+def all_cases(fmt: NumberFormat) -> Iterator[Case]:
+    """Every case of a number format."""
+    for family in _FAMILIES:
+        yield from family.cases(fmt)
