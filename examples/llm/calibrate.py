@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import is_hpu_available
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -60,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--fsdp", action="store_true", help="spread the weights over the processes (FSDP2)")
     options = parser.parse_args(arguments)
 
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = PartialState(cpu=not (is_hpu_available() or torch.accelerator.is_available()))
     if options.fsdp and not torch.distributed.is_initialized():
         raise SystemExit("--fsdp spreads weights over processes: start it with torchrun or accelerate launch")
     tokenizer = AutoTokenizer.from_pretrained(options.model)

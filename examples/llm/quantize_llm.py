@@ -2,6 +2,8 @@
 
 python examples/llm/quantize_llm.py                       # the embedded model
 python examples/llm/quantize_llm.py --model meta-llama/Llama-3.2-1B --calibration my.txt --heldout other.txt
+python examples/llm/quantize_llm.py --target gaudi2 --static-cache    # on a CPU: what a Gaudi2 will compute
+python examples/llm/quantize_llm.py --device hpu --static-cache       # on a Gaudi: static shapes
 """
 
 from __future__ import annotations
@@ -42,9 +44,21 @@ def perplexity(log_p: torch.Tensor, ids: torch.Tensor) -> float:
     return math.exp(F.nll_loss(log_p, ids[:, 1:].flatten()).item())
 
 
-def tokens_per_second(models: list[PreTrainedModel], prompt: torch.Tensor, new_tokens: int = 32) -> list[float]:
+def start_gaudi(model: PreTrainedModel | None = None) -> None:
+    """Prepare Gaudi's software: first without a model, before anything moves to the device; then with each model."""
+    import habana_frameworks.torch.core as core
+
+    if model is None:
+        core.hpu_set_env()
+    else:
+        core.hpu_initialize(model, mark_only_scales_as_const=True)
+
+
+def tokens_per_second(
+    models: list[PreTrainedModel], prompt: torch.Tensor, cache: dict[str, str], new_tokens: int = 32
+) -> list[float]:
     """Greedy generation at batch 1: medians of runs that take turns, after one to warm up."""
-    options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
+    options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, **cache}
     times: list[list[float]] = [[] for _ in models]
     for _ in range(4):
         for model, seconds in zip(models, times, strict=True):
@@ -64,6 +78,7 @@ def check_round_trip(model: PreTrainedModel, ids: torch.Tensor) -> None:
         model.save_pretrained(folder)
         reloaded = AutoModelForCausalLM.from_pretrained(folder, device_map=model.device)
         with torch.no_grad():
+            ids = ids.to(model.device)
             equal = torch.equal(model(ids).logits, reloaded(ids).logits)
     if not equal:
         raise SystemExit("the reloaded model computes other logits")
@@ -76,11 +91,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--calibration", default=TINY_LM / "calibration.txt", type=Path)
     parser.add_argument("--heldout", default=TINY_LM / "heldout.txt", type=Path)
     parser.add_argument("--windows", type=int, help="compare on so many windows of 256 tokens (by default on all)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or hpu")
+    parser.add_argument(
+        "--target", default="auto", help="whose FP8: gaudi2, gaudi3, cuda or cpu (by default what is there)"
+    )
+    parser.add_argument("--static-cache", action="store_true", help="keys and values in FP8, in a cache of fixed size")
     options = parser.parse_args(arguments)
+    cache = {"cache_implementation": "static"} if options.static_cache else {}
+    loading = {"dtype": torch.bfloat16, "device_map": options.device}
+    if options.device == "hpu":
+        start_gaudi()
 
     # 1. The baseline.
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    baseline = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
+    baseline = AutoModelForCausalLM.from_pretrained(options.model, **loading)
     ids = windows(tokenizer, options.heldout)[: options.windows]
     prompt = tokenizer(PROMPT, return_tensors="pt").input_ids
     expected = log_probabilities(baseline, ids)
@@ -92,19 +116,29 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         ranges = f"{folder}/ranges"
         measure = FP8Config(
-            mode="MEASURE", dataset=str(options.calibration), tokenizer=tokenizer, dump_stats_path=ranges
+            mode="MEASURE",
+            dataset=str(options.calibration),
+            tokenizer=tokenizer,
+            dump_stats_path=ranges,
+            kv_cache=options.static_cache,
         )
-        AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16, quantization_config=measure)
+        AutoModelForCausalLM.from_pretrained(options.model, quantization_config=measure, **loading)
         for method in SCALE_METHODS:
-            config = FP8Config(mode="QUANTIZE", scale_method=method, dump_stats_path=ranges)
-            model = AutoModelForCausalLM.from_pretrained(
-                options.model, dtype=torch.bfloat16, quantization_config=config
+            config = FP8Config(
+                mode="QUANTIZE",
+                scale_method=method,
+                dump_stats_path=ranges,
+                target=options.target,
+                kv_cache=options.static_cache,
             )
+            model = AutoModelForCausalLM.from_pretrained(options.model, quantization_config=config, **loading)
+            if options.device == "hpu":
+                start_gaudi(model)
             rows.append((model, f"FP8 {method}", log_probabilities(model, ids)))
 
     # 3. What it costs.
     print(f"\n{header}\n{'-' * len(header)}")
-    speeds = tokens_per_second([model for model, _, _ in rows], prompt)
+    speeds = tokens_per_second([model for model, _, _ in rows], prompt, cache)
     for (model, name, found), speed in zip(rows, speeds, strict=True):
         ppl = perplexity(found, ids)
         divergence = F.kl_div(found, expected, log_target=True, reduction="batchmean").item()
@@ -114,7 +148,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"{agreement:7.2%} {speed:6.1f}"
         )
     for model, name, _ in rows[:2]:
-        text = tokenizer.decode(model.generate(prompt, max_new_tokens=24, do_sample=False)[0])
+        text = tokenizer.decode(model.generate(prompt.to(model.device), max_new_tokens=24, do_sample=False, **cache)[0])
         print(f"\n{name} writes:\n{text}")
     print(f"\n{str(quantization_report(rows[1][0])).splitlines()[0]}")
     check_round_trip(rows[1][0], ids[:2])

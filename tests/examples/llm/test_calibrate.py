@@ -61,9 +61,9 @@ def test_configurations_of_accelerate_are_read_and_say_how_to_use_them(path):
     from accelerate.commands.config.config_args import load_config_from_file
 
     text = path.read_text(encoding="utf-8")
-    kinds = {"cpu": "MULTI_GPU", "fsdp2": "FSDP", "multi_gpu": "MULTI_GPU", "multi_hpu": "MULTI_HPU"}
+    kinds = {"cpu": "MULTI_GPU", "fsdp2": "FSDP", "multi_gpu": "MULTI_GPU", "hpu": "NO", "multi_hpu": "MULTI_HPU"}
     config = load_config_from_file(str(path))
-    assert config.distributed_type == kinds[path.stem] and config.num_processes > 1
+    assert config.distributed_type == kinds[path.stem] and (config.num_processes > 1) == (path.stem != "hpu")
     assert text.startswith(f"# accelerate launch --config_file examples/llm/accelerate/{path.name} examples/llm/")
     if path.stem == "fsdp2":
         assert yaml.safe_load(text)["fsdp_config"]["fsdp_version"] == 2
