@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .measure import Measurements
     from .quantize import convert, dequantize, finalize_calibration, prepare
     from .report import quantization_report
+    from .self_test import selftest
 
 __version__ = "0.1.0.dev0"
 
@@ -61,6 +62,7 @@ __all__ = [
     "range_movement",
     "save",
     "scales",
+    "selftest",
 ]
 
 _MODULES = ("cache", "errors", "formats", "modules", "ops", "scales")
@@ -79,6 +81,7 @@ _HOMES = {
     "quantize_files": "files",
     "range_movement": "calibration",
     "save": "checkpoint",
+    "selftest": "self_test",
 }
 
 hf.register()

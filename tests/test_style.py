@@ -15,6 +15,7 @@ FLOORS = [
     ["__init__"],
     ["files", "quantize"],
     ["commands", "hf"],
+    ["self_test"],
     ["calibration", "checkpoint", "report"],
     ["lifecycle"],
     ["attention"],

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..config import FP8Config
 from ..errors import FP8CalibrationError, FP8NotAvailableError, FP8StateError
-from ..lifecycle import is_sharded
+from ..lifecycle import is_sharded, refuse_shares
 from ..lifecycle.prepare import saw_activations, settle_measurements
 from ..lifecycle.state import FP8State, measuring_state, unwrapped
 from ..measure import Measurements, added_data, observer_class, processes
@@ -55,6 +55,7 @@ def calibrate(
         FP8StateError: the model is not being measured.
         FP8CalibrationError: the data cannot be used, or there is none.
         FP8MeasurementError: weights have changed since the first data went through.
+        FP8NotAvailableError: processes split layers of the model.
     """
     given, model = model, unwrapped(model)
     state = measuring_state(model, "calibrate")
@@ -69,6 +70,7 @@ def calibrate(
     if state.observers is None:
         raise FP8StateError("calibrate: measuring has ended for this model: call convert(model)")
     source = check_dataset(config.dataset)
+    refuse_shares(model)
     _refuse_second_part(state)
     settle_measurements(model, state)
     training = [module for module in model.modules() if module.training]

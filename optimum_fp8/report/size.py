@@ -74,7 +74,7 @@ def _codes_and_scales(model: nn.Module) -> tuple[dict[int, torch.dtype], set[int
     scales: set[int] = set()
     for module, handler in converted_modules(model).values():
         row = handler.row(module)
-        for key, tensor in handler.state(module).items():
+        for key, tensor in handler.held(module).items():
             if key.endswith("_scale"):
                 scales.add(id(tensor))
             elif is_fp8(tensor.dtype) and row is not None and row.high_precision is not None:
