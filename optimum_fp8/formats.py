@@ -16,6 +16,7 @@ import re
 import sys
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -120,15 +121,18 @@ def not_finite(codes: torch.Tensor) -> bool:
     return int(codes.view(torch.int8).amax()) > last or int(codes.view(torch.uint8).amax()) > last + 0x80
 
 
+def gaudi_device() -> Any:
+    """Gaudi's counterpart of `torch.cuda`, where its bridge was imported: nothing is imported to find out. Else None."""
+    return getattr(torch, "hpu", None) or sys.modules.get("habana_frameworks.torch.hpu")
+
+
 def detect_target() -> str:
     """What `target="auto"` means on this machine: the accelerator that is there, else the CPU.
-
-    A Gaudi is there where its bridge was imported: nothing is imported to find out.
 
     Raises:
         FP8ConfigError: a Gaudi of a generation that is not known.
     """
-    hpu = getattr(torch, "hpu", None) or sys.modules.get("habana_frameworks.torch.hpu")
+    hpu = gaudi_device()
     if hpu is None or not hpu.is_available():
         return "cuda" if torch.cuda.is_available() else "cpu"
     name = str(hpu.get_device_name())

@@ -15,9 +15,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ..errors import FP8ConfigError, FP8NotAvailableError, nearest
+from .compiling import constant_while_compiling
 from .records import CallRecord
 
 logger = logging.getLogger(__name__)
@@ -172,7 +171,7 @@ def traced_kernel(op: str, call: Any) -> Kernel | None:
     return None
 
 
-@torch._dynamo.assume_constant_result
+@constant_while_compiling
 def _traced_backend(device: str) -> str:
     """The backend whose calls compilers are to see: the forced one, or that which serves the device; else none."""
     forced, kernels = _forced.get(), [kernel for kernels in _kernels.values() for kernel in kernels if kernel.traced]
@@ -181,7 +180,7 @@ def _traced_backend(device: str) -> str:
     )
 
 
-@torch._dynamo.assume_constant_result
+@constant_while_compiling
 def _forced_now() -> str:
     return _forced.get() or ""
 

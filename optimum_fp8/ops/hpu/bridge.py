@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from importlib import import_module
 from typing import Any
 
 import torch
 
 from ...errors import FP8NotAvailableError
-from ...formats import FP8_DTYPES, number_format
+from ...formats import FP8_DTYPES, detect_target, gaudi_device, number_format
+from ..compiling import constant_while_compiling
 
 
 def operator(name: str, overload: str = "default") -> Any:
@@ -49,18 +49,18 @@ def why_missing() -> str | None:
     )
 
 
-@torch._dynamo.assume_constant_result
+@constant_while_compiling
 def full_scale(dtype: torch.dtype) -> float:
-    """The largest number that the card's codes of an FP8 dtype stand for."""
+    """The largest number that the card's codes of an FP8 dtype stand for.
+
+    Raises:
+        FP8ConfigError: a card of a generation that is not known.
+    """
     name = next(name for name, known in FP8_DTYPES.items() if known == dtype)
-    return number_format(name, chip()).full_scale
-
-
-def chip() -> str:
-    """The generation of the card: "gaudi2" or "gaudi3"."""
-    return _chip(import_module("habana_frameworks.torch.hpu"))
+    return number_format(name, _target(gaudi_device())).full_scale
 
 
 @lru_cache(maxsize=1)
-def _chip(hpu: Any) -> str:
-    return "gaudi3" if "gaudi3" in str(hpu.get_device_name()).lower() else "gaudi2"
+def _target(hpu: Any) -> str:
+    """The card's target, asked once for each bridge: every cast needs it."""
+    return detect_target()
