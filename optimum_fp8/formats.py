@@ -122,7 +122,7 @@ def not_finite(codes: torch.Tensor) -> bool:
 
 
 def gaudi_device() -> Any:
-    """Gaudi's counterpart of `torch.cuda`, where its bridge was imported: nothing is imported to find out. Else None."""
+    """Gaudi's counterpart of `torch.cuda` where its bridge was imported, else None: nothing is imported to find out."""
     return getattr(torch, "hpu", None) or sys.modules.get("habana_frameworks.torch.hpu")
 
 

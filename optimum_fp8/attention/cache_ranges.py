@@ -36,12 +36,14 @@ def caches_read(model: nn.Module, name: str, module: Any) -> dict[str, str]:
     return {} if found is None else {"k": found}
 
 
-def with_ranges_of_caches(target: Target, model: nn.Module) -> Target:
+def with_ranges_of_caches(target: Target) -> Target:
     """A helper module with the ranges of the caches it reads, as far as they were measured.
 
     What comes out of a `KVCache` was written to it: an operand that was larger is something else, whatever the names.
     """
-    measured = target.ranges.measurements
+    model, measured = target.model, target.ranges.measurements
+    if model is None:
+        return target
     places: dict[str, tuple[str, str]] = {}
     for operand, cache in caches_read(model, target.name, target.module).items():
         written = measured.at(cache)

@@ -126,7 +126,7 @@ class StorageHandler(AttentionHandler):
     def leave(self, module: Any) -> None:
         store_as_before(module)
 
-    def scales_for(self, target: Target) -> dict[str, torch.Tensor]:
+    def own_scales(self, target: Target) -> dict[str, torch.Tensor]:
         return {"input_scale": self.operand_scale(target, "input", per_head=True)}
 
     def expected(self, scheme: Scheme) -> tuple[str, ...]:

@@ -62,7 +62,7 @@ class SoftmaxHandler(AttentionHandler):
     def leave(self, module: Any) -> None:
         leave_softmax(module)
 
-    def scales_for(self, target: Target) -> dict[str, torch.Tensor]:
+    def own_scales(self, target: Target) -> dict[str, torch.Tensor]:
         return {"p_scale": softmax_scale(target.scheme)} if target.scheme.rounds_attention else {}
 
     def expected(self, scheme: Scheme) -> tuple[str, ...]:

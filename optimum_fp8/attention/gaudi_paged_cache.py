@@ -174,8 +174,8 @@ class PagedHandler(StorageHandler):
     def leave(self, module: nn.Module) -> None:
         store_as_before(module)
 
-    def scales_for(self, target: Target) -> dict[str, torch.Tensor]:
-        return super().scales_for(target) if target.scheme.is_static else {}
+    def own_scales(self, target: Target) -> dict[str, torch.Tensor]:
+        return super().own_scales(target) if target.scheme.is_static else {}
 
     def expected(self, scheme: Scheme) -> tuple[str, ...]:
         return ("input_scale",) if scheme.is_static else ()

@@ -97,9 +97,12 @@ class AttentionHandler(ModuleHandler):
         """Measurements of which at least one tells that calibration has reached a module; none: it needs no ranges."""
         return ("q", "k_cache")
 
-    def scales_in(self, model: nn.Module, target: Target) -> dict[str, torch.Tensor]:
-        """The same, where what is around the module has a say."""
-        return self.scales_for(with_ranges_of_caches(target, model))
+    def scales_for(self, target: Target) -> dict[str, torch.Tensor]:
+        return self.own_scales(with_ranges_of_caches(target))
+
+    def own_scales(self, target: Target) -> dict[str, torch.Tensor]:
+        """`scales_for`, given the ranges of the caches that the module reads in place of its own."""
+        raise NotImplementedError
 
     def expected(self, scheme: Scheme) -> tuple[str, ...]:
         """Names of the scales that a module's operators cannot do without."""
@@ -146,7 +149,7 @@ class AttentionHandler(ModuleHandler):
     def convert(self, target: Target, model: nn.Module, quantize: Quantize) -> Conversion:
         module, before = target.module, (plan_of(target.module), scales_of(target.module))
         device = _device_of(model, target.name)
-        scales = {name: scale.to(device) for name, scale in self.scales_in(model, target).items()}
+        scales = {name: scale.to(device) for name, scale in self.scales_for(target).items()}
 
         def apply() -> None:
             set_scales(module, scales)

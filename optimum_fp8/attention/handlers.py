@@ -37,7 +37,7 @@ class WholeAttention(AttentionHandler):
         unseen = scheme.needs_ranges and scheme.rounds_attention and "q" not in target.ranges.kinds
         return why or (Why(Reason.NOT_SEEN) if unseen else None)
 
-    def scales_for(self, target: Target) -> dict[str, torch.Tensor]:
+    def own_scales(self, target: Target) -> dict[str, torch.Tensor]:
         scheme, scales = target.scheme, dict[str, torch.Tensor]()
         if not scheme.rounds_attention:
             return scales
@@ -88,8 +88,8 @@ class InterfaceHandler(WholeAttention):
         back = f"model.set_attn_implementation({NAME!r}) brings FP8 attention back"
         return f"attn_implementation={running!r} runs; {back}"
 
-    def scales_for(self, target: Target) -> dict[str, torch.Tensor]:
-        scales = super().scales_for(target)
+    def own_scales(self, target: Target) -> dict[str, torch.Tensor]:
+        scales = super().own_scales(target)
         return scales | scales_of_cache(target, scales, partial(self.operand_scale, target))
 
     def expected(self, scheme: Scheme) -> tuple[str, ...]:
@@ -113,7 +113,7 @@ class ProductsHandler(AttentionHandler):
         operand = _OPERAND.match(name.removesuffix("_scale")) is not None
         return (operand and scheme.rounds_attention and scheme.is_static) or super().may_have(name, scheme)
 
-    def scales_for(self, target: Target) -> dict[str, torch.Tensor]:
+    def own_scales(self, target: Target) -> dict[str, torch.Tensor]:
         scheme = target.scheme
         if not (scheme.rounds_attention and scheme.is_static):
             return {}
@@ -136,8 +136,8 @@ class FunctionsHandler(ProductsHandler):
         unseen = target.scheme.needs_ranges and target.scheme.rounds_attention and "q" not in target.ranges.kinds
         return why or (Why(Reason.NOT_SEEN) if unseen else None)
 
-    def scales_for(self, target: Target) -> dict[str, torch.Tensor]:
-        scales, scheme = super().scales_for(target), target.scheme
+    def own_scales(self, target: Target) -> dict[str, torch.Tensor]:
+        scales, scheme = super().own_scales(target), target.scheme
         if scheme.is_static and scheme.rounds_attention:  # the first product after a softmax may take something else
             p = target.ranges.largest("p") if "p" in target.ranges.kinds else None
             if p is None or bool(p <= P_MAXABS):
@@ -159,10 +159,10 @@ class ProductHandler(ProductsHandler):
     def tells(self, scheme: Scheme) -> tuple[str, ...]:
         return ("q",) if scheme.rounds_attention else ()  # else only what comes out of a cache is in FP8
 
-    def scales_in(self, model: nn.Module, target: Target) -> dict[str, torch.Tensor]:
-        scales = super().scales_in(model, target)
-        if scales and is_taken_as_it_is(target.module):
-            scales["k_scale"] = _scale_of_codes(model.get_submodule(target.name.rpartition(".")[0]))
+    def scales_for(self, target: Target) -> dict[str, torch.Tensor]:
+        scales = super().scales_for(target)
+        if scales and target.model is not None and is_taken_as_it_is(target.module):
+            scales["k_scale"] = _scale_of_codes(target.model.get_submodule(target.name.rpartition(".")[0]))
         return scales
 
     def expected(self, scheme: Scheme) -> tuple[str, ...]:

@@ -55,7 +55,7 @@ def converted_targets(model: nn.Module, state: FP8State) -> list[Target]:
     converted = {name_of(name): found for name, found in converted_modules(model).items()}
     there = [each for each in state.decisions if each.name in converted]
     ranges = state.measurements.by_module(each.name for each in there)
-    return [Target(each.name, *converted[each.name], each.scheme, ranges[each.name]) for each in there]
+    return [Target(each.name, *converted[each.name], each.scheme, ranges[each.name], model) for each in there]
 
 
 def ranges_within(known: Known, prefix: str) -> dict[str, dict[str, Any]]:
