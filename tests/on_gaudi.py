@@ -1,11 +1,31 @@
-"""What the tests of Gaudi's kernels share: one call on the reference and on an emulated card, and how near they are."""
+"""What the tests on emulated cards share: the cards, a call on the reference and on one of them, how near they are."""
 
+import pytest
 import torch
 
 from optimum_fp8 import ops
 from optimum_fp8.formats import number_format
+from optimum_fp8.test_utils import gaudi
 
 FORMATS = ("E4M3", "E5M2")
+
+
+@pytest.fixture(params=["gaudi2", "gaudi3"])
+def device(request):
+    with gaudi.emulated(request.param) as emulated:
+        yield emulated
+
+
+@pytest.fixture
+def gaudi2():
+    with gaudi.emulated("gaudi2") as emulated:
+        yield emulated
+
+
+@pytest.fixture
+def gaudi3():
+    with gaudi.emulated("gaudi3") as emulated:
+        yield emulated
 
 
 def fmt_of(device, fp8_config="E4M3"):
