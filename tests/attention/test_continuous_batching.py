@@ -8,10 +8,12 @@ import logging
 import pytest
 import torch
 from attention_models import FAMILIES
-from transformers import GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from optimum_fp8 import FP8Config, convert, dequantize, prepare, quantization_report
 
+# A cache that is as large as the prompts need: else its size follows from the memory that is free.
+SMALL = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
 PROMPTS = [[3, 4, 5, 6, 7], [9, 8, 7]]
 GREEDY = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=-1, pad_token_id=0)
 
@@ -24,7 +26,7 @@ def converted(family="llama", **options):
 
 
 def batch(model):
-    results = model.generate_batch(PROMPTS, generation_config=GREEDY)
+    results = model.generate_batch(PROMPTS, generation_config=GREEDY, continuous_batching_config=SMALL)
     return [list(result.generated_tokens) for _, result in sorted(results.items())]
 
 
@@ -72,6 +74,6 @@ def test_copies_errors_and_models_in_high_precision_again():
 
 def test_while_the_manager_runs():
     model = converted(attention=True)
-    with model.continuous_batching_context_manager(GREEDY) as manager:
+    with model.continuous_batching_context_manager(GREEDY, continuous_batching_config=SMALL) as manager:
         assert manager.is_running() and not any(row.quantized for row in rows(model))
     assert all(row.quantized for row in rows(model))
