@@ -74,6 +74,6 @@ assert all("scale" in name for name, tensor in packed.state_dict().items() if te
 """
 
 
-@pytest.mark.parametrize("chip", ["gaudi2", "gaudi3"])
+@pytest.mark.parametrize("chip", ["gaudi2", pytest.param("gaudi3", marks=pytest.mark.slow)])
 def test_two_processes_on_an_emulated_gaudi(chip, tmp_path):
     succeed(ON_GAUDI.format(chip=chip), 2, tmp_path)
