@@ -204,6 +204,12 @@ for options in ({}, {"fp8_config": "E5M2", "target": "gaudi2", "dtype": torch.bf
     if not options and dtype == torch.float32:  # what one run has measured serves another
         stored = convert(vllm.MLP(), FP8Config(target="cpu", mode="QUANTIZE", dump_stats_path="measure", **key))
         assert torch.equal(decoded(stored, given), steps)
+        for chip in ("gaudi2", "gaudi3"):
+            on_card = load(folder, vllm.MLP(seed=1), target=chip)
+            for scale, kind in ((on_card.down.partial_scale, "output"), (on_card.down.output_scale, "output2")):
+                assert torch.equal(scale, on_card.down.scheme.static_scale(measured.range("down", kind))), (chip, kind)
+            assert not torch.equal(on_card.down.partial_scale, down.partial_scale) or chip == "gaudi3"
+            assert distance(decoded(on_card, given), prefill) < 2 * step
         other = load(folder, vllm.MLP(seed=1))
         assert other.load_state_dict(model.state_dict()) and torch.equal(decoded(other, given), steps)
     dequantize(model)
