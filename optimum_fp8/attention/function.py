@@ -134,7 +134,7 @@ def _in_fp8(
         "softcap": softcap,
         "dtype": scheme.fmt.dtype,
         "full_scale": scheme.fmt.full_scale,
-        "dataflow": scheme.dataflow,
+        "dataflow": scheme.attention_dataflow,
         "record": plan.record,
     }
     output_scale = scale_of(module, "output_scale")

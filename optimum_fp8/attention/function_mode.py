@@ -209,7 +209,7 @@ class AttentionMode(TorchFunctionMode):
             scaling=shape[-1] ** -0.5 if scale is None else scale,
             dtype=scheme.fmt.dtype,
             full_scale=scheme.fmt.full_scale,
-            dataflow=scheme.dataflow,
+            dataflow=scheme.attention_dataflow,
             record=self.plan.record,
         )
         return output.transpose(1, 2).reshape(*shape[:-1], value.shape[-1])

@@ -27,7 +27,7 @@ class Scheme:
         activations: "static" (calibrated), "dynamic" (from the very tensor) or "weight_only" (not rounded).
         hp_dtype: the dtype in which ranges are kept and per-tensor scales computed.
         arithmetic: where products round, one of `ops.ARITHMETICS`.
-        dataflow: where attention rounds, one of `ops.DATAFLOWS`.
+        dataflow: where attention rounds: "fused", "unfused" or "qdq".
         rounds_attention: whether attention's products take FP8 operands.
         caches: whether keys and values are stored in FP8.
         fp8_all_reduce: whether processes that split a layer by rows add up its results of new tokens in FP8.
@@ -70,12 +70,17 @@ class Scheme:
         return dynamic_scale(x, rule or self.input, self.fmt, self.hp_dtype)
 
     @property
+    def attention_dataflow(self) -> str:
+        """`dataflow` as attention's operators are told, one of `ops.DATAFLOWS`: a Gaudi rounds probabilities once."""
+        return f"{self.dataflow}_gaudi" if self.fmt.is_gaudi and self.dataflow != "qdq" else self.dataflow
+
+    @property
     def of_attention(self) -> str:
         """What concerns attention and caches, in words."""
         operands = f"{self.activations if self.is_static else DYNAMIC} {self.operands}"
         parts = [f"{self.fmt.name} on {self.fmt.target}", f"operands {operands}"]
         if self.rounds_attention:
-            parts += [f"softmax {self.probabilities}", self.dataflow]
+            parts += [f"softmax {self.probabilities}", self.attention_dataflow]
         return ", ".join([*parts, *self._hp])
 
     @property

@@ -87,6 +87,18 @@ def test_it_rounds_with_the_modules_scales(dataflow):
     assert torch.equal(output, expected(q, k, v, ONE, mask, dataflow=dataflow)) and weights is None
 
 
+@pytest.mark.parametrize("target, full_scale", [("gaudi2", 240.0), ("gaudi3", 448.0)])
+@pytest.mark.parametrize("dataflow", ["fused", "unfused", "qdq"])
+def test_on_gaudi_probabilities_are_rounded_once(dataflow, target, full_scale):
+    q, k, v = inputs(torch.bfloat16)
+    fine = ONE | {"p_scale": torch.tensor([1 / 256])}
+    found, _ = attention_forward(module(scheme(dataflow=dataflow, target=target), fine), q, k, v, None)
+    once = dataflow if dataflow == "qdq" else f"{dataflow}_gaudi"
+    assert torch.equal(found, expected(q, k, v, fine, dataflow=once, full_scale=full_scale))
+    twice = expected(q, k, v, fine, dataflow=dataflow, full_scale=full_scale)
+    assert torch.equal(found, twice) == (dataflow != "unfused"), "these operands tell them apart"
+
+
 @pytest.mark.core
 def test_it_takes_the_codes_of_a_cache():
     q, k, v = inputs(torch.bfloat16)
