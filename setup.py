@@ -26,6 +26,8 @@ FOR_EACH_VARIANT = [
     "linear.c",
     "attention.c",
     "cast.c",
+    "experts.c",
+    "grouped.c",
     "histogram.c",
     "softmax.c",
 ]  # what takes longest to compile first

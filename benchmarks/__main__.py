@@ -1,7 +1,7 @@
 """Everything, in one table, which is also written to `benchmarks/results/NAME.md`.
 
-    python -m benchmarks [--only linear casts attention generate memory loading overhead calibrate] [--compile]
-                         [--samples N] [--name NAME]
+    python -m benchmarks [--only linear casts attention experts generate memory loading overhead calibrate]
+                         [--compile] [--samples N] [--name NAME]
 
 Needs the extra `benchmark` (`pip install -e '.[benchmark]'`), about 6 GB of memory, and a quiet machine: the load
 before and after goes into the page.
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from . import attention, calibrate, cpu_casts, cpu_linear, generate, loading, machine, memory, overhead, table
+from . import attention, calibrate, cpu_casts, cpu_linear, experts, generate, loading, machine, memory, overhead, table
 
 Part = Callable[[argparse.Namespace], tuple[list[table.Row], list[str]]]
 
@@ -24,6 +24,7 @@ PARTS: dict[str, Part] = {
     "linear": lambda options: cpu_linear.run(budget=options.budget, static=options.static),
     "casts": lambda options: cpu_casts.run(budget=options.budget),
     "attention": lambda options: attention.run(budget=options.budget),
+    "experts": lambda options: experts.run(budget=4 * options.budget),
     "generate": lambda options: generate.run(options.scale_method, options.rivals),
     "memory": lambda options: memory.run(options.scale_method),
     "loading": lambda options: loading.run(options.scale_method),
@@ -41,7 +42,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--static", action="store_true", help="linear layers with FP8 activations too")
     found.add_argument("--rivals", nargs="*", default=generate.RIVALS, choices=generate.RIVALS)
     found.add_argument("--scale-method", default=generate.models.SCALES_PER_CHANNEL)
-    found.add_argument("--budget", type=float, default=1.5, help="seconds for each linear layer, cast and attention")
+    found.add_argument(
+        "--budget", type=float, default=1.5, help="seconds for each linear layer, cast, attention; experts: four times"
+    )
     found.add_argument("--samples", type=int, default=8, help="of 512 tokens, for calibration")
     found.add_argument("--name", default=datetime.date.today().isoformat(), help="of the page in benchmarks/results")
     return found

@@ -10,7 +10,19 @@ import torch
 import torch.nn.functional as F
 from hf.conftest import llama
 
-from benchmarks import attention, calibrate, cpu_casts, cpu_linear, generate, loading, machine, memory, models, rivals
+from benchmarks import (
+    attention,
+    calibrate,
+    cpu_casts,
+    cpu_linear,
+    experts,
+    generate,
+    loading,
+    machine,
+    memory,
+    models,
+    rivals,
+)
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -33,6 +45,7 @@ def few_copies(monkeypatch):
     monkeypatch.setattr(machine, "cold_copies", lambda nbytes: 3)
 
 
+@pytest.mark.slow
 def test_all_parts_are_importable_without_the_extra():
     """gguf and llama_cpp are asked for where they are used, never by looking at a command's help."""
     script = (
@@ -82,6 +95,31 @@ def test_attention_compares_only_equal_results():
     attention.check(found, expected)
     with pytest.raises(RuntimeError, match="off bfloat16"):
         attention.check(found * 1.1, expected)
+
+
+def test_experts_make_a_row_for_each_kind_of_activations():
+    rows, notes = experts.run(experts.Shape(8, 2, 64, 32), tokens=(1, 4, 9), budget=0)
+    assert [row.what.split(" (")[0] for row in rows] == [
+        f"experts, {tokens}, {name}"
+        for tokens in ("1 token", "4 tokens", "9 tokens")
+        for name in ("weight-only", "static", "dynamic")
+    ]
+    assert all(row.ratio for row in rows) and [row.wanted for row in rows[6:]] == [0.95] * 3
+    for row in rows[:6]:  # either of two wishes: that which is met is not asked for
+        assert (row.wanted is None) == (row.limit >= 0.8) and (row.wanted_limit is None) == (row.ratio >= 2.5)
+    assert "8 of 64 x 32, 2 a token" in notes[0]
+
+
+def test_experts_compare_only_equal_results():
+    shape = experts.Shape(8, 2, 64, 32)
+    weights, x = experts.Weights.random(shape), torch.randn(4, 64).bfloat16()
+    route = experts.routes(shape, 4).take()
+    assert route[0].unique().numel() == 8
+    found = experts.fp8(weights, x, "weight-only", experts.ops.CallRecord())(route)
+    expected = experts.grouped_mm_experts_forward(weights.plain, x, *route)
+    experts.check(found, expected, "weight-only")
+    with pytest.raises(RuntimeError, match="weight-only.* off bfloat16"):
+        experts.check(found * 1.1, expected, "weight-only")
 
 
 def test_transformers_decodes_and_prefills(folder):

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 PATH = Path(__file__).with_name("libfp8cpu.so")
-ABI = 7
+ABI = 8
 VARIANTS = ("avx512bf16", "avx512vbmi", "avx512", "avx2", "portable")
 _OUT_OF_MEMORY = 1
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # how `fp8cpu.h` numbers them
@@ -26,7 +26,8 @@ class Library:
         too_new: names of those that it cannot.
         best: the one that is fastest on it.
         threaded: whether torch's OpenMP runtime was found; without it, everything runs on one thread.
-        encode, decode, histogram, attention, softmax: take packed arguments (`fp8cpu.h` names them), return a status.
+        encode, decode, histogram, grouped, experts, attention, softmax: take packed arguments (`fp8cpu.h` names them),
+            return a status.
         linear: takes the packed arguments of several products, and how many.
     """
 
@@ -51,7 +52,7 @@ class Library:
         start_threads = torchs_openmp()
         self.threaded = start_threads is not None
         native.fp8cpu_set_openmp(start_threads)
-        for name in ("encode", "decode", "histogram", "linear", "attention", "softmax"):
+        for name in ("encode", "decode", "histogram", "linear", "grouped", "experts", "attention", "softmax"):
             function = getattr(native, f"fp8cpu_{name}")
             function.argtypes = [ctypes.c_char_p, ctypes.c_int64] if name == "linear" else [ctypes.c_char_p]
             setattr(self, name, function)
@@ -61,6 +62,8 @@ class Library:
     decode: Callable[[bytes], int]
     histogram: Callable[[bytes], int]
     linear: Callable[[bytes, int], int]
+    grouped: Callable[[bytes], int]
+    experts: Callable[[bytes], int]
     attention: Callable[[bytes], int]
     softmax: Callable[[bytes], int]
 

@@ -10,7 +10,7 @@ from ..arguments import LinearCall
 from ..operands import block_of, refuses_input_scale
 from .library import FORMATS, TYPES, Library, check, threads
 
-_OF_A_CALL, _THAT_STAYS = Struct("=10q"), Struct("=10qd")  # fp8cpu_linear_args
+_OF_A_CALL, _THAT_STAYS = Struct("=11q"), Struct("=11qd")  # fp8cpu_linear_args
 _CPU = torch.device("cpu")
 
 
@@ -24,6 +24,7 @@ def _pack(call: LinearCall) -> bytes:
         FORMATS[weight.dtype],
         scale.data_ptr(),
         scale.numel() > 1 and not block,
+        0,  # no halves
         block,
         0 if bias is None else bias.data_ptr(),
         0 if bias is None else TYPES[bias.dtype],
@@ -49,7 +50,7 @@ class PackedLinear:
             input_scale = input_scale.contiguous()
             pointer, step = input_scale.data_ptr(), input_scale.numel() != 1
         of_call = (self.variant, threads(), x.numel() // k, x.data_ptr(), TYPES[dtype], k, pointer, step)
-        check(self.library.linear(_OF_A_CALL.pack(*of_call, y.data_ptr(), out) + self.stays, 1), "linear")
+        check(self.library.linear(_OF_A_CALL.pack(*of_call, y.data_ptr(), TYPES[dtype], out) + self.stays, 1), "linear")
         return y
 
 

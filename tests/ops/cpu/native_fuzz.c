@@ -283,6 +283,7 @@ static void fuzz_decode(int64_t variant) {
 }
 
 #include "native_fuzz_linear.h"
+#include "native_fuzz_experts.h"
 #include "native_fuzz_attention.h"
 
 /* --- threads, and the fuzzer's loop -------------------------------------------------------------------------------- */
@@ -334,9 +335,10 @@ static void in_parallel(void (*run)(void *), void *data, unsigned threads, unsig
 }
 
 static void fuzz(uint64_t seed) {
-    static void (*const operations[])(int64_t) = {fuzz_encode,    fuzz_decode, fuzz_linear, fuzz_linear,
-                                                fuzz_attention, fuzz_histogram};
-    static const char *const names[] = {"encode", "decode", "linear", "linear", "attention", "histogram"};
+    static void (*const operations[])(int64_t) = {fuzz_encode,  fuzz_decode,    fuzz_linear,   fuzz_linear,
+                                                  fuzz_grouped, fuzz_attention, fuzz_histogram, fuzz_experts};
+    static const char *const names[] = {"encode",  "decode",    "linear",    "linear",
+                                        "grouped", "attention", "histogram", "experts"};
     static char name[64];
     case_seed = state = seed;
     int64_t variants = 0, operation;
@@ -344,7 +346,7 @@ static void fuzz(uint64_t seed) {
     int64_t variant = below(variants);
     while (!fp8cpu_runs((int)variant)) variant = (variant + 1) % variants;
     fp8cpu_set_openmp(chance(8) ? (void *)in_parallel : NULL);
-    operation = below(6);
+    operation = below(8);
     snprintf(name, sizeof name, "%s on %s", names[operation], fp8cpu_variant((int)variant));
     what = name;
     operations[operation](variant);

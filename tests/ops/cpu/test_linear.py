@@ -1,9 +1,4 @@
-"""The native products against float64 products of the same rounded operands, on every variant this processor runs.
-
-What is allowed: half a unit in the last place of the output for each rounding to it, and (K + 8) · 2⁻²⁴ of the sum of
-magnitudes for float32 sums in whatever order. Below, float32 itself ends (steps of 2⁻¹⁴⁹); and where `cpu_avx512bf16`
-multiplies pairs, the processor takes operands, products and sums below 2⁻¹²⁶ for zero, whatever its mode.
-"""
+"""The native products against float64 products of the same rounded operands, on every variant this processor runs."""
 
 import itertools
 
@@ -11,6 +6,7 @@ import hypothesis
 import torch
 from grids import over
 from hypothesis import strategies
+from product_bounds import codes_like, excess, products, scale_for, step_at, uses_pairs
 
 from optimum_fp8 import ops
 
@@ -27,52 +23,6 @@ BACKENDS = ops.cpu.backends()
 def on(backend, x, weight, weight_scale, input_scale, bias, full_scale, arithmetic="fused"):
     with ops.backend(backend):
         return ops.linear(x, weight, weight_scale, input_scale, bias, full_scale=full_scale, arithmetic=arithmetic)
-
-
-def step_at(value, dtype):
-    """The distance between neighbours of `dtype` around `value`."""
-    info = torch.finfo(dtype)
-    return 2.0 ** torch.log2(value.abs().clamp(min=info.smallest_normal)).floor() * info.eps
-
-
-def products(x, weight, weight_scale, input_scale, full_scale, pairs=False):
-    """The products times their scales in float64, and what float32 may make of them."""
-    values, weights, scale = x.double(), weight.float(), weight_scale.reshape(-1)
-    if weight_scale.ndim == 2 and weight_scale.shape[1] > 1 or weight_scale.numel() not in (1, weight.shape[0]):
-        spread = weight_scale.repeat_interleave(128, 0)[: weight.shape[0]].repeat_interleave(128, 1)
-        weights, scale = weights * spread[:, : weight.shape[1]], torch.ones(1)
-    if input_scale is not None:
-        with ops.backend("reference"):
-            values = ops.cast_to_fp8(x, input_scale, weight.dtype, full_scale).double()
-        scale = input_scale * scale
-    weights, scale = weights.double(), scale.double()
-    terms = x.shape[-1] + 8
-    bound = (values.abs() @ weights.abs().T) * scale * terms * 2.0**-24 + (terms * scale + 4) * 2.0**-149
-    if pairs:
-        bound = bound + (weights.abs().nan_to_num().sum(1) + terms) * 2.0**-125 * scale
-    return (values @ weights.T) * scale, bound
-
-
-def excess(y, product, bound, bias, arithmetic):
-    """How much further `y` is from the exact result than it may be; -inf where both are the same NaN or infinity."""
-    dtype, result = y.dtype, product
-    if bias is not None:
-        offset = bias.double()
-        if arithmetic == "gaudi":
-            offset = bias.to(dtype).double()
-            bound = bound + step_at(product.abs() + bound, dtype) / 2
-        result = product + offset
-        bound = bound + result.abs() * 2.0**-23 + 2.0**-149
-    bound = bound + step_at(result.abs() + bound, dtype) / 2
-    found = y.double()
-    alike = (found.isnan() & result.isnan()) | (found == result)
-    overflows = result.abs() + bound > torch.finfo(dtype).max
-    alike |= overflows & (found.abs() >= (result.abs() - bound).clamp(max=torch.finfo(dtype).max))
-    return torch.where(alike, -torch.inf, ((found - result).abs() - bound).nan_to_num(nan=torch.inf))
-
-
-def uses_pairs(backend, x, weight_scale, input_scale):
-    return backend == "cpu_avx512bf16" and (input_scale is not None or x.dtype == torch.bfloat16)
 
 
 def assert_right(x, weight, weight_scale, input_scale, bias, full_scale, arithmetic="fused"):
@@ -95,21 +45,6 @@ def assert_right(x, weight, weight_scale, input_scale, bias, full_scale, arithme
         beyond = excess(y, *exact[uses_pairs(backend, x, weight_scale, input_scale)], bias, arithmetic)
         assert beyond.numel() == 0 or beyond.max() <= 0, backend
     return found
-
-
-def codes_like(shape, fp8, finite=True):
-    """Codes of all kinds, subnormal ones and both zeros as often as normal ones; NaN and Inf where asked for."""
-    codes = torch.randint(0, 256, shape, dtype=torch.uint8)
-    codes = torch.where(torch.rand(shape) < 0.2, codes & 0x87, codes)
-    special = (codes & 0x7F) >= (0x7F if fp8 == E4M3 else 0x7C)
-    return (codes & ~(special & finite).to(torch.uint8).mul(0x40)).view(fp8)
-
-
-def scale_for(weight, kind):
-    """Scales that make weights of about 1, so that float16 holds the products."""
-    out, into = weight.shape
-    shape = {"tensor": (1,), "channel": (out, 1), "blocks": (-(-out // 128), -(-into // 128))}[kind]
-    return (torch.rand(shape) + 0.5) / torch.finfo(weight.dtype).max
 
 
 @strategies.composite

@@ -11,11 +11,13 @@
     int fp8cpu_decode_##variant(const fp8cpu_cast_args *);      \
     int fp8cpu_histogram_##variant(const fp8cpu_histogram_args *); \
     int fp8cpu_linear_##variant(const fp8cpu_linear_args *, int64_t count); \
+    int fp8cpu_grouped_##variant(const fp8cpu_grouped_args *); \
+    int fp8cpu_experts_##variant(const fp8cpu_experts_args *); \
     int fp8cpu_attention_##variant(const fp8cpu_attention_args *); \
     int fp8cpu_softmax_##variant(const fp8cpu_attention_args *);
 #define KERNELS(variant)                                                                        \
     {fp8cpu_encode_##variant, fp8cpu_decode_##variant, fp8cpu_histogram_##variant, fp8cpu_linear_##variant, \
-     fp8cpu_attention_##variant, fp8cpu_softmax_##variant}
+     fp8cpu_grouped_##variant, fp8cpu_experts_##variant, fp8cpu_attention_##variant, fp8cpu_softmax_##variant}
 
 DECLARE(portable)
 static int always(void) { return 1; }
@@ -95,6 +97,11 @@ int fp8cpu_linear(const fp8cpu_linear_args *args, int64_t count) {
     if (args->variant < 0 || args->variant >= VARIANTS) return FP8CPU_NO_VARIANT;
     return variants[args->variant].kernels.linear(args, count);
 }
+int fp8cpu_grouped(const fp8cpu_grouped_args *args) {
+    if (args->product.variant < 0 || args->product.variant >= VARIANTS) return FP8CPU_NO_VARIANT;
+    return variants[args->product.variant].kernels.grouped(args);
+}
+int fp8cpu_experts(const fp8cpu_experts_args *args) { DISPATCH(experts) }
 int fp8cpu_attention(const fp8cpu_attention_args *args) { DISPATCH(attention) }
 int fp8cpu_softmax(const fp8cpu_attention_args *args) { DISPATCH(softmax) }
 

@@ -9,7 +9,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FP8CPU_ABI 7
+#define FP8CPU_ABI 8
 
 enum { FP8CPU_FLOAT32 = 0, FP8CPU_BFLOAT16 = 1, FP8CPU_FLOAT16 = 2, FP8CPU_BOOLEAN = 3 };
 enum { FP8CPU_E4M3 = 0, FP8CPU_E5M2 = 1 };
@@ -49,17 +49,50 @@ typedef struct {
     int64_t x, x_type, x_stride; /* [m, k]; stride between rows, in elements */
     int64_t x_scale;             /* const float *: x is rounded to the FP8 grid; 0: it is not */
     int64_t x_scale_step;        /* per tensor 0, per row of x 1 */
-    int64_t y, y_stride;         /* [m, n] in x_type */
+    int64_t y, y_type, y_stride; /* [m, n] */
 
     int64_t n, k;
     int64_t w, w_format;       /* const uint8_t * [n, k], contiguous */
     int64_t w_scale;           /* const float * */
     int64_t w_scale_step;      /* per tensor 0, per row of w 1 */
+    int64_t w_scale_half;      /* 0, or from which row of w on w_scale[1] takes the place of w_scale[0] */
     int64_t block;             /* 0, or the side of square blocks: w_scale is then [ceil(n/block), ceil(k/block)] */
     int64_t bias, bias_type;   /* [n], or 0 */
     int64_t round_before_bias; /* Gaudi: product to y's dtype, then the bias is added in that dtype */
     double full_scale;
 } fp8cpu_linear_args;
+
+/* As fp8cpu_linear_args, but every row of x has a weight of its own: that of its expert. Rows of other experts than
+ * 0 ... experts - 1 become zeros. w is [experts, n, k], bias [experts, n]. */
+typedef struct {
+    fp8cpu_linear_args product; /* of all rows, with the first expert's weight, scales and bias */
+    int64_t experts;
+    int64_t expert_of_row;  /* const int64_t * [m] */
+    int64_t w_scale_size;   /* floats of one expert */
+    int64_t x_scale_expert; /* 1: x_scale is [experts] */
+} fp8cpu_grouped_args;
+
+enum { FP8CPU_SILU = 0, FP8CPU_GELU = 1, FP8CPU_RELU = 2 };
+
+/* y[t] = sum over the experts of token t, in ascending order, of router * down(act(gate(x[t])) * up(x[t])). Gate is the
+ * upper half of gate_up. All is float32 between the products, or rounded to bfloat16 after each step. */
+typedef struct {
+    int64_t variant, threads, tokens, chosen, experts, hidden, inner;
+    int64_t x, x_type;             /* [tokens, hidden], contiguous; y's type too */
+    int64_t x_scale, x_scale_step; /* const float *, one for all 0, one a token 1; 0: nothing is rounded to FP8 */
+    int64_t table;                 /* const int64_t * [tokens, chosen]; experts that are not here contribute nothing */
+    int64_t experts_min;           /* the number in the table that stands for the first expert */
+    int64_t router, router_type;   /* [tokens, chosen] */
+    int64_t y;                     /* [tokens, hidden], contiguous */
+
+    int64_t gate_up, down, w_format;       /* const uint8_t *, [experts, 2 inner, hidden] and [experts, hidden, inner] */
+    int64_t gate_up_scale, gate_up_scales; /* const float *, and how many an expert has: 1, 2 or 2 inner */
+    int64_t down_scale, down_scales;       /* 1 or hidden */
+    int64_t middle_scale;                  /* const float * [experts]; 0: each row of what goes into down has its own */
+    int64_t activation;                    /* FP8CPU_SILU ... */
+    int64_t rounds, at_a_time; /* 1: to bfloat16 after each step, experts summed up so many at a time; 0: all float32 */
+    double full_scale;
+} fp8cpu_experts_args;
 
 /* y = softmax(softcap(q k^T scaling) + mask) v, keys and values in codes; float32 accumulation. Strides are in elements,
  * of [batch, head, position]; the last dimension is contiguous. A scale's stride is 0 where it is shared. */
@@ -89,6 +122,8 @@ typedef struct {
     int (*decode)(const fp8cpu_cast_args *);
     int (*histogram)(const fp8cpu_histogram_args *);
     int (*linear)(const fp8cpu_linear_args *, int64_t count);
+    int (*grouped)(const fp8cpu_grouped_args *);
+    int (*experts)(const fp8cpu_experts_args *);
     int (*attention)(const fp8cpu_attention_args *);
     int (*softmax)(const fp8cpu_attention_args *);
 } fp8cpu_kernels;
@@ -112,6 +147,8 @@ FP8CPU_EXPORT int fp8cpu_decode(const fp8cpu_cast_args *);
 FP8CPU_EXPORT int fp8cpu_histogram(const fp8cpu_histogram_args *);
 /* `count` products; neighbours with the same x share the work of laying it out, and one set of threads. */
 FP8CPU_EXPORT int fp8cpu_linear(const fp8cpu_linear_args *, int64_t count);
+FP8CPU_EXPORT int fp8cpu_grouped(const fp8cpu_grouped_args *);
+FP8CPU_EXPORT int fp8cpu_experts(const fp8cpu_experts_args *);
 FP8CPU_EXPORT int fp8cpu_attention(const fp8cpu_attention_args *);
 /* Attention's softmax alone, in place: `scores` from products q k^T to probabilities that v is multiplied with. */
 FP8CPU_EXPORT int fp8cpu_softmax(const fp8cpu_attention_args *);

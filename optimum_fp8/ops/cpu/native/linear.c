@@ -3,12 +3,7 @@
  * in cache. */
 #include "linear_dot.h"
 #include "linear_panel.h"
-#include "variant.h"
-
-typedef struct {
-    fp8cpu_task pack_dot, dot, pack_panel, panel;
-    int64_t dot_rows; /* of x: more are multiplied in panels */
-} stages;
+#include "linear_stages.h"
 
 /* The job with the weight that a task multiplies, and the task counted from that weight's first. */
 static linear_job job_of_task(const linear_job *job, int64_t *task) {
@@ -38,7 +33,7 @@ static linear_job job_of_task(const linear_job *job, int64_t *task) {
         const linear_job own = job_of_task(job, &task);                                                 \
         panel_task(&own, (kind)__VA_ARGS__, task, thread);                                              \
     }                                                                                                   \
-    static const stages suffix = {pack_dot_##suffix, dot_##suffix, pack_panel_##suffix, panel_##suffix, \
+    static const linear_stages suffix = {pack_dot_##suffix, dot_##suffix, pack_panel_##suffix, panel_##suffix, \
                                   dot_rows};
 
 STAGES(float_e4m3, DOT_ROWS, {0, 0, 0})
@@ -50,21 +45,13 @@ STAGES(pairs_e4m3, DOT_ROWS_OF_PAIRS, {1, 0, 0})
 STAGES(pairs_e5m2, DOT_ROWS_OF_PAIRS, {1, 0, 1})
 #endif
 
-static const stages *stages_for(const fp8cpu_linear_args *a) {
+const linear_stages *FP8CPU_NAME(linear_stages)(const fp8cpu_linear_args *a) {
     const int e4m3 = a->w_format == FP8CPU_E4M3;
     if (a->block) return e4m3 ? &blocked_e4m3 : &blocked_e5m2;
 #if defined(__AVX512BF16__)
     if (a->x_scale || a->x_type == FP8CPU_BFLOAT16) return e4m3 ? &pairs_e4m3 : &pairs_e5m2;
 #endif
     return e4m3 ? &float_e4m3 : &float_e5m2;
-}
-
-/* Rows of w a task takes: so many that x is read seldom, so few that all threads are busy to the end. */
-static int64_t task_cols_for(int64_t n, int64_t threads, int few_rows) {
-    const int64_t least = few_rows ? LANES : TILE_COLS, most = few_rows ? 32 : TASK_COLS;
-    int64_t cols = most;
-    while (cols > least && n < cols * threads * 6) cols /= 2;
-    return cols;
 }
 
 /* Whether both multiply the same packed x: then they are one job. */
@@ -84,13 +71,12 @@ static void plan_tasks(linear_job *job, int few_rows) {
 }
 
 static int multiply(const fp8cpu_linear_args *a, int64_t count) {
-    const stages *run = stages_for(a);
+    const linear_stages *run = FP8CPU_NAME(linear_stages)(a);
     const int few_rows = a->m <= run->dot_rows;
     linear_job job = {.args = a, .weights = a, .count = count, .steps = divide_up(a->k, STEP)};
     const int64_t padded_k = job.steps * STEP, pass = few_rows ? a->m : smaller(a->m, PASS_ROWS);
     plan_tasks(&job, few_rows);
-    const int64_t sums = pass * job.task_cols, more = few_rows ? sums * LANES : TILE_COLS * PANEL_UNITS;
-    job.scratch_size = sums + more > padded_k ? sums + more : padded_k;
+    job.scratch_size = scratch_size_for(&job, pass, few_rows);
     job.x = aligned(pass * padded_k);
     job.scratch = aligned(job.scratch_size * a->threads);
     if (!job.x || !job.scratch) {

@@ -2,7 +2,7 @@
 #ifndef FP8CPU_LINEAR_DOT_H
 #define FP8CPU_LINEAR_DOT_H
 
-#include "linear_job.h"
+#include "linear_epilogue.h"
 
 enum { MAX_SUMS = 16 }; /* in registers at a time */
 

@@ -1,4 +1,4 @@
-/* What all stages of a matrix product share: the job, how weights are decoded, how x is packed, and the epilogue.
+/* What all stages of a matrix product share: the job, how weights are decoded, and how x is packed.
  *
  * Weights are read as vectors of 4 LANES codes, one "step" along k. A "unit" is what one lane multiplies at a time: a
  * float, or a pair of bfloat16, where the processor multiplies pairs and x fits in bfloat16. A step has 4 units of
@@ -32,12 +32,16 @@ typedef struct {
 
 enum { MAX_WEIGHTS = 8 };
 
-typedef struct {
+typedef struct linear_job {
     const fp8cpu_linear_args *args;
     const fp8cpu_linear_args *weights; /* several products of the same x, one behind the other */
     int64_t count, first_task[MAX_WEIGHTS + 1];
     int64_t first_row, rows; /* of x, in this pass */
-    int64_t steps;           /* ceil(k / STEP) */
+    const int64_t *x_rows, *y_rows; /* where these are in x and in y; NULL: one behind the other */
+    /* NULL, or what makes a row of x instead of reading it: floats that are on the FP8 grid where x has a scale. */
+    void (*make_row)(const struct linear_job *, int64_t m, float *row);
+    const void *made_of; /* what it needs */
+    int64_t steps; /* ceil(k / STEP) */
     int64_t task_cols;
     float *x;                /* packed: in units, in panels or in steps */
     float *scratch;
@@ -63,13 +67,20 @@ INLINE float block_scale(const fp8cpu_linear_args *a, int64_t n, int64_t k) {
 
 /* --- packing x ---------------------------------------------------------------------------------------------------- */
 
+INLINE int64_t x_row(const linear_job *job, int64_t m) { return job->x_rows ? job->x_rows[m] : job->first_row + m; }
+INLINE int64_t y_row(const linear_job *job, int64_t m) { return job->y_rows ? job->y_rows[m] : job->first_row + m; }
+
 /* Row m of x as floats, on the FP8 grid where it has a scale, with zeros up to a whole number of steps. */
 INLINE void read_row(const linear_job *job, kind k, int64_t m, float *row) {
     const fp8cpu_linear_args *a = job->args;
-    const int64_t type = a->x_type;
-    const char *x = (const char *)a->x + (job->first_row + m) * a->x_stride * value_size(type);
+    if (job->make_row) {
+        job->make_row(job, m, row);
+        return;
+    }
+    const int64_t type = a->x_type, at = x_row(job, m);
+    const char *x = (const char *)a->x + at * a->x_stride * value_size(type);
     const float *scale = (const float *)a->x_scale;
-    const vf reciprocal = splat(scale ? 1.0f / scale[(job->first_row + m) * a->x_scale_step] : 1.0f);
+    const vf reciprocal = splat(scale ? 1.0f / scale[at * a->x_scale_step] : 1.0f);
     for (int64_t i = 0; i < job->steps * STEP; i += LANES) {
         vf values = splat(0);
         if (i + LANES <= a->k)
@@ -133,39 +144,6 @@ INLINE void pack_tile(const linear_job *job, kind k, int64_t tile, float *row) {
             const int64_t count = smaller(PANEL_UNITS, all_units - start);
             float *x = job->x + start * job->rows + first * count + m;
             for (int64_t unit = 0; unit < count; unit++) x[unit * height] = row[start + unit];
-        }
-    }
-}
-
-/* --- epilogue ----------------------------------------------------------------------------------------------------- */
-
-/* sums[m][n - first] to outputs: times scales, plus bias, rounded; for `cols` rows of w from `first` on. */
-static void epilogue(const linear_job *job, int blocked, const float *sums, int64_t stride, int64_t first,
-                     int64_t cols) {
-    const fp8cpu_linear_args *a = job->args;
-    const int64_t type = a->x_type, size = value_size(type), bias_type = a->bias_type;
-    const float *w_scale = (const float *)a->w_scale, *x_scale = (const float *)a->x_scale;
-    for (int64_t m = 0; m < job->rows; m++) {
-        const int64_t row = job->first_row + m;
-        const float of_x = x_scale ? x_scale[row * a->x_scale_step] : 1.0f;
-        char *y = (char *)a->y + (row * a->y_stride + first) * size;
-        for (int64_t i = 0; i < cols; i += LANES) {
-            const int64_t n = first + i, left = cols - i;
-            vf scale = splat(of_x);
-            if (!blocked) scale *= a->w_scale_step ? load_up_to(w_scale + n, FP8CPU_FLOAT32, left) : splat(*w_scale);
-            vf value = load_floats(sums + m * stride + i) * scale;
-            if (a->bias) {
-                vf bias = load_up_to((const char *)a->bias + n * value_size(bias_type), bias_type, left);
-                if (a->round_before_bias) {
-                    value = round_to(value, type);
-                    bias = round_to(bias, type);
-                }
-                value += bias;
-            }
-            if (left >= LANES)
-                store_values(y + i * size, value, type);
-            else
-                store_some(y + i * size, value, type, left);
         }
     }
 }

@@ -3,7 +3,7 @@
 #ifndef FP8CPU_LINEAR_PANEL_H
 #define FP8CPU_LINEAR_PANEL_H
 
-#include "linear_job.h"
+#include "linear_epilogue.h"
 
 /* units[i] holds byte i of every lane, or the pair of bytes i and i + 2. */
 INLINE void decode_columns(vi codes, kind k, vf *units) {

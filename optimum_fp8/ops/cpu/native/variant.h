@@ -15,6 +15,8 @@ int FP8CPU_NAME(encode)(const fp8cpu_cast_args *);
 int FP8CPU_NAME(decode)(const fp8cpu_cast_args *);
 int FP8CPU_NAME(histogram)(const fp8cpu_histogram_args *);
 int FP8CPU_NAME(linear)(const fp8cpu_linear_args *, int64_t count);
+int FP8CPU_NAME(grouped)(const fp8cpu_grouped_args *);
+int FP8CPU_NAME(experts)(const fp8cpu_experts_args *);
 int FP8CPU_NAME(attention)(const fp8cpu_attention_args *);
 int FP8CPU_NAME(softmax)(const fp8cpu_attention_args *);
 
