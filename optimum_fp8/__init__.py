@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     )
     from .files import quantize_files
     from .measure import Measurements
-    from .quantize import convert, dequantize, finalize_calibration, prepare
+    from .quantize import convert, dequantize, finalize_calibration, prepare, start_on_gaudi
     from .report import quantization_report
     from .self_test import selftest
 
@@ -63,6 +63,7 @@ __all__ = [
     "save",
     "scales",
     "selftest",
+    "start_on_gaudi",
 ]
 
 _MODULES = ("cache", "errors", "formats", "modules", "ops", "scales")
@@ -82,6 +83,7 @@ _HOMES = {
     "range_movement": "calibration",
     "save": "checkpoint",
     "selftest": "self_test",
+    "start_on_gaudi": "quantize",
 }
 
 hf.register()

@@ -121,6 +121,16 @@ def not_finite(codes: torch.Tensor) -> bool:
     return int(codes.view(torch.int8).amax()) > last or int(codes.view(torch.uint8).amax()) > last + 0x80
 
 
+def codes_beyond(codes: torch.Tensor, fmt: NumberFormat) -> str | None:
+    """How far finite FP8 codes exceed what a number format has; None: they do not. On meta: no."""
+    if codes.is_meta or not codes.numel() or fmt.full_scale >= torch.finfo(fmt.dtype).max:
+        return None
+    largest = float((codes.view(torch.uint8) & 0x7F).max().view(codes.dtype).float())  # without the sign
+    if largest <= fmt.full_scale:
+        return None
+    return f"holds codes up to {largest:g}, but {fmt.target} reads those above {fmt.full_scale:g} as Inf"
+
+
 def gaudi_device() -> Any:
     """Gaudi's counterpart of `torch.cuda` where its bridge was imported, else None: nothing is imported to find out."""
     return getattr(torch, "hpu", None) or sys.modules.get("habana_frameworks.torch.hpu")

@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import nn
 
+from . import ops
 from .config import FP8Config
-from .errors import FP8StateError
+from .errors import FP8NotAvailableError, FP8StateError
 from .hf.attach import attach_quantizer, detach_quantizers
 from .lifecycle import (
     Phase,
@@ -22,8 +25,9 @@ from .lifecycle import (
     unwrapped,
 )
 from .lifecycle import dequantize as restore
+from .modules.handler import pack_all
 
-__all__ = ["convert", "dequantize", "finalize_calibration", "prepare"]
+__all__ = ["convert", "dequantize", "finalize_calibration", "prepare", "start_on_gaudi"]
 
 
 def convert(model: nn.Module, config: FP8Config | None = None) -> nn.Module:
@@ -79,4 +83,51 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """
     restore(model, dtype)
     detach_quantizers(unwrapped(model))
+    return model
+
+
+@overload
+def start_on_gaudi(model: None = None) -> None: ...
+@overload
+def start_on_gaudi(model: nn.Module) -> nn.Module: ...
+def start_on_gaudi(model: nn.Module | None = None) -> nn.Module | None:
+    """Start Intel Gaudi's software for inference, and bring a converted model onto the card.
+
+    These are the bridge's own calls, in their order: `hpu_inference_set_env`, the move, and
+    `hpu_inference_initialize`, which in lazy mode marks all scales as constants; under the names that the release has.
+    `from_pretrained` with a `device_map` makes them by itself, and so does `convert` of a model that lies on a Gaudi.
+
+    Args:
+        model: a converted model, on any device. None: make the first call alone, before any tensor moves to the card,
+            where others come before the FP8 model.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        FP8NotAvailableError: there is no Gaudi, or its bridge is not loaded.
+        FP8StateError: the model was not converted.
+    """
+    if model is not None and not isinstance(model, nn.Module):
+        raise FP8StateError(f"start_on_gaudi: expected a converted model, found a {type(model).__name__}")
+    packing = ops.packing_of("hpu")
+    packing.set_up()
+    if model is None:
+        return None
+    inner = unwrapped(model)
+    state = state_of(inner)
+    if state is None or state.phase is not Phase.CONVERTED:
+        raise FP8StateError(
+            f"start_on_gaudi: {type(inner).__name__} was not converted to FP8: call convert(model) before, or "
+            "start_on_gaudi() without a model before one in high precision moves to the card"
+        )
+    if any(ops.packing_for(tensor.device) is not packing for tensor in (*inner.parameters(), *inner.buffers())):
+        try:
+            model.to("hpu")
+        except ModuleNotFoundError as error:
+            raise FP8NotAvailableError(
+                "start_on_gaudi: torch has no device 'hpu' to move the model to; over an emulated bridge, call it "
+                "within ops.backend('hpu'), where tensors stay on the CPU"
+            ) from error
+    pack_all(inner)
     return model

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from optimum_fp8 import FP8Config, quantization_report
+from optimum_fp8 import FP8Config, quantization_report, start_on_gaudi
 
 TINY_LM = Path(__file__).parent / "tiny_lm"
 SCALE_METHODS = ("maxabs_hw", "maxabs_arbitrary", "act_maxabs_pow2_weights_pcs_opt_pow2")
@@ -42,16 +42,6 @@ def log_probabilities(model: PreTrainedModel, ids: torch.Tensor, batch: int = 16
 def perplexity(log_p: torch.Tensor, ids: torch.Tensor) -> float:
     """exp of the mean negative log-likelihood."""
     return math.exp(F.nll_loss(log_p, ids[:, 1:].flatten()).item())
-
-
-def start_gaudi(model: PreTrainedModel | None = None) -> None:
-    """Prepare Gaudi's software: first without a model, before anything moves to the device; then with each model."""
-    import habana_frameworks.torch.core as core
-
-    if model is None:
-        core.hpu_set_env()
-    else:
-        core.hpu_initialize(model, mark_only_scales_as_const=True)
 
 
 def tokens_per_second(
@@ -100,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
     cache = {"cache_implementation": "static"} if options.static_cache else {}
     loading = {"dtype": torch.bfloat16, "device_map": options.device}
     if options.device == "hpu":
-        start_gaudi()
+        start_on_gaudi()  # before anything moves there; loading an FP8 model does the rest
 
     # 1. The baseline.
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -132,8 +122,6 @@ def main(arguments: list[str] | None = None) -> None:
                 kv_cache=options.static_cache,
             )
             model = AutoModelForCausalLM.from_pretrained(options.model, quantization_config=config, **loading)
-            if options.device == "hpu":
-                start_gaudi(model)
             rows.append((model, f"FP8 {method}", log_probabilities(model, ids)))
 
     # 3. What it costs.

@@ -8,14 +8,15 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING
 
-from .attention import attention, attention_weights, matmul
+from .attention import attention, attention_weights, matmul, softmax
 from .casts import cast_from_fp8, cast_to_fp8, cast_to_fp8_by_range, dynamic_scale, histogram, maxabs
-from .constants import constant_of, mark_constant, mark_constants, part_of
+from .constants import constant_of, inverse_of, keep_inverse, mark_constant, mark_constants, part_of
 from .conv import conv
 from .dispatch import Kernel, backend, backends, missing, register_kernel, why_reference
 from .experts import experts
+from .grouped_linear import grouped_linear
 from .linear import linear
-from .packing import packing_for
+from .packing import packing_for, packing_of
 from .records import CallRecord, note_fallback
 from .reference import ARITHMETICS
 from .reference_attention import DATAFLOWS
@@ -44,7 +45,10 @@ __all__ = [
     "cpu",
     "dynamic_scale",
     "experts",
+    "grouped_linear",
     "histogram",
+    "inverse_of",
+    "keep_inverse",
     "linear",
     "mark_constant",
     "mark_constants",
@@ -53,7 +57,9 @@ __all__ = [
     "missing",
     "note_fallback",
     "packing_for",
+    "packing_of",
     "part_of",
     "register_kernel",
+    "softmax",
     "why_reference",
 ]

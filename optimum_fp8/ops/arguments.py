@@ -142,6 +142,17 @@ class AttentionWeightsCall(NamedTuple):
     dataflow: str
 
 
+class SoftmaxCall(NamedTuple):
+    """Of `softmax`."""
+
+    x: torch.Tensor
+    scale: torch.Tensor
+    factor: torch.Tensor | None
+    dim: int
+    dtype: torch.dtype
+    full_scale: float
+
+
 class ExpertsCall(NamedTuple):
     """Of `experts`."""
 
@@ -156,6 +167,19 @@ class ExpertsCall(NamedTuple):
     intermediate_scale: torch.Tensor | None
     activation: str
     experts_min: int
+    full_scale: float
+    arithmetic: str
+
+
+class GroupedLinearCall(NamedTuple):
+    """Of `grouped_linear`."""
+
+    x: torch.Tensor
+    experts: torch.Tensor
+    weight: torch.Tensor
+    weight_scale: torch.Tensor
+    input_scale: torch.Tensor | None
+    bias: torch.Tensor | None
     full_scale: float
     arithmetic: str
 

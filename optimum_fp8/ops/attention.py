@@ -1,4 +1,5 @@
-"""Attention, its probabilities alone, and a product of two activations: schemas, fake kernels, functions to call.
+"""Attention, its probabilities alone, and its steps (a product of two activations, a softmax): schemas, fake kernels,
+functions to call.
 
 `reference_attention.py` says where each of them rounds. Keys, values and the operands of `matmul` may be FP8 codes
 (their scale is needed then), or in high precision: those are rounded to FP8 with their scale, or left as they are
@@ -10,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from . import reference_attention
-from .arguments import AttentionCall, AttentionWeightsCall, MatmulCall
+from .arguments import AttentionCall, AttentionWeightsCall, MatmulCall, SoftmaxCall
 from .declare import call, declare
 from .records import CallRecord
 
@@ -117,6 +118,33 @@ def matmul(
     return call("matmul", MatmulCall(a, b, a_scale, b_scale, dtype, full_scale, arithmetic), record)
 
 
+def softmax(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    factor: torch.Tensor | None = None,
+    *,
+    dim: int = -1,
+    dtype: torch.dtype,
+    full_scale: float,
+    record: CallRecord | None = None,
+) -> torch.Tensor:
+    """softmax(x · factor) in float32, rounded once: to FP8, as a softmax that gives FP8 rounds, and back.
+
+    Args:
+        x: bfloat16, float16 or float32, of any shape.
+        scale: float32 `(1,)`, the scale of the result.
+        factor: float32, of one element; None: 1.
+        dim: the dimension that sums to 1.
+        dtype: the FP8 dtype that is rounded to.
+        full_scale: the value casts saturate at.
+        record: counts the call for the module that makes it.
+
+    Returns:
+        what the codes stand for, `x`'s shape, in its dtype.
+    """
+    return call("softmax", SoftmaxCall(x, scale, factor, dim, dtype, full_scale), record)
+
+
 def _fake_attention(call: AttentionCall) -> torch.Tensor:
     batch, heads, length, _ = call.query.shape
     return call.query.new_empty((batch, length, heads, call.value.shape[-1]))
@@ -128,6 +156,10 @@ def _fake_weights(call: AttentionWeightsCall) -> torch.Tensor:
 
 def _fake_matmul(call: MatmulCall) -> torch.Tensor:
     return torch.matmul(call.a, call.b.to(call.a.dtype))
+
+
+def _fake_softmax(call: SoftmaxCall) -> torch.Tensor:
+    return call.x.new_empty(call.x.shape)
 
 
 _OPTIONS = "Tensor? mask, Tensor? sinks, float scaling, float softcap, ScalarType dtype, float full_scale, str dataflow"
@@ -157,4 +189,12 @@ declare(
     _fake_matmul,
     reference_attention.matmul,
     attributed_by=("a_scale", "b_scale"),
+)
+declare(
+    "softmax",
+    "(Tensor x, Tensor scale, Tensor? factor, int dim, ScalarType dtype, float full_scale) -> Tensor",
+    SoftmaxCall,
+    _fake_softmax,
+    reference_attention.softmax,
+    attributed_by=("scale",),
 )

@@ -1,26 +1,19 @@
-"""Scales whose values are known when a model starts, for kernels that take numbers instead of tensors.
+"""Scales that are known when a model starts: their values, for kernels that take numbers, and their inverses.
 
-A graph compiler applies a scale at no cost only if it is a constant: a number in the call. Reading a tensor's value
-waits for the device, so it is done once, before the first forward pass, and kept on the tensor.
+A graph compiler applies a scale at no cost only if it is a constant: a number in the call, or a tensor that was marked
+as one before. Reading a tensor's value waits for the device, and 1/s would be another tensor in each call: so both are
+made once, before the first forward pass, and kept on the scale.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from ..formats import HardwareScales
+from .remembered import forget, recall, recall_of_copy, remember
 
-_CONSTANT = "optimum_fp8_constant"
+_CONSTANT, _INVERSE = "optimum_fp8_constant", "optimum_fp8_inverse"
 _is_compiling = torch.compiler.is_compiling
-
-
-class _Constant(NamedTuple):
-    """Values, and the version of the tensor that had them."""
-
-    values: tuple[float, ...]
-    version: int
 
 
 def mark_constant(scale: torch.Tensor, hardware: HardwareScales) -> bool:
@@ -33,19 +26,19 @@ def mark_constant(scale: torch.Tensor, hardware: HardwareScales) -> bool:
     Returns:
         whether `constant_of` will give it.
     """
-    scale.__dict__.pop(_CONSTANT, None)
+    forget(scale, _CONSTANT)
     return scale.numel() == 1 and mark_constants(scale, hardware)
 
 
 def mark_constants(scales: torch.Tensor, hardware: HardwareScales) -> bool:
     """As `mark_constant`, of a tensor of several scales, each of which is one of its own: of experts, say."""
-    scales.__dict__.pop(_CONSTANT, None)
+    forget(scales, _CONSTANT)
     if scales.is_meta or not scales.numel():
         return False
     values = tuple(scales.flatten().tolist())
     if not set(values).issubset(hardware.descending()):
         return False
-    setattr(scales, _CONSTANT, _Constant(values, _version(scales)))
+    remember(scales, _CONSTANT, values)
     return True
 
 
@@ -57,10 +50,32 @@ def constant_of(scale: torch.Tensor | None) -> float | None:
 
 def constants_of(scales: torch.Tensor) -> tuple[float, ...] | None:
     """The values that `mark_constants` kept, in the order they are in; None as of `constant_of`."""
-    constant = getattr(scales, _CONSTANT, None)
-    if constant is None:
-        return None
-    return constant.values if _is_compiling() or constant.version == _version(scales) else None
+    values: tuple[float, ...] | None = recall(scales, _CONSTANT)
+    if values is None and not _is_compiling() and (copied := recall_of_copy(scales, _CONSTANT)) is not None:
+        forget(scales, _CONSTANT)
+        if tuple(scales.flatten().tolist()) == copied:  # read once, since a copy takes along what may be out of date
+            remember(scales, _CONSTANT, copied)
+            return tuple(copied)
+    return values
+
+
+def keep_inverse(scale: torch.Tensor) -> None:
+    """Have `inverse_of` give the same tensor in each call, of a scale of one element that no longer changes."""
+    forget(scale, _INVERSE)
+    if scale.numel() == 1 and not scale.is_meta:
+        remember(scale, _INVERSE, scale.detach().reciprocal())
+
+
+def inverse_of(scale: torch.Tensor) -> torch.Tensor:
+    """1/s: the tensor that is kept, or a new one."""
+    kept = kept_inverse(scale)
+    return scale.reciprocal() if kept is None else kept
+
+
+def kept_inverse(scale: torch.Tensor) -> torch.Tensor | None:
+    """What `keep_inverse` kept; None: nothing, or the tensor was written to since."""
+    inverse: torch.Tensor | None = recall(scale, _INVERSE)
+    return inverse
 
 
 def part_of(scales: torch.Tensor, start: int, stop: int) -> torch.Tensor:
@@ -68,9 +83,5 @@ def part_of(scales: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     part, values = scales[start:stop], constants_of(scales)
     if values is not None and not _is_compiling():
         each = len(values) // scales.shape[0]
-        setattr(part, _CONSTANT, _Constant(values[start * each : stop * each], _version(part)))
+        remember(part, _CONSTANT, values[start * each : stop * each])
     return part
-
-
-def _version(scale: torch.Tensor) -> int:
-    return -1 if scale.is_inference() else scale._version

@@ -38,6 +38,8 @@ class Kernel:
             module's next ones, which are likely to be alike, that answers None to those that are not. None if that
             would not be quicker.
         traced: whether compilers are to see what `run` calls, operators that they know, and not the operator itself.
+        slower: the reason why a call that it serves takes a longer way than the one it is for, or None. Such calls are
+            told as refused ones are, and nothing is prepared for them.
     """
 
     backend: str
@@ -46,6 +48,7 @@ class Kernel:
     refuses: Callable[[Any], str | None] = lambda call: None
     prepare: Callable[[Any], Callable[[Any], Any] | None] = lambda call: None
     traced: bool = False
+    slower: Callable[[Any], str | None] = lambda call: None
 
     def serves(self, device: str) -> bool:
         return self.devices is None or device in self.devices
@@ -133,7 +136,8 @@ def choose(op: str, call: Any, device: str, record: CallRecord | None) -> tuple[
     """The best kernel for `call` on a device type, or that of the forced backend; counted in `record`.
 
     Returns:
-        the kernel, and whether one that is preferred to it refused the call, and may take the next.
+        the kernel, and whether its best way, or a kernel that is preferred to it, refused the call, and may take the
+        next.
     """
     forced, refused = _forced.get(), False
     for kernel in _kernels[op]:
@@ -143,6 +147,9 @@ def choose(op: str, call: Any, device: str, record: CallRecord | None) -> tuple[
         if reason is None:
             if record is not None:
                 record.kernels[op, kernel.backend] += 1
+                if (slower := kernel.slower(call)) is not None:
+                    record.fallbacks[op, kernel.backend, slower] += 1
+                    refused = True
             if kernel.backend == REFERENCE and not forced:
                 _warn_of_missing(device)
             return kernel, refused

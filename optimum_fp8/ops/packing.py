@@ -1,4 +1,4 @@
-"""What a backend wants of a module's tensors before its first call: a layout of weights, scales as numbers.
+"""What a backend wants before a model's first call: a layout of weights, scales as numbers, calls that start it up.
 
 Checkpoints never change: a packed weight has the shape and the values that it had.
 """
@@ -9,8 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from . import dispatch
+
+
+def _nothing(*args: object) -> None:
+    """What a backend does that needs no start-up."""
 
 
 @dataclass(frozen=True)
@@ -20,12 +25,16 @@ class Packing:
     Attributes:
         devices: device types that it serves unasked.
         matrix: given a matrix `[out, in]`, the same values with the strides that products read fastest.
-        constants: whether they take scales as numbers (`constants.py`).
+        constants: whether they take scales as numbers, or as tensors that stay (`constants.py`).
+        set_up: called before tensors move to these devices; as often as one likes.
+        initialize: called with a converted model that lies there, packed.
     """
 
     devices: tuple[str, ...]
     matrix: Callable[[torch.Tensor], torch.Tensor]
     constants: bool = False
+    set_up: Callable[[], None] = _nothing
+    initialize: Callable[[nn.Module], None] = _nothing
 
 
 _packings: dict[str, Packing] = {}
@@ -34,6 +43,11 @@ _packings: dict[str, Packing] = {}
 def register_packing(backend: str, packing: Packing) -> None:
     """Make known what the kernels of a backend want; one of the same name is replaced."""
     _packings[backend] = packing
+
+
+def packing_of(backend: str) -> Packing:
+    """What the kernels of a backend want."""
+    return _packings[backend]
 
 
 def packing_for(device: torch.device) -> Packing | None:

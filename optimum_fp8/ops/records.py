@@ -35,7 +35,7 @@ class CallRecord:
 
     Attributes:
         kernels: counts by `(operator, backend)`.
-        fallbacks: counts of refusals by `(operator, backend, reason)`.
+        fallbacks: counts of refusals, and of calls that took a longer way, by `(operator, backend, reason)`.
         prepared: calls prepared for the module's next ones, by operator.
     """
 

@@ -24,7 +24,7 @@ import torch
 
 from ..errors import FP8ConfigError, FP8ScaleError, nearest
 from ..formats import is_fp8
-from .arguments import AttentionCall, AttentionWeightsCall, MatmulCall
+from .arguments import AttentionCall, AttentionWeightsCall, MatmulCall, SoftmaxCall
 from .reference import cast_from_fp8, cast_to_fp8
 
 DATAFLOWS = ("fused", "unfused", "fused_gaudi", "unfused_gaudi", "qdq")
@@ -51,6 +51,12 @@ def attention_weights(call: AttentionWeightsCall) -> torch.Tensor:
     if call.p_scale is not None and call.dataflow != "qdq":
         probabilities = probabilities * call.p_scale
     return probabilities.flatten(1, 2).to(call.query.dtype)
+
+
+def softmax(call: SoftmaxCall) -> torch.Tensor:
+    x = _wide(call.x) if call.factor is None else _wide(call.x) * call.factor
+    codes = cast_to_fp8(x.softmax(call.dim), call.scale, call.dtype, call.full_scale)
+    return cast_from_fp8(codes, call.scale, call.x.dtype)
 
 
 def matmul(call: MatmulCall) -> torch.Tensor:
@@ -102,16 +108,22 @@ def _probabilities(call: AttentionCall | AttentionWeightsCall) -> torch.Tensor:
     scores = _scaled(scores, of_queries, of_keys)
     if dataflow not in FUSED:
         scores = scores.to(query.dtype)
-    scores = _capped(scores * call.scaling, call.softcap)
-    if call.mask is not None:
-        scores = _masked(scores, call.mask, key_heads)
-    probabilities = _softmax(scores, call.sinks, key_heads)
+    probabilities = _wide(softmax_input(scores, call)).softmax(dim=-1)[..., : call.key.shape[2]]
     if rounds_probabilities(dataflow, p_scale):
         probabilities = probabilities.to(query.dtype)
     if p_scale is None:
         return _wide(probabilities)
     codes = cast_to_fp8(probabilities, p_scale, call.dtype, call.full_scale)
     return _wide(cast_from_fp8(codes, p_scale, query.dtype) if dataflow == "qdq" else codes)
+
+
+def softmax_input(scores: torch.Tensor, call: AttentionCall | AttentionWeightsCall) -> torch.Tensor:
+    """Products `[B, Hkv, H / Hkv, S, T]` scaled, capped and masked in their dtype; sinks are one more column."""
+    key_heads = call.key.shape[1]
+    scores = _capped(scores * call.scaling, call.softcap)
+    if call.mask is not None:
+        scores = _masked(scores, call.mask, key_heads)
+    return scores if call.sinks is None else torch.cat([scores, _column(call.sinks, scores)], dim=-1)
 
 
 def rounds_probabilities(dataflow: str, p_scale: torch.Tensor | None) -> bool:
@@ -214,10 +226,8 @@ def _masked(scores: torch.Tensor, mask: torch.Tensor, key_heads: int) -> torch.T
     return scores + grouped.to(scores.dtype)
 
 
-def _softmax(scores: torch.Tensor, sinks: torch.Tensor | None, key_heads: int) -> torch.Tensor:
-    """Softmax in float32; `sinks` `(H,)` or `[B, H, S, 1]` are scores that take their share and have no value."""
-    if sinks is None:
-        return _wide(scores).softmax(dim=-1)
+def _column(sinks: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """`sinks` `(H,)` or `[B, H, S, 1]`, scores that take their share of the softmax and have no value, for each row."""
+    key_heads = scores.shape[1]
     sinks = sinks.reshape(1, key_heads, -1, 1, 1) if sinks.ndim == 1 else sinks.unflatten(1, (key_heads, -1))
-    column = sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)
-    return _wide(torch.cat([scores, column], dim=-1)).softmax(dim=-1)[..., :-1]
+    return sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)

@@ -21,7 +21,7 @@ class Row:
         operator, fp8_config, case: which one it is.
         result: `PASSED`, `FAILED` (too far off, or an error), or `REFUSED` by the backend that was asked for.
         kernel: the backend that ran; empty where none did.
-        why: why no kernel of the device ran, or the error; empty where one ran.
+        why: why no kernel of the device ran, or one took a longer way, or the error; empty where one ran as it should.
         difference: the largest, in `unit`; None where nothing ran.
         bound: what is allowed, in `unit`.
         unit: "codes" or "values" that differ, or "ulps": units in the last place of bfloat16.

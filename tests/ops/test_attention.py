@@ -208,6 +208,19 @@ def test_matmul():
         assert numpy.abs(array(qdq) - rounded(left @ right, torch.bfloat16)).max() <= 2**-7
 
 
+@over(dtype=DTYPES, dim=[-1, 1], factor=[None, 0.3])
+def test_softmax_rounds_once(dtype, dim, factor):
+    x, scale = (torch.randn(2, 40, 30) * 3).to(dtype), torch.tensor([1 / 61])
+    given = None if factor is None else torch.tensor([factor])
+    found = ops.softmax(x, scale, given, dim=dim, dtype=E4M3, full_scale=448.0)
+    exp = numpy.exp(array(x) * (1 if factor is None else array(given)))
+    p = exp / exp.sum(dim, keepdims=True)
+    assert found.dtype == dtype
+    assert numpy.array_equal(array(found), rounded(fp8(p, array(scale)) * array(scale), dtype))
+    twice = rounded(fp8(rounded(p, torch.bfloat16), array(scale)) * array(scale), dtype)
+    assert not numpy.array_equal(array(found), twice), "what is rounded to bfloat16 before differs"
+
+
 def test_bad_calls_are_refused():
     (q, k, v), s = inputs(), scales("tensor")
     with pytest.raises(FP8ScaleError, match="without their scale"):

@@ -30,6 +30,7 @@ MASKED = (torch.zeros(2, 1, 3, 5), torch.randn(4), 0.5, 2.0, E4M3, 240.0)
 
 ROUTED = (X.bfloat16(), torch.randint(0, 5, (4, 2)), torch.rand(4, 2))
 EXPERTS = (torch.randn(3, 16, 6).to(E4M3), torch.randn(3, 6, 8).to(E4M3))
+OF_ROWS = torch.tensor([2, 0, 7, -1])
 PER_EXPERT, HALVES = torch.rand(3, 1, 1) + 0.1, torch.rand(3, 2, 1) + 0.1
 EXPERT_CHANNELS = (torch.rand(3, 16, 1) + 0.1, torch.rand(3, 6, 1) + 0.1)
 
@@ -66,6 +67,15 @@ CALLS = {
         NAMESPACE.experts,
         (torch.randn(6, 4).t(), *ROUTED[1:], *EXPERTS, PER_EXPERT, PER_EXPERT, None, None, "relu", 0, 448.0, "qdq"),
     ),
+    "grouped": (
+        NAMESPACE.grouped_linear,
+        (X.bfloat16(), OF_ROWS, EXPERTS[0], HALVES, PER_EXPERT, torch.ones(3, 16), 240.0, "gaudi"),
+    ),
+    "grouped-dynamic": (
+        NAMESPACE.grouped_linear,
+        (torch.randn(6, 4).t(), OF_ROWS.int(), EXPERTS[0], EXPERT_CHANNELS[0], ROWS, None, 448.0, "fused"),
+    ),
+    "grouped-empty": (NAMESPACE.grouped_linear, (X[:0], OF_ROWS[:0], EXPERTS[0], HALVES, None, None, 448.0, "qdq")),
     "conv": (NAMESPACE.conv, (IMAGE, KERNEL, SCALE, None, None, *GEOMETRY, 448.0, "fused")),
     "conv-qdq": (NAMESPACE.conv, (IMAGE.half(), KERNEL, SCALE, SCALE, None, *GEOMETRY, 448.0, "qdq")),
     "conv-unbatched": (
@@ -107,6 +117,7 @@ CALLS = {
         NAMESPACE.attention_weights,
         (QUERY.bfloat16(), KEY.to(E4M3), SCALE, TOKENS, SCALE, *MASKED, "unfused"),
     ),
+    "softmax": (NAMESPACE.softmax, (X.bfloat16(), SCALE, SCALE, 0, E4M3, 448.0)),
     "matmul": (NAMESPACE.matmul, (QUERY, KEY.repeat(1, 2, 1, 1).mT, SCALE, SCALE, E4M3, 448.0, "fused")),
     "matmul-qdq": (NAMESPACE.matmul, (X.bfloat16(), WEIGHT.t(), SCALE, SCALE, E4M3, 448.0, "qdq")),
 }
@@ -132,7 +143,9 @@ def test_every_operator_is_called_here():
         "attention",
         "attention_weights",
         "matmul",
+        "softmax",
         "experts",
+        "grouped_linear",
     }
 
 

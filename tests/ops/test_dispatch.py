@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,20 @@ def test_refusal_falls_back_and_is_counted(registry):
     assert result_of(linear(torch.float32, record)) == 3.0
     assert record.kernels == {("linear", "reference"): 2, ("linear", "quick"): 1}
     assert record.fallbacks == {("linear", "quick", "float32 inputs"): 2}
+
+
+def test_a_longer_way_of_the_kernel_that_runs_is_counted_and_not_prepared(registry):
+    quick = marking_kernel(refuses=lambda call: None)
+    of_one_row = {"slower": lambda call: None if call.x.shape[0] == 1 else "several rows"}
+    ops.register_kernel("linear", replace(quick, prepare=lambda call: quick.run, **of_one_row))
+    record, weight, one = ops.CallRecord(), torch.ones(2, 3).to(torch.float8_e4m3fn), torch.ones(1)
+    for rows in (2, 2, 1):
+        with torch.no_grad():
+            found = ops.linear(torch.ones(rows, 3), weight, one, None, None, full_scale=448.0, record=record)
+        assert result_of(found) == MARK
+        assert bool(record.prepared) == (rows == 1), "what was prepared would not be counted"
+    assert record.kernels == {("linear", "quick"): 3}
+    assert record.fallbacks == {("linear", "quick", "several rows"): 2}
 
 
 def test_a_kernel_of_another_device_is_no_fallback(registry):

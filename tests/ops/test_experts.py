@@ -181,7 +181,7 @@ def test_counts_its_calls():
     data.run(record=record)
     record.watch(data.gate_up)
     torch.compile(data.run, backend="eager")(arithmetic="gaudi")
-    assert record.kernels == {("experts", "reference"): 2}
+    assert sum(record.kernels.values()) == 2 and {op for op, _ in record.kernels} == {"experts"}
 
 
 # --- Gaudi's operator -------------------------------------------------------------------------------------------------

@@ -90,10 +90,13 @@ def test_every_backend_passes_with_the_formats_of_every_target(backend, target):
         ("attention", lambda run, call: run(call._replace(mask=None))),
         ("attention", lambda run, call: run(call._replace(p_scale=None))),
         ("attention_weights", lambda run, call: run(call).roll(1, -1)),
+        ("softmax", lambda run, call: run(call._replace(factor=None))),
         ("matmul", lambda run, call: run(call).float()),
         ("dynamic_scale", lambda run, call: run(call._replace(group=0))),
         ("histogram", lambda run, call: (run(call)[0], 2 * run(call)[1])),
         ("experts", lambda run, call: run(call._replace(gate_up=call.gate_up.roll(call.gate_up.shape[1] // 2, 1)))),
+        ("grouped_linear", lambda run, call: run(call._replace(experts=call.experts.roll(1)))),
+        ("grouped_linear", lambda run, call: run(call._replace(bias=None))),
         ("cast_to_fp8_by_range", lambda run, call: run(call._replace(per_row=not call.per_row))),
     ],
 )

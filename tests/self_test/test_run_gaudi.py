@@ -29,6 +29,18 @@ def test_every_kernel_passes(chip, bridge):
     assert "cast_to_fp8_v2 (default, scalar, scalar_list)" in report.versions["torch.ops.hpu"]
 
 
+def test_all_of_attention_runs_and_steps_instead_of_the_fused_kernel_are_told():
+    report, device = found_on("gaudi2", operators=["attention", "attention_weights"])
+    assert {(row.result, row.kernel) for row in report.rows} == {("pass", "hpu")}
+    assert {call.name for call in device.calls} >= {"fp8_sdpa_recomp_fwd", "softmax_fp8", "fp8_gemm_v2"}
+    told = {row.case.removesuffix(", constant scales"): row.why for row in report.rows if row.why}
+    reasons = {why.removeprefix("in steps, not in the fused kernel: ") for why in told.values()}
+    assert told and all("fused_gaudi" in case and "unfused" not in case for case in told)
+    assert all(why.startswith("in steps, not in the fused kernel: ") for why in told.values())
+    assert reasons >= {"a soft cap: the kernel has none", "sinks: fp8_fused_sdpa takes none"}
+    assert f"[{len(set(told.values()))}] in steps" in str(report)
+
+
 def test_scales_are_given_as_tensors_and_as_numbers():
     report, device = found_on("gaudi2", operators=["cast_to_fp8"])
     overloads = {call.overload for call in device.calls}

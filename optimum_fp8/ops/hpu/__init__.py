@@ -14,16 +14,17 @@ import torch
 from .. import reference
 from ..dispatch import Kernel, note_missing, register_kernel
 from ..packing import Packing, register_packing
-from . import attention, casts, conv, experts, linear, matmul, ranges
+from . import attention, attention_steps, casts, conv, experts, linear, matmul, ranges, startup
 from .bridge import why_missing
 
 BACKEND, DEVICES = "hpu", ("hpu",)
 
 
 def takes_all(call: Any) -> None:
-    """What refuses no call."""
+    """What refuses no call, and is slow for none."""
 
 
+_SLOWER: dict[str, Callable[[Any], str | None]] = {"attention": attention.slower}
 _KERNELS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], str | None]]] = {
     "cast_to_fp8": (casts.cast_to, casts.refuses_cast_to),
     "cast_from_fp8": (casts.cast_from, casts.refuses_cast_from),
@@ -35,6 +36,8 @@ _KERNELS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], str | None]]] = 
     "matmul": (matmul.run, matmul.refuses),
     "conv": (conv.run, conv.refuses),
     "attention": (attention.run, attention.refuses),
+    "attention_weights": (attention_steps.attention_weights, attention_steps.refuses),
+    "softmax": (attention_steps.softmax, attention_steps.refuses_softmax),
     "experts": (experts.experts, experts.refuses),
 }
 
@@ -42,9 +45,11 @@ _KERNELS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], str | None]]] = 
 def register() -> None:
     """Register Gaudi's kernels, and note that they cannot run while no bridge is loaded."""
     note_missing(BACKEND, why_missing)
-    register_packing(BACKEND, Packing(DEVICES, _transposed, constants=True))
+    packing = Packing(DEVICES, _transposed, constants=True, set_up=startup.set_up, initialize=startup.initialize)
+    register_packing(BACKEND, packing)
     for operator, (run, refuses) in _KERNELS.items():
-        register_kernel(operator, Kernel(BACKEND, DEVICES, run, refuses, traced=True))
+        slower = _SLOWER.get(operator, takes_all)
+        register_kernel(operator, Kernel(BACKEND, DEVICES, run, refuses, traced=True, slower=slower))
 
 
 def _transposed(matrix: torch.Tensor) -> torch.Tensor:

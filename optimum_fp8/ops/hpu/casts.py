@@ -7,7 +7,7 @@ import torch
 from ...errors import FP8NotAvailableError
 from ...formats import FP8_DTYPES, TARGETS, is_fp8, number_format
 from ..arguments import CastFromCall, CastToCall
-from ..constants import constant_of
+from ..constants import constant_of, inverse_of
 from ..operands import HIGH_PRECISION, block_of, broadcast_scale, broadcasts, group_of, refuses_format
 from .bridge import full_scale as largest
 from .bridge import operator
@@ -69,7 +69,12 @@ def quantize(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, full_scal
         x = _saturated(x, scale if constant is None else constant, full_scale)
     if constant is not None:
         return operator("cast_to_fp8_v2", "scalar")(x, 1.0 / constant, False, False, dtype)[0]
-    return operator("cast_to_fp8_v2")(x, scale.reciprocal(), False, False, dtype)[0]
+    return operator("cast_to_fp8_v2")(x, inverse_of(scale), False, False, dtype)[0]
+
+
+def codes_of(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, full_scale: float) -> torch.Tensor:
+    """`x` in FP8: as it is, if it is the codes of a cache, else rounded with its scale."""
+    return x if is_fp8(x.dtype) else quantize(x, scale, dtype, full_scale)
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

@@ -12,7 +12,7 @@ from ...formats import is_fp8
 from ..arguments import MatmulCall
 from ..operands import HIGH_PRECISION, broadcasts
 from ..reference import ARITHMETICS
-from .casts import WIDE, dequantize, quantize, refuses_full_scale
+from .casts import WIDE, codes_of, dequantize, quantize, refuses_full_scale
 from .gemm import gemm
 
 
@@ -40,27 +40,30 @@ def _varies_twice(scale: torch.Tensor) -> bool:
 
 
 def run(call: MatmulCall) -> torch.Tensor:
+    return product(call, call.a.dtype)
+
+
+def product(call: MatmulCall, dtype: torch.dtype) -> torch.Tensor:
+    """The product rounded once, to `dtype`; both operands may be codes, and in "qdq" are dequantized to it."""
     a, b, a_scale, b_scale = call.a, call.b, call.a_scale, call.b_scale
     if call.arithmetic == "qdq":
-        return torch.matmul(_rounded_back(call, a, a_scale), _rounded_back(call, b, b_scale))
+        return torch.matmul(_rounded_back(call, a, a_scale, dtype), _rounded_back(call, b, b_scale, dtype))
     by_rows = b_scale is not None and b_scale.ndim > 1 and b_scale.shape[-2] > 1
     if a_scale is None or b_scale is None or by_rows:
-        return _high_precision(call, by_rows)
-    dtype = a.dtype if a.dtype in WIDE else torch.float32
-    return gemm(_codes(call, a, a_scale), _codes(call, b, b_scale), a_scale, b_scale, dtype).to(a.dtype)
+        return _high_precision(call, by_rows).to(dtype)
+    wide = dtype if dtype in WIDE else torch.float32
+    return gemm(_codes(call, a, a_scale), _codes(call, b, b_scale), a_scale, b_scale, wide).to(dtype)
 
 
 def _codes(call: MatmulCall, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Codes with the strides of `x`: a transposed operand is cast as it lies in memory."""
-    if is_fp8(x.dtype):
-        return x
-    if not x.is_contiguous() and x.mT.is_contiguous():
+    if not is_fp8(x.dtype) and not x.is_contiguous() and x.mT.is_contiguous():
         return quantize(x.mT, scale.mT if scale.ndim > 1 else scale, call.dtype, call.full_scale).mT
-    return quantize(x, scale, call.dtype, call.full_scale)
+    return codes_of(x, scale, call.dtype, call.full_scale)
 
 
-def _rounded_back(call: MatmulCall, x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    return x if scale is None else dequantize(_codes(call, x, scale), scale, call.a.dtype)
+def _rounded_back(call: MatmulCall, x: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    return x if scale is None else dequantize(_codes(call, x, scale), scale, dtype)
 
 
 def _high_precision(call: MatmulCall, by_rows: bool) -> torch.Tensor:
@@ -68,7 +71,7 @@ def _high_precision(call: MatmulCall, by_rows: bool) -> torch.Tensor:
     result = torch.matmul(left, right)
     for scale in (call.a_scale, None if by_rows else call.b_scale):
         result = result if scale is None else result * scale
-    return result.to(call.a.dtype)
+    return result
 
 
 def _values(call: MatmulCall, x: torch.Tensor, scale: torch.Tensor | None, scaled: bool = False) -> torch.Tensor:

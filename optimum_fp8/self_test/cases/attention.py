@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ...formats import NumberFormat
-from ...ops.arguments import AttentionCall, AttentionWeightsCall, MatmulCall
+from ...ops.arguments import AttentionCall, AttentionWeightsCall, MatmulCall, SoftmaxCall
 from ...ops.reference_attention import FUSED
 from ..case import DTYPE_NAMES, ULPS, Case, Draw, named, scale
 
@@ -50,16 +50,18 @@ _ROWS = [
     _Row(queries=48, mask="causal", softcap=30.0),
     _Row(queries=48),
     _Row(queries=48, mask="causal", dataflow="unfused"),
+    _Row(queries=48, mask="causal", sinks=True, dataflow="unfused"),
     _Row(cached=True, dataflow="unfused"),
+    _Row(cached=True, dataflow="unfused", scales="per token"),
     _Row(cached=True, dataflow="fused", of_target=False),
     _Row(queries=48, mask="causal", dataflow="unfused", of_target=False),
     _Row(queries=48, mask="causal", dataflow="qdq"),
 ]
-_WEIGHTS_ROWS = [_Row(queries=48, mask="causal"), _Row(queries=48, mask="causal", dataflow="unfused")]
+_WEIGHTS_ROWS = [_Row(queries=48, mask="causal", dataflow=dataflow) for dataflow in ("fused", "unfused", "qdq")]
 
 
 def cases(fmt: NumberFormat) -> Iterator[Case]:
-    """Of `attention`, `attention_weights` and `matmul`."""
+    """Of `attention`, `attention_weights`, `softmax` and `matmul`."""
     draw = Draw(fmt)
     rows, weights_rows = (_of(fmt, rows) for rows in (_ROWS, _WEIGHTS_ROWS))
     for row in rows:
@@ -70,6 +72,11 @@ def cases(fmt: NumberFormat) -> Iterator[Case]:
         whole = _attention(draw, row)
         call = AttentionWeightsCall(**{name: getattr(whole, name) for name in AttentionWeightsCall._fields})
         yield Case("attention_weights", _name(row), call, ulps=_ROUNDED_PROBABILITIES)
+    for dtype, factor in ((torch.bfloat16, None), (torch.bfloat16, scale(0.25)), (torch.float32, None)):
+        x, p_scale = draw.values(2, 4, 48, 48, dtype=dtype, spread=3.0), scale(2.0**-4)
+        call_of_softmax = SoftmaxCall(x, p_scale, factor, -1, fmt.dtype, fmt.full_scale)
+        name = named(DTYPE_NAMES[dtype], "with a factor" if factor is not None else "")
+        yield Case("softmax", name, call_of_softmax, ulps=_ROUNDED_PROBABILITIES)
     yield from _products(draw)
 
 

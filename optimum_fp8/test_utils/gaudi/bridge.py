@@ -19,7 +19,10 @@ PACKAGE = "habana_frameworks"
 
 
 class Startup:
-    """The functions of `habana_frameworks.torch.core`: each is written down, and marks constants if it is to."""
+    """The functions of `habana_frameworks.torch.core`: each is written down, and marks constants if it is to.
+
+    As on the cards, none of them asks for the others, or whether anything has moved to the device.
+    """
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -39,7 +42,15 @@ class Startup:
     def initialize(self, name: str) -> Callable[..., None]:
         """A function that is called after the model moved to the device; it marks constants by their keys."""
 
-        def hpu_initialize(
+        def of_1_19(
+            model: nn.Module | None = None,
+            mark_only_scales_as_const: bool = False,
+            optimizer: Any = None,
+            args: Any = None,
+        ) -> None:
+            self._mark(name, model, True, not mark_only_scales_as_const)
+
+        def newer(
             model: nn.Module | None = None,
             mark_only_scales_as_const: bool = False,
             mark_scales: bool = True,
@@ -47,15 +58,18 @@ class Startup:
             optimizer: Any = None,
             args: Any = None,
         ) -> None:
-            self._device.events.append(name)
-            if model is None or not self._device.lazy:
-                return
-            mark_others = mark_non_scales and not mark_only_scales_as_const
-            for key, tensor in model.state_dict().items():
-                if mark_scales if "scale" in key else mark_others:
-                    self._device.constants[key] = tensor
+            scales = mark_scales or mark_only_scales_as_const
+            self._mark(name, model, scales, mark_non_scales and not mark_only_scales_as_const)
 
-        return hpu_initialize
+        return of_1_19 if self._device.bridge == "1.19" else newer
+
+    def _mark(self, name: str, model: nn.Module | None, scales: bool, others: bool) -> None:
+        self._device.events.append(name)
+        if model is None or not self._device.lazy:
+            return
+        for key, tensor in model.state_dict().items():
+            if scales if "scale" in key else others:
+                self._device.constants[key] = tensor
 
     def reset_env(self, name: str) -> Callable[[], None]:
         """A function that is called when inference is over."""
@@ -66,16 +80,15 @@ class Startup:
         return hpu_reset_env
 
     def functions(self) -> dict[str, Callable[..., Any]]:
-        """Both generations of names."""
+        """The names of the generation; those of the one before are kept."""
+        newer = self._device.bridge != "1.19"
+        set_env = ["hpu_set_env", "hpu_set_inference_env", *["hpu_inference_set_env"] * newer]
+        reset_env = ["hpu_reset_env", "hpu_teardown_inference_env", *["hpu_inference_reset_env"] * newer]
         return {
             "mark_step": self.mark_step,
-            "hpu_set_env": self.set_env("hpu_set_env"),
-            "hpu_set_inference_env": self.set_env("hpu_set_inference_env"),
-            "hpu_inference_set_env": self.set_env("hpu_inference_set_env"),
-            "hpu_initialize": self.initialize("hpu_initialize"),
-            "hpu_inference_initialize": self.initialize("hpu_inference_initialize"),
-            "hpu_reset_env": self.reset_env("hpu_reset_env"),
-            "hpu_teardown_inference_env": self.reset_env("hpu_teardown_inference_env"),
+            **{name: self.set_env(name) for name in set_env},
+            **{name: self.initialize(name) for name in ("hpu_initialize", "hpu_inference_initialize")},
+            **{name: self.reset_env(name) for name in reset_env},
         }
 
 

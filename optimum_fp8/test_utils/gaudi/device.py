@@ -82,11 +82,15 @@ class Device:
         return self.chip.formats[dtype].full_scale
 
     def is_constant(self, scale: Tensor | float) -> bool:
-        """Whether the graph compiler takes a scale as a constant: a Python number, or a tensor marked as one."""
+        """Whether the graph compiler takes a scale as a constant: a Python number, or a tensor marked as one.
+
+        A part of a tensor is none, whether that was marked or the whole: what a card makes of it is not known.
+        """
         if not isinstance(scale, Tensor):
             return True
-        storage = scale.untyped_storage().data_ptr()
-        return any(constant.untyped_storage().data_ptr() == storage for constant in self.constants.values())
+        storage = scale.untyped_storage()
+        marked = {constant.untyped_storage().data_ptr() for constant in self.constants.values()}
+        return storage.nbytes() == scale.nbytes and storage.data_ptr() in marked
 
     def record(self, name: str, overload: str, arguments: Arguments) -> None:
         """Write a call of an operator down."""

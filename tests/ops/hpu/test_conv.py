@@ -46,6 +46,13 @@ def test_value(chip, bridge, fp8, scale, arithmetic, dtype):
         assert torch.equal(found, expected) and found.dtype == dtype
         assert [call.name for call in calls] == ["cast_to_fp8_v2", "conv2d_fp8"]
         assert calls[1].arguments["bias"] is None
+        given = [calls[1].scales[name][0].values[0] for name in ("scale_input", "scale_weight")]
+        if scale == ONE and arithmetic == "gaudi":
+            assert given == [tensors[3].item(), tensors[2].item()] and calls[1].overload == "default"
+            assert calls[1].arguments["out_dtype"] == dtype
+        else:
+            assert given == [1.0, 1.0] and calls[1].overload == "scalar"
+            assert calls[1].arguments["out_dtype"] == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -76,7 +83,8 @@ def test_one_dimension():
         made = operands((fmt.dtype, fmt.full_scale), shape, (3,), scale=scale)
         found, expected, calls = both(*made, torch.randn(8).bfloat16(), "gaudi3", **geometry)
         assert torch.equal(found, expected)
-    assert calls[1].arguments["stride"] == [1, 2] and calls[1].arguments["padding"] == [0, 1]
+    assert calls[1].arguments["stride"] == calls[1].arguments["dilation"] == [1, 2]
+    assert calls[1].arguments["padding"] == [0, 1]
 
 
 def test_known_constants_are_passed_as_numbers():
@@ -105,6 +113,7 @@ def test_scales_of_channels_are_folded_out():
         ({"transposed": True, "x": torch.randn(2, 8, 5, 5).bfloat16()}, "transposed"),
         ({"x": torch.randn(2, 6, 9, 7).half()}, "float16"),
         ({"bias": torch.randn(3)}, "a bias of shape"),
+        ({"full_scale": 448.0}, "reads those above 240 as Inf"),
     ],
 )
 def test_what_the_operator_does_not_take_is_refused(change, reason):

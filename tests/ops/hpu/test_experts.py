@@ -8,7 +8,7 @@ from expert_operands import EXPERTS, INNER, TOKENS, TOP, WEIGHT_SCALES, Data, ul
 from grids import over
 
 from optimum_fp8 import ops
-from optimum_fp8.errors import FP8NotAvailableError
+from optimum_fp8.errors import FP8NotAvailableError, FP8OperandError
 from optimum_fp8.formats import number_format
 from optimum_fp8.ops.hpu import experts as hpu_experts
 from optimum_fp8.test_utils import gaudi
@@ -83,14 +83,19 @@ def test_one_scale_that_is_no_constant_makes_all_tensors():
 
 def test_scales_by_channel_are_no_numbers():
     data = marked(data_for("gaudi2", scales="channels"), "gaudi2")
-    (call,) = assert_as_reference(data, "gaudi2")
-    assert call.overload == "fp8_fused_weights"
+    one_an_expert = marked(data_for("gaudi2", scales="one an expert"), "gaudi2").down_scale
+    for down_scale in (data.down_scale, one_an_expert):
+        data.down_scale = down_scale
+        (call,) = assert_as_reference(data, "gaudi2")
+        assert call.overload == "fp8_fused_weights"
 
 
-@over(scales=["halves", "one an expert"], activation=["silu", "gelu", "relu"])
-def test_what_each_argument_is(monkeypatch, scales, activation):
+@over(scales=["halves", "one an expert"], activation=["silu", "gelu", "relu"], constants=[False, True])
+def test_what_each_argument_is(monkeypatch, scales, activation, constants):
     """w1 is the gate, w2 the up and w3 the down projection; nothing is copied, and no scale is inverted."""
     data, given = data_for("gaudi2", scales=scales), {}
+    data = marked(data, "gaudi2") if constants else data
+    data.table, data.router = data.table.to(torch.int32), data.router.float()
 
     def noting(name, overload):
         return lambda **arguments: given.update(arguments) or operator(name, overload)(**arguments)
@@ -99,10 +104,16 @@ def test_what_each_argument_is(monkeypatch, scales, activation):
     with monkeypatch.context() as patch:
         patch.setattr(hpu_experts, "operator", noting)
         assert_as_reference(data, "gaudi2", activation=activation, experts_min=1)
+    assert given["expert_routing_table"].dtype == torch.int64 and given["router_weights"].dtype == torch.bfloat16
     assert given["permuted_weights"] is True and given["activation"] == activation
     assert (given["experts_min"], given["experts_max"]) == (1, EXPERTS)
-    assert given["d_scale_hidden_states"].tolist() == data.input_scale.tolist()
-    assert [s.item() for s in given["d_scale_intermediate_hidden_states"]] == data.intermediate_scale.flatten().tolist()
+    found = {name: scales for name, scales in given.items() if name.startswith("d_scale")}
+    found["d_scale_hidden_states"] = [found["d_scale_hidden_states"]]
+    each = [scale for scales in found.values() for scale in scales]
+    assert all(isinstance(scale, float) if constants else scale.shape == (1,) for scale in each)
+    found = {name: [float(scale) for scale in scales] for name, scales in found.items()}
+    assert found["d_scale_hidden_states"] == data.input_scale.tolist()
+    assert found["d_scale_intermediate_hidden_states"] == data.intermediate_scale.flatten().tolist()
     for i in range(EXPERTS):
         expected = {"w3": (data.down[i], data.down_scale[i])}
         if scales == "halves":
@@ -111,9 +122,9 @@ def test_what_each_argument_is(monkeypatch, scales, activation):
         else:
             expected["w12"] = data.gate_up[i], data.gate_up_scale[i]
         for name, (weight, scale) in expected.items():
-            found = given[name][i]
-            assert found.data_ptr() == weight.data_ptr() and found.shape == weight.shape
-            assert given[f"d_scale_{name}"][i].item() == scale.item()
+            matrix = given[name][i]
+            assert matrix.data_ptr() == weight.data_ptr() and matrix.shape == weight.shape
+            assert found[f"d_scale_{name}"][i] == scale.item()
 
 
 @pytest.mark.parametrize("chip", CHIPS)
@@ -154,6 +165,25 @@ def test_refuses_what_gaudi_does_not_compute(options, arithmetic, text):
     data = data_for("gaudi2", **options)
     with gaudi.emulated("gaudi2"), ops.backend("hpu"), pytest.raises(FP8NotAvailableError, match=text):
         data.run(arithmetic=arithmetic)
+
+
+@pytest.mark.parametrize(
+    "chip, full_scale, text",
+    [("gaudi2", 448.0, "reads those above 240 as Inf"), ("gaudi3", 240.0, "saturate at 240 between their products")],
+    ids=["above", "below"],
+)
+def test_refuses_to_saturate_elsewhere_than_the_card(chip, full_scale, text):
+    data = data_for(chip)
+    data.full_scale = full_scale
+    with gaudi.emulated(chip), ops.backend("hpu"), pytest.raises(FP8NotAvailableError, match=text):
+        data.run(arithmetic="gaudi")
+
+
+def test_what_does_not_fit_is_an_error():
+    data = data_for("gaudi2")
+    data.down = data.down[:2]
+    with gaudi.emulated("gaudi2"), ops.backend("hpu"), pytest.raises(FP8OperandError):
+        data.run(arithmetic="gaudi")
 
 
 def test_compilers_see_gaudis_operator():

@@ -118,7 +118,7 @@ def test_a_static_layer_is_a_cast_and_a_product_without_bias(gaudi2):
     cast, gemm = gaudi2.calls
     assert cast.scales["scale"][0].values == (2.0**4,) and cast.free_scales and gemm.free_scales
     assert gemm.arguments["A_scale_inv"] == 2.0**-4 and gemm.arguments["B_scale_inv"] == 2.0**-8
-    assert gemm.arguments["bias"] is None and gemm.arguments["accumulate"] is False
+    assert gemm.arguments["bias"] is None and gemm.arguments["D"] is None and gemm.arguments["accumulate"] is False
     assert gemm.arguments["B"].shape == (16, 8) and not gemm.arguments["trans_B"], "[in, out], as it lies in memory"
     assert gemm.arguments["out_dtype"] == BF16
 
@@ -136,7 +136,10 @@ def test_numbers_are_given_only_for_both_scales(gaudi2):
     for kinds in (("constant", "channel"), ("constant", "tensor"), ("static", "constant"), ("per-token", "constant")):
         data = operands(fmt, (4, 16), 8, BF16, input_scale=kinds[0], weight_scale=kinds[1])
         assert_linear(data, fmt)
-    assert [call.overload for call in gaudi2.calls if call.name == "fp8_gemm_v2"] == ["default"] * 4
+        gemm, scales = gaudi2.calls[-1], [scale.flatten().tolist() for scale in (data[3], data[2])]
+        assert (gemm.name, gemm.overload) == ("fp8_gemm_v2", "default")
+        assert [list(gemm.scales[name][0].values) for name in ("A_scale_inv", "B_scale_inv")] == scales
+        assert gemm.arguments["bias"] is None and gemm.arguments["D"] is None
 
 
 def test_fused_arithmetic_adds_the_bias_before_it_rounds(gaudi2):
@@ -174,12 +177,14 @@ def test_codes_made_for_gaudi2_on_a_gaudi3(gaudi3, dtype, input_scale, arithmeti
 
 def test_codes_saturate_at_the_targets_full_scale(gaudi3):
     x = torch.tensor([1e30, -1e30, torch.nan, 239.0, 247.9, 248.0, 250.0]).repeat(2, 1)
-    for scale in (torch.ones(1), torch.tensor([0.7]), torch.tensor([[0.3], [77.0]]), constant(torch.ones(1))):
+    known = constant(torch.tensor([2.0**-4]))
+    for scale in (torch.ones(1), torch.tensor([0.7]), torch.tensor([[0.3], [77.0]]), known):
         for dtype in (BF16, FP16, FP32):
             for full_scale in (240.0, 448.0):
                 given = (x * scale).to(dtype)
                 found, expected = both(partial(ops.cast_to_fp8, given, scale, torch.float8_e4m3fn, full_scale))
                 assert same_codes(found, expected)
+                assert gaudi3.calls[-1].arguments["input"].dtype == (FP32 if dtype == FP16 else dtype)
 
 
 def test_codes_that_the_card_reads_as_inf_are_an_error_and_no_fallback(gaudi2):

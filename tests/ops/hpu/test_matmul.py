@@ -70,6 +70,14 @@ def test_a_product_with_cached_keys_reads_them_as_they_lie_in_memory(gaudi2):
     assert (cast.name, cast.overload) == ("cast_to_fp8_v2", "scalar")
     assert (gemm.name, gemm.overload) == ("fp8_gemm_v2", "scalar") and gemm.free_scales
     assert gemm.arguments["trans_B"] and gemm.arguments["B"].shape == (1, 2, 6, 8)
+    assert gemm.arguments["out_dtype"] == BF16
+
+
+def test_a_transposed_operand_is_cast_as_it_lies_in_memory(gaudi2):
+    q, keys, scale = torch.randn(1, 2, 3, 8).bfloat16(), torch.randn(1, 2, 6, 8).bfloat16(), torch.tensor([0.02])
+    assert_near(*both(matmul(q, keys.mT, scale, scale, fmt_of(gaudi2))), terms=8)
+    _, cast, gemm = gaudi2.calls
+    assert cast.arguments["input"].shape == gemm.arguments["B"].shape == (1, 2, 6, 8) and gemm.arguments["trans_B"]
 
 
 def test_values_with_a_scale_for_each_position_are_dequantized(gaudi2):

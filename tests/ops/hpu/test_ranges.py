@@ -8,6 +8,7 @@ from grids import over
 from on_gaudi import FORMATS, both, fmt_of, same_codes
 
 from optimum_fp8 import ops
+from optimum_fp8.errors import FP8NotAvailableError
 from optimum_fp8.formats import HP_DTYPES, number_format
 from optimum_fp8.scales import PerTensor, PerToken, scale_method
 from optimum_fp8.scales.methods import SCALE_METHODS
@@ -40,6 +41,13 @@ def test_dynamic_scales_of_gaudis_targets(device, rounding, dtype, hp_dtype, gro
         assert torch.equal(found, expected) and found.dtype == torch.float32
 
 
+@over(value=[3e38, 1e-40], rounding=["identity", "pow2"])
+def test_scales_of_extreme_ranges_are_bounded(gaudi2, value, rounding):
+    x = torch.tensor([0.0, value])
+    found, expected = both(scale_of(x, fmt_of(gaudi2), torch.float32, divisor=1.0, rounding=rounding))
+    assert torch.equal(found, expected) and not torch.equal(found, x.amax())
+
+
 @over(method=list(SCALE_METHODS), fp8_config=FORMATS, granularity=[PerTensor(), PerToken()])
 def test_every_method(device, method, fp8_config, granularity):
     fmt, rule = fmt_of(device, fp8_config), scale_method(method).dynamic_activation.with_backoff(None, dynamic=True)
@@ -58,7 +66,9 @@ def test_the_bridge_calculates_per_tensor_scales_where_it_can(gaudi2, rounding):
         assert [call.name for call in gaudi2.calls] == ["calculate_scale_for_cast"]
         scale_of(x, number_format("E4M3", "cpu"), torch.bfloat16, rounding=rounding)()  # divides, instead
         scale_of(x, fmt, torch.bfloat16, rounding=rounding, group=-1)()  # so does this
-    assert len(gaudi2.calls) == 1
+    (call,) = gaudi2.calls
+    given = {name: call.arguments[name] for name in ("maxMode", "scaleMode", "fullscale", "backoff")}
+    assert given == {"maxMode": 1, "scaleMode": int(rounding == "pow2"), "fullscale": 120.0, "backoff": 1.0}
 
 
 def test_an_older_bridge_composes_them():
@@ -91,3 +101,10 @@ def test_maxabs_and_histogram(gaudi2, group):
     x = torch.randn(4, 8)
     assert torch.equal(*both(lambda: ops.maxabs(x, group=group)))
     assert all(map(torch.equal, *both(lambda: ops.histogram(x))))
+
+
+def test_casts_by_range_to_codes_that_the_card_reads_as_inf_are_an_error(gaudi2):
+    with ops.backend("hpu"), pytest.raises(FP8NotAvailableError, match="reads those above 240 as Inf"):
+        ops.cast_to_fp8_by_range(
+            torch.randn(4, 8), torch.ones(1 << 15), per_row=False, dtype=torch.float8_e4m3fn, full_scale=448.0
+        )

@@ -51,6 +51,16 @@ def test_nothing_becomes_constant_in_eager_mode():
         assert device.constants == {} and device.events == ["hpu_initialize"]
 
 
+def test_names_of_the_generation_before():
+    """Names and arguments that came with the newer one are not there."""
+    with gaudi.emulated("gaudi2", bridge="1.19") as device:
+        assert not hasattr(core(), "hpu_inference_set_env") and not hasattr(core(), "hpu_inference_reset_env")
+        with pytest.raises(TypeError, match="mark_scales"):
+            core().hpu_inference_initialize(Quantized(), mark_scales=True)
+        core().hpu_inference_initialize(Quantized(), mark_only_scales_as_const=True)
+    assert list(device.constants) == ["scale_input"]
+
+
 @pytest.mark.parametrize("name", SET_ENV)
 def test_batch_norms_are_fused_into_convolutions(gaudi2, name):
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU()).eval()
@@ -69,8 +79,9 @@ def test_events_keep_their_order(gaudi2):
     core().mark_step()
     core().hpu_teardown_inference_env()
     core().hpu_reset_env()
+    core().hpu_inference_reset_env()
     expected = ["hpu_set_env", "wrap_in_hpu_graph", "hpu_initialize", "mark_step"]
-    assert gaudi2.events == [*expected, "hpu_teardown_inference_env", "hpu_reset_env"]
+    assert gaudi2.events == [*expected, "hpu_teardown_inference_env", "hpu_reset_env", "hpu_inference_reset_env"]
 
 
 def test_the_device_says_what_it_is(device):
