@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .. import ops
-from ..cache import FP8Tensor, cache_record, start_record
+from ..cache import FP8Tensor, as_stored, cache_record, start_record
 from ..formats import is_fp8
 from ..modules.handler import Reason, Surroundings, Target, Why, register_handler
 from ..scales import Scheme
@@ -42,11 +42,6 @@ def store_as_before(module: Any) -> None:
             del module.__dict__[name]
     if _holds_fp8(module):
         module.cache = ops.cast_from_fp8(module.cache, _scale(module), module.__dict__.pop(_ACTS_AS))
-
-
-def as_stored(codes: torch.Tensor) -> torch.Tensor:
-    """Codes as operators that move them take them: on Gaudi as they are, elsewhere, where some are missing, bytes."""
-    return codes if codes.device.type == "hpu" else codes.view(torch.uint8)
 
 
 def _holds_fp8(module: Any) -> bool:

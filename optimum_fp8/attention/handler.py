@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 from .. import ops
-from ..cache import CacheScales, attach_cache, cache_record, detach_cache, observe_caches
+from ..cache import CacheScales, attach_cache, cache_record, detach_cache, layer_index, observe_caches
 from ..errors import FP8CheckpointError, FP8MeasurementError
 from ..measure import Observers
 from ..modules.handler import Conversion, Family, ModuleHandler, Quantize, Reason, Row, Surroundings, Target, Why
@@ -85,6 +85,8 @@ class AttentionHandler(ModuleHandler):
     def limit(self, module: Any, scheme: Scheme, around: Surroundings) -> tuple[dict[str, Any], str]:
         if scheme.caches and around.implied and not _may_cache(around.model):
             return {"caches": False}, "" if scheme.rounds_attention else "the model does not generate: it has no cache"
+        if scheme.caches and not scheme.caches_windows and has_sliding_window(module):
+            return {"caches": False}, "cache in high precision: kv_cache_skip='sliding'"
         return {}, ""
 
     # --- what each way answers for itself -------------------------------------------------------------------------
@@ -211,12 +213,20 @@ class AttentionHandler(ModuleHandler):
 
     def pack(self, module: Any) -> None:
         plan = plan_of(module)
-        if plan is None or plan.scheme is None or not plan.scheme.constant_scales:
+        if plan is None or plan.scheme is None:
             return
+        known = False
         for scale in scales_of(module).values():
             packing = ops.packing_for(scale.device)
-            if packing is not None and packing.constants:
+            if packing is None or not packing.constants:
+                continue
+            known = True
+            ops.keep_inverse(scale)
+            if plan.scheme.constant_scales:
                 ops.mark_constant(scale, plan.scheme.fmt.hardware_scales)
+        caches = cache_scales(module) if known and plan.scheme.caches else None
+        if caches is not None:
+            caches.check(plan.name)  # which is not left to the first forward pass: none is to read a value
 
     def row(self, module: Any) -> Row | None:
         plan = plan_of(module)
@@ -283,6 +293,16 @@ def _may_cache(model: nn.Module) -> bool:
         attention_kind(part) in STORES or (isinstance(part, transformers.PreTrainedModel) and part.can_generate())
         for part in model.modules()
     )
+
+
+def has_sliding_window(module: Any) -> bool:
+    """Whether a module attends to a window or a chunk of keys: as `layer_types` of its configuration says, or where
+    that has none, `sliding_window` of the module or of its configuration."""
+    config, index = getattr(module, "config", None), layer_index(module)
+    types = getattr(config, "layer_types", None)
+    if types and index is not None and index < len(types):
+        return types[index].startswith(("sliding", "chunked", "hybrid_sliding"))
+    return bool(getattr(module, "sliding_window", getattr(config, "sliding_window", None)))
 
 
 def _is_converted(module: nn.Module) -> bool:

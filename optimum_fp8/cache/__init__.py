@@ -13,6 +13,7 @@ from .attach import (
 )
 from .convert import FP8Cache, convert_cache
 from .layer import FP8Layer, in_fp8
+from .layers import as_stored
 from .scales import CacheScales
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "FP8Cache",
     "FP8Layer",
     "FP8Tensor",
+    "as_stored",
     "attach_cache",
     "cache_record",
     "convert_cache",

@@ -18,7 +18,7 @@ from transformers.cache_utils import (
 
 from ..ops.fp8_tensor import FP8Tensor
 from .active_writer import Writer
-from .layers import keep_address, quantize_held, scale_layer_for
+from .layers import as_stored, keep_address, quantize_held, scale_layer_for
 from .scales import CacheScales
 
 # Typed loosely: properties stand in for attributes of these classes.
@@ -32,7 +32,7 @@ class FP8Layer(_Layer):
     `update` and `keys` / `values` give tensors of the dtype that was written: `FP8Tensor`s, or ordinary ones.
 
     Attributes:
-        inner: the layer of transformers; holds the codes, as uint8 (not every device has every operator for FP8).
+        inner: the layer of transformers; holds the codes, as `as_stored` gives them.
         scales: how to scale what is written; None: in high precision, for now.
         scale_layer: holds float32 scales `[batch, heads, length, 1]`; None where scales are static.
         writer: tells whose scales to take at the first write; None for a layer with scales of its own.
@@ -137,7 +137,8 @@ class FP8Layer(_Layer):
             self.inner.lazy_initialization(key_states, value_states)
             return
         self.acts_as = key_states.dtype
-        self.inner.lazy_initialization(key_states.to(torch.uint8), value_states.to(torch.uint8))
+        codes = (x.new_empty(x.shape, dtype=self.scales.fmt.dtype) for x in (key_states, value_states))
+        self.inner.lazy_initialization(*map(as_stored, codes))
         if self.scale_layer is not None:
             no_scales = key_states.new_empty((*key_states.shape[:-1], 1), dtype=torch.float32)
             self.scale_layer.lazy_initialization(no_scales, no_scales)
@@ -164,7 +165,7 @@ class FP8Layer(_Layer):
         self.acts_as, self.written = key_states.dtype, True
         k_codes, k_scale = self.scales.quantize(key_states, self.scales.k)
         v_codes, v_scale = self.scales.quantize(value_states, self.scales.v)
-        keys, values = self.inner.update(k_codes.view(torch.uint8), v_codes.view(torch.uint8), *args, **kwargs)
+        keys, values = self.inner.update(as_stored(k_codes), as_stored(v_codes), *args, **kwargs)
         if self.scale_layer is not None:
             k_scale, v_scale = self.scale_layer.update(k_scale, v_scale)
         return self._acting(keys, k_scale), self._acting(values, v_scale)

@@ -22,6 +22,18 @@ from .scales import CacheScales
 _HOLDERS = (DynamicSlidingWindowLayer, DynamicLayer, StaticSlidingWindowLayer, StaticLayer)
 
 
+STORES_FP8 = ("hpu",)  # device types that have all operators on storage for FP8 dtypes, as index_copy_ of a CPU has not
+
+
+def as_stored(codes: torch.Tensor) -> torch.Tensor:
+    """FP8 codes as operators that move them take them: on Gaudi as they are, elsewhere, where some are missing, bytes.
+
+    Args:
+        codes: any shape, FP8.
+    """
+    return codes if codes.device.type in STORES_FP8 else codes.view(torch.uint8)
+
+
 def refusal(layer: Any) -> str | None:
     """Why a layer of a cache stays in high precision; None if it can be FP8.
 
@@ -67,7 +79,7 @@ def scale_layer_for(layer: Any) -> Any:
 
 
 def quantize_held(layer: Any, scales: CacheScales) -> Any:
-    """Quantize what an initialized layer holds, in place, as bytes.
+    """Quantize what an initialized layer holds, in place.
 
     Returns:
         the layer that holds its dynamic scales, in the same state; None for static scales.
@@ -96,6 +108,6 @@ def keep_address(layer: Any) -> None:
 
 def _quantized(scales: CacheScales, x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     if x.numel() == 0:  # a growing layer begins without a shape
-        return x.to(torch.uint8), x.float()
+        return as_stored(x.to(scales.fmt.dtype)), x.float()
     codes, scale = scales.quantize(x, scale)
-    return codes.view(torch.uint8), scale
+    return as_stored(codes), scale

@@ -9,8 +9,10 @@ import torch
 from .. import ops
 from ..errors import FP8ScaleError
 from ..formats import NumberFormat
+from ..ops.remembered import recall, remember
 from ..scales import PerToken, ScaleRule, dynamic_scale, inf_as_nan, unsound
 
+_SOUND = "optimum_fp8_sound"  # of a scale that was looked at
 _POW2 = ScaleRule(PerToken(), "maxabs", "pow2", 0.5)
 
 
@@ -56,14 +58,19 @@ class CacheScales:
     def check(self, where: str) -> None:
         """Refuse scales that are not set, zero, negative, NaN or infinite.
 
+        Each is looked at once, until it is written to: reading a value waits for the device, at each new cache.
+
         Raises:
             FP8ScaleError: names `where` they belong to.
         """
         for name, scale in (("k", self.k), ("v", self.v)):
-            if scale is not None and (wrong := unsound(scale)):
+            if scale is None or recall(scale, _SOUND):
+                continue
+            if wrong := unsound(scale):
                 raise FP8ScaleError(
                     f"{where}: the {name} scale of its cache {wrong}; calibrate the model, or load a sound checkpoint"
                 )
+            remember(scale, _SOUND, True)
 
     def quantize(self, x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and scale of new keys or values.

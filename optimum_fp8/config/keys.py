@@ -278,11 +278,21 @@ class ConfigKeys:
         see="[is it enough?](enough-data.md#samples-and-tokens)",
         of_data=True,
     )
+    calibrate_all_experts: bool = key(
+        False,
+        BOOLEAN,
+        "measure each of several experts whose weights are stacked with all tokens, not just with those sent to it",
+        "HF",
+        see="[mixtures of experts](moe.md#calibration)",
+    )
     modules_to_not_convert: list[str] | None = key(
         None, NAMES, "kept in high precision besides the defaults (output head, tied and last module)", "HF"
     )
     quantize_lm_head: bool = key(
         False, BOOLEAN, "drop transformers' default exceptions (output head, tied modules, last module)", "ours"
+    )
+    quantize_routers: bool = key(
+        False, BOOLEAN, "quantize the linear layers that choose experts, or weigh shared ones, like any other", "ours"
     )
     attention: bool = key(
         False,
@@ -295,6 +305,13 @@ class ConfigKeys:
         False,
         BOOLEAN,
         "keep keys and values in FP8 in the caches of `generate` and of plain forward passes",
+        "ours",
+        of_module=True,
+    )
+    kv_cache_skip: str = key(
+        "none",
+        choice("none", "sliding"),
+        "caches that `kv_cache` leaves in high precision: those of attention with a sliding window, which are small",
         "ours",
         of_module=True,
     )

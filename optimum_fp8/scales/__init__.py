@@ -10,7 +10,7 @@ from .granularity import Granularity, PerBlock, PerChannel, PerGroup, PerHead, P
 from .methods import SCALE_METHODS, ScaleMethod, register_method, scale_method
 from .rule import VALUES, ScaleRule, ScaleValue, register_value
 from .scheme import DYNAMIC, STATIC, WEIGHT_ONLY, Scheme
-from .weight import quantize_weight, quantized_weight, scale_of_weight, weight_maxabs, weight_scale
+from .weight import quantize_weight, quantized_weight, scale_of_weight, scale_shape, weight_maxabs, weight_scale
 
 for _file in iter_modules(__path__):  # each registers what it defines
     import_module(f".{_file.name}", __name__)
@@ -46,6 +46,7 @@ __all__ = [
     "scale_method",
     "scale_of_range",
     "scale_of_weight",
+    "scale_shape",
     "unsound",
     "weight_maxabs",
     "weight_scale",

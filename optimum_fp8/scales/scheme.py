@@ -30,6 +30,7 @@ class Scheme:
         dataflow: where attention rounds: "fused", "unfused" or "qdq".
         rounds_attention: whether attention's products take FP8 operands.
         caches: whether keys and values are stored in FP8.
+        caches_windows: whether they are where attention has a sliding window.
         fp8_all_reduce: whether processes that split a layer by rows add up its results of new tokens in FP8.
         constant_scales: whether static scales are handed to operators as numbers, where a backend takes them.
     """
@@ -45,6 +46,7 @@ class Scheme:
     dataflow: str = "fused"
     rounds_attention: bool = False
     caches: bool = False
+    caches_windows: bool = True
     fp8_all_reduce: bool = False
     constant_scales: bool = True
 

@@ -41,6 +41,7 @@ def scheme_for(
         dataflow="qdq" if own.use_qdq else own.attention_dataflow,
         rounds_attention=own.attention and activations != WEIGHT_ONLY,
         caches=own.kv_cache,
+        caches_windows=own.kv_cache_skip != "sliding",
         fp8_all_reduce=own.row_parallel_linear_allreduce_quantization,
         constant_scales=own.scale_format == "scalar",
     )

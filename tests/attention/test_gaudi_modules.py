@@ -344,6 +344,23 @@ def test_measurements_serve_another_process(tmp_path):
     assert torch.equal(generate(later, IDS, STEPS), generate(convert(model), IDS, STEPS))
 
 
+def test_a_softmax_is_rounded_once_where_the_target_is_gaudi():
+    """From float32, of its own input, as the operator on the card does; hooks leave with the conversion."""
+    model = converted(gaudi_model().bfloat16(), target="gaudi3")
+    softmax = model.layers[0].self_attn.softmax
+    scale, x = scales_of(softmax)["p_scale"], (torch.randn(2, 3, 40) * 3).bfloat16()
+    for factor in (None, 0.5, torch.tensor([0.5])):
+        p = (x.double() * (1 if factor is None else 0.5)).softmax(-1)
+        assert torch.equal(softmax(x, -1, factor).double(), rounded(p, scale).bfloat16().double())
+        assert torch.equal(softmax(x, dim=-1, invAttnHead=factor), softmax(x, -1, factor))
+    assert not torch.equal(softmax(x, -1).double(), rounded(x.softmax(-1), scale).bfloat16().double())
+    other = converted(gaudi_model().bfloat16(), target="cuda").layers[0].self_attn.softmax
+    s = scales_of(other)["p_scale"]
+    assert torch.equal(other(x, -1).double(), rounded(x.softmax(-1), s).bfloat16().double())
+    assert torch.equal(dequantize(model).layers[0].self_attn.softmax(x, -1), x.softmax(-1))
+    assert not softmax._forward_hooks and not softmax._forward_hooks_with_kwargs
+
+
 def test_a_softmax_without_a_product_beside_it_is_not_attention():
     class Router(nn.Module):
         def __init__(self):

@@ -129,6 +129,7 @@ def test_dequantized_models_have_caches_in_high_precision(ids):
         assert not any(in_fp8(layer) for layer in cache_of(model(ids)).layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["per head", "dynamic"])
 @pytest.mark.parametrize("make", [hf.DynamicCache, lambda config: hf.StaticCache(config, max_cache_len=24)])
 def test_compiled_without_graph_breaks(ids, scheme, make):

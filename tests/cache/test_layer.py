@@ -173,6 +173,28 @@ def test_a_filled_layer_is_quantized_as_it_stands(kind, scales):
     pair.compare()
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "sliding", "hybrid"])
+def test_where_the_device_has_all_operators_the_fp8_dtype_is_stored(kind, monkeypatch):
+    """As on Gaudi; of these kinds a CPU has them too, and what is read is what bytes give."""
+    for scales in (SCALES["per head"], SCALES["dynamic"]):
+        found = []
+        for types in ((), ("cpu",)):
+            monkeypatch.setattr("optimum_fp8.cache.layers.STORES_FP8", types)
+            torch.manual_seed(0)
+            layer = fp8_layer(KINDS[kind](), scales)
+            for length in (7, 1, 1):
+                layer.update(*states(length))
+            assert layer.inner.keys.dtype == layer.inner.values.dtype == (FMT.dtype if types else torch.uint8)
+            held = fp8_layer(KINDS[kind]())
+            held.update(*states(5))
+            held.set_scales(scales)
+            assert held.inner.keys.dtype == layer.inner.keys.dtype
+            for each in (layer, held):
+                each.reorder_cache(torch.tensor([1, 0]))
+            found += [layer.keys.dequantize(), layer.values.dequantize(), held.keys.dequantize()]
+        assert all(torch.equal(*pair) for pair in zip(found[:3], found[3:], strict=True))
+
+
 def test_half_the_bytes_at_32k_tokens():
     def held(layer) -> int:
         tensors = [layer.keys, layer.values]

@@ -119,6 +119,7 @@ def test_modules_differ_in_these_keys():
         "activation_scheme",
         "attention",
         "kv_cache",
+        "kv_cache_skip",
         "attention_granularity",
         "attention_dataflow",
         "softmax_backoff",

@@ -37,6 +37,7 @@ EFFECTS = {
     "activation_scheme": ("dynamic", {"activations": "dynamic", "input": TOKEN, "operands": TOKEN}),
     "attention": (True, {"rounds_attention": True}),
     "kv_cache": (True, {"caches": True}),
+    "kv_cache_skip": ("sliding", {"caches_windows": False}),
     "attention_granularity": ("head", {"operands": replace(ACT, granularity=PerHead())}),
     "attention_dataflow": ("unfused", {"dataflow": "unfused"}),
     "softmax_backoff": (1.0, {"probabilities": FULL}),
