@@ -10,6 +10,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import nn
 
@@ -133,8 +134,8 @@ def _check_config(path: str, said: Mapping[str, Any], config: FP8Config, made_fo
     # A part of a model, loaded from the checkpoint of the whole, has a configuration of its own.
     others = record.get("model_class", config.model_class) != config.model_class
     for key, made_with in record.items():
-        if others and key in (*_OF_THIS_MODEL, "model_class"):
-            continue
+        if key == "scale_format" or (others and key in (*_OF_THIS_MODEL, "model_class")):
+            continue  # what changes no result may be chosen when loading
         if key in found and found[key] != made_with:
             hint = "; pass FP8Config(target=…) when loading to change it" if key == "target" else ""
             raise FP8CheckpointError(
@@ -186,16 +187,28 @@ def _check_scales(
             raise FP8CheckpointError(f"{key} is no scale that attention has: {_EDITED}")
     converted, owned = converted_modules(model), set()
     for each in decisions:
-        name = name_in(names_in_checkpoint(each.name, prefix), saved)
-        if name is None or each.name not in converted:
+        if each.name not in converted:
             continue
-        owned.add(name)
         module, handler = converted[each.name]
-        expected = {key.rpartition(".")[2]: tuple(tensor.shape) for key, tensor in handler.state(module).items()}
-        for scale, key in saved[name].items():
-            _check_scale(key, headers[key], expected.get(scale), each)
+        for part, expected in _expected_scales(handler.state(module)).items():
+            names = [f"{name}.{part}" if part else name for name in names_in_checkpoint(each.name, prefix)]
+            if (name := name_in(names, saved)) is None:
+                continue
+            owned.add(name)
+            for scale, key in saved[name].items():
+                _check_scale(key, headers[key], expected.get(scale), each)
     rest = {name: scales for name, scales in saved.items() if name not in owned}
     _refuse_foreign(set(in_model.values()), rest, model, prefix, left_out)
+
+
+def _expected_scales(state: Mapping[str, torch.Tensor]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The shapes of a module's scales by name, those of each part of it that has weights of its own; "" is itself."""
+    expected: dict[str, dict[str, tuple[int, ...]]] = {"": {}}
+    for key, tensor in state.items():
+        part, _, name = key.rpartition(".")
+        if name.endswith("_scale"):
+            expected.setdefault("" if part == CHILD else part, {})[name] = tuple(tensor.shape)
+    return expected
 
 
 def _check_scale(key: str, header: Header, expected: tuple[int, ...] | None, decision: Decision) -> None:

@@ -22,6 +22,7 @@ from torch import nn
 from ..attention import CHILD
 from ..config import FORMAT_VERSION, KEYS, FP8Config
 from ..errors import FP8CheckpointError
+from ..formats import is_fp8
 from ..modules.handler import Reason, Surroundings, Why, converted_modules, find_all
 from ..modules.weight import stored_shape, stored_weight
 from ..scales import unsound
@@ -42,7 +43,8 @@ from .names import names_in_model
 _KEPT = f"{Reason.NOT_IN_CHECKPOINT.value}, {Reason.KEPT.value}"
 
 _WEIGHT, _WEIGHT_SCALE = "weight", "weight_scale"
-SCALE = re.compile(rf"(.+?)\.(?:{CHILD}\.)?((?:[qkpv]\d*|input|output|partial|intermediate|weight|[kv]_cache)_scale)$")
+_SCALED = r"[qkpv]\d*|input|output|partial|intermediate|weight|[kv]_cache|gate_up_proj|up_proj|down_proj"
+SCALE = re.compile(rf"(.+?)\.(?:{CHILD}\.)?((?:{_SCALED})_scale)$")
 Shapes = dict[str, dict[str, tuple[int, ...]]]
 
 
@@ -59,7 +61,7 @@ class Native:
     def tensors(self, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
         """Codes with a leading dimension of one, all else as it is."""
         return {
-            f"{record.name}.{name}": stored_weight(tensor) if name.rpartition(".")[2] == _WEIGHT else tensor
+            f"{record.name}.{name}": stored_weight(tensor) if is_fp8(tensor.dtype) else tensor
             for record in checkpoint.records
             for name, tensor in record.tensors.items()
         }
@@ -208,6 +210,13 @@ def saved_decisions(
         if left_out or why.reason is not Reason.SELECTED:
             kept = handler.family.replaced and name in heads and not config.quantize_lm_head
             why = Why(Reason.NOT_IN_CHECKPOINT, _KEPT if kept else "")
+        elif (
+            handler.unlisted_before
+            and readable
+            and not _has_scales(names, saved)
+            and set(recorded or ()).isdisjoint(names)
+        ):
+            why = Why(Reason.NOT_IN_CHECKPOINT)
         elif handler.family.replaced and readable and (new := _new_to(model, module, names, shapes, recorded)):
             why = Why(Reason.NOT_IN_CHECKPOINT, new)
         elif (refusal := handler.refusal(module, scheme, around)) and refusal.reason is Reason.IMPLEMENTATION_CHOSEN:
@@ -215,6 +224,12 @@ def saved_decisions(
         types, all_names = type_names(module), names_in_config[name]
         decisions.append(Decision(name, type(module).__name__, why, handler, scheme, types, all_names, limits))
     return decisions
+
+
+def _has_scales(names: Sequence[str], saved: Collection[str]) -> bool:
+    """Whether a checkpoint has scales of a module, or of parts of it."""
+    dots = tuple(f"{name}." for name in names)
+    return any(f"{module}.".startswith(dots) for module in saved)
 
 
 def _new_to(

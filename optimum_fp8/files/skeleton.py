@@ -28,6 +28,7 @@ from ..config import FP8Config
 from ..hf.ties import Untied
 from ..lifecycle import state_of
 from ..modules import fp8_modules
+from ..modules.fused_experts import FP8FusedExperts
 from .plan import Skeleton
 from .source import Source
 
@@ -45,13 +46,14 @@ def known_class(source: Source) -> Any:
 def skeleton_of_class(source: Source, model_class: Any, config: FP8Config, dtype: str | torch.dtype) -> Skeleton:
     """What `from_pretrained` makes of the source, without values.
 
-    Weights that transformers puts together of others while loading are left out.
+    Weights that transformers puts together of others while loading are left out, and stacks of experts' weights.
     """
     model, stored = _load(source, model_class, config, dtype)
     made = [name for name in fp8_modules(model) if f"{name}.weight" not in stored]
+    made += [name for name, module in model.named_modules() if isinstance(module, FP8FusedExperts)]
     if made:
         logger.warning(
-            "%d weights stay in high precision, because transformers converts or puts them together while loading, and "
+            "%d modules stay in high precision, because transformers converts or puts them together while loading, and "
             "that takes the model: %s; to have them in FP8, use from_pretrained and save_pretrained",
             len(made),
             ", ".join(made[:8]) + (", …" if len(made) > 8 else ""),

@@ -8,12 +8,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, _IdentityOp
 
 from ..attention import CHILD
+from ..config import FP8Config
 from ..errors import FP8ScaleError
-from ..formats import not_finite
+from ..formats import is_fp8, not_finite
+from ..measure import Measurements, observer_class, weight_digest
 from ..modules import FP8Module
+from ..modules.fused_experts import FP8FusedExperts, to_out_in
+from ..modules.handler import converted_modules
 from ..modules.weight import stored_shape
 from ..scales import quantize_weight
 
@@ -22,22 +27,44 @@ def _where_it_is(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def observe_weight(
+    measured: Measurements, config: FP8Config, name: str, weight: torch.Tensor, maxabs: torch.Tensor
+) -> None:
+    """Remember what only a weight in high precision, `[out, in, …]`, can tell: its range, where that is measured."""
+    if weight.is_meta or "weight" not in config.measured:  # on meta: loaded for its shapes and names alone
+        return
+    known = observer_class(measured.observer).from_range(maxabs, weight.numel())
+    if known is not None:  # no second pass over the weight
+        measured.add(name, "weight", known)
+    else:
+        measured.observe(name, "weight", weight)
+
+
 @dataclass
 class Loading:
     """What is learnt while weights are loaded.
 
     Attributes:
-        observe_weight: called when a weight became FP8, with the name, the high-precision weight as it is stored and as
+        observe_weight: called when a layer's weight became FP8, with its module's name, the high-precision weight as
             `[out, in, …]`, and its max|w|.
+        digests: of weights that became FP8, by name, as they were in high precision.
         failures: why weights cannot be used, by module: transformers would bury an exception in its load report.
         missing_keys: transformers' own set, once any weight has been loaded.
         keep: gives each tensor that was made while loading the place where it stays.
     """
 
-    observe_weight: Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor], None]
+    observe_weight: Callable[[str, torch.Tensor, torch.Tensor], None]
+    digests: dict[str, str] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     missing_keys: set[str] | None = None
     keep: Callable[[torch.Tensor], torch.Tensor] = _where_it_is
+
+
+def becomes_fp8(module: nn.Module, parameter: str) -> bool:
+    """Whether a parameter of a module in FP8 is brought in high precision, and quantized while it is loaded."""
+    if isinstance(module, FP8FusedExperts):
+        return parameter in module.stack_names
+    return isinstance(module, FP8Module) and parameter == "weight"
 
 
 class QuantizeWeight(ConversionOps):
@@ -48,17 +75,21 @@ class QuantizeWeight(ConversionOps):
 
     @torch.no_grad()
     def convert(self, input_dict: dict[str, Any], *args: Any, model: Any = None, **kwargs: Any) -> dict[str, Any]:
-        """`{full name: tensor or [tensor]}` to `{full name: tensor}`, FP8 weights with their `weight_scale`."""
+        """`{full name: tensor or [tensor]}` to `{full name: tensor}`, FP8 weights with their `weight_scale`, stacks of
+        experts' weights with a scale of their own name."""
         self.loading.missing_keys = kwargs.get("missing_keys")
         result: dict[str, torch.Tensor] = {}
         for key, value in input_dict.items():
             tensor = value[0] if isinstance(value, list) else value
             name, _, parameter = key.rpartition(".")
             module = model.get_submodule(name)
-            if not isinstance(module, FP8Module) or parameter != "weight":
+            if not becomes_fp8(module, parameter):
                 result[key] = self.loading.keep(tensor)
                 continue
-            codes, result[f"{name}.weight_scale"] = self._quantize(name, module, tensor)
+            if isinstance(module, FP8FusedExperts):
+                codes, result[f"{key}_scale"] = self._stack(key, module, tensor)
+            else:
+                codes, result[f"{name}.weight_scale"] = self._quantize(name, module, tensor)
             result[key] = self.loading.keep(codes)
         return result
 
@@ -72,7 +103,23 @@ class QuantizeWeight(ConversionOps):
         except FP8ScaleError as error:
             self.loading.failures[name] = str(error)
             return torch.zeros(expected, dtype=scheme.fmt.dtype), torch.full((1,), torch.nan)
-        self.loading.observe_weight(name, tensor, weight, maxabs)
+        self.loading.digests[f"{name}.weight"] = weight_digest(tensor)
+        self.loading.observe_weight(name, weight, maxabs)
+        return codes, scale
+
+    def _stack(self, key: str, module: FP8FusedExperts, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        parameter = key.rpartition(".")[2]
+        room = module._parameters[parameter], module._parameters[f"{parameter}_scale"]
+        expected, found = tuple(room[0].shape), tuple(to_out_in(module, tensor).shape)  # type: ignore[union-attr]
+        try:
+            if found != expected:
+                raise FP8ScaleError(f"the checkpoint's weights are {found}, the model expects {expected}")
+            codes, scale = module.quantized(parameter, tensor)
+        except FP8ScaleError as error:
+            self.loading.failures[key] = str(error)
+            codes = torch.zeros(expected, dtype=module.scheme.fmt.dtype)
+            return codes, torch.full(room[1].shape, torch.nan)  # type: ignore[union-attr]
+        self.loading.digests[key] = weight_digest(tensor)
         return codes, scale
 
 
@@ -107,6 +154,14 @@ class CheckCodes(ConversionOps):
         return _IdentityOp()
 
 
+def freeze(model: nn.Module) -> None:
+    """Take the gradient from codes and scales, to which transformers gives one."""
+    for module, handler in converted_modules(model).values():
+        for name, tensor in handler.held(module).items() if handler.family.replaced else ():
+            if is_fp8(tensor.dtype) or name.endswith("_scale"):
+                tensor.requires_grad_(False)
+
+
 class ScaleRenaming(WeightRenaming):
     """Renames attention's scales in checkpoints of format version 1: `Y.q_scale` to `Y.fp8_scales.q_scale`.
 
@@ -129,13 +184,28 @@ class ScaleRenaming(WeightRenaming):
         return renamed, self.source_patterns[0]
 
 
-def without_fp8(conversions: Iterable[Any], fp8_names: Iterable[str]) -> list[Any]:
+def without_fp8(conversions: Iterable[Any], keys: Iterable[str]) -> list[Any]:
     """A model's weight conversions less those that would merge, split or permute FP8 weights, and less our own.
 
     An FP8 checkpoint keeps its weights as they are in memory, because codes and scales belong together.
+
+    Args:
+        conversions: of the model.
+        keys: names of its tensors that are FP8 codes, as `keys_of_codes` gives them.
     """
-    keys = [f"{name}.weight" for name in fp8_names]
-    return [each for each in conversions if not _is_ours(each) and not _touches(each, keys)]
+    known = list(keys)
+    return [each for each in conversions if not _is_ours(each) and not _touches(each, known)]
+
+
+def keys_of_codes(model: nn.Module) -> list[str]:
+    """The names in a checkpoint of all FP8 codes of a model, and what lies beside stacks of them."""
+    return [
+        f"{name}.{key}"
+        for name, (module, handler) in converted_modules(model).items()
+        if handler.family.replaced
+        for key in handler.state(module)
+        if not key.endswith("_scale") and key != "bias"
+    ]
 
 
 def _is_ours(conversion: Any) -> bool:

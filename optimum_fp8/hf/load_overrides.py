@@ -14,7 +14,7 @@ from ..scales import STATIC, WEIGHT_ONLY
 from ..selection import Decision, reschemed
 
 # What may be chosen while loading, and what a checkpoint does not tell.
-_LOADING_KEYS = ("target", "dequantize", "mode", "dump_stats_path")
+_LOADING_KEYS = ("target", "dequantize", "scale_format", "mode", "dump_stats_path")
 _BY_MODULE, _TARGET = "_requested_by_module", "_requested_target"
 
 
@@ -41,11 +41,13 @@ def apply_load_overrides(config: FP8Config) -> str:
             continue
         raise FP8CheckpointError(
             f"{key}={value!r} was asked for, but the checkpoint was quantized with {getattr(config, key)!r}: only "
-            "target and dequantize can be chosen when loading; quantize the original model again for the rest"
+            "target, dequantize and scale_format can be chosen when loading; quantize the original model again for the "
+            "rest"
         )
     if requested.get("mode", "AUTO") not in ("AUTO", "LOAD"):
         raise FP8CheckpointError(f"mode={requested['mode']!r}: this checkpoint is FP8 already; use mode='AUTO'")
     config.dequantize = requested.get("dequantize", config.dequantize)
+    config.scale_format = requested.get("scale_format", config.scale_format)
     made_for = config.resolved_target
     if requested.get("target", "auto") != "auto":
         config.target = config.__dict__[_TARGET] = requested["target"]

@@ -9,14 +9,17 @@ Likewise the state dict that `save_pretrained` is given, which it replaces by wh
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import FP8NotAvailableError
 from ..lifecycle import Origin
+from ..modules.fused_experts import FP8FusedExperts
+from ..selection import Decision
 
 _ARGUMENTS = (
     *("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"),
@@ -46,15 +49,53 @@ def refuse_distributed_loading() -> None:
     Raises:
         FP8NotAvailableError: it was told to, by `tp_plan`, `device_mesh` or a `distributed_config`.
     """
+    if asked := _asked_to_spread():
+        raise FP8NotAvailableError(
+            f"calibration of a model that from_pretrained spreads over processes ({asked}): load it whole in "
+            "each process, or measure it with prepare, after fully_shard; the FP8 "
+            "checkpoint can be used in any way"
+        )
+
+
+def refuse_spread_experts(model: nn.Module) -> None:
+    """Refuse to spread over processes what holds the stacked weights of experts in FP8.
+
+    Raises:
+        FP8NotAvailableError: `from_pretrained` was told to, and the model has such experts.
+    """
+    names = [name for name, module in model.named_modules() if isinstance(module, FP8FusedExperts)]
+    if names and (asked := _asked_to_spread()):
+        raise FP8NotAvailableError(
+            f"{len(names)} modules of experts in FP8 ({names[0]}, …) cannot be spread over processes by expert or "
+            f"tensor parallelism ({asked}): their plans know nothing of scales; load the model whole in each "
+            "process, or put the experts on the blocklist and quantize again"
+        )
+
+
+def refuse_experts_on_disk(decisions: Iterable[Decision], device_map: Any) -> None:
+    """Refuse to leave the stacked weights of experts in FP8 on disk.
+
+    Raises:
+        FP8NotAvailableError: `device_map` puts some there.
+    """
+    on_disk = [key for key, device in device_map.items() if device == "disk"] if isinstance(device_map, dict) else []
+    names = [each.name for each in decisions if each.selected and each.handler.kind == "fused_experts"]
+    found = [name for name in names if any(key == "" or f"{name}.".startswith(f"{key}.") for key in on_disk)]
+    if found:
+        raise FP8NotAvailableError(
+            f"device_map puts {len(found)} modules of experts in FP8 on disk ({found[0]}, …), from where their stacks "
+            "cannot be brought in: leave them on a device or on the CPU"
+        )
+
+
+def _asked_to_spread() -> str | None:
+    """The argument of the `from_pretrained` under way that spreads the model over processes, or None."""
     for frame in _calls("from_pretrained"):
         values = frame.f_locals
         found = [name for name in ("tp_plan", "device_mesh", "distributed_config") if values.get(name) is not None]
         if found:
-            raise FP8NotAvailableError(
-                f"calibration of a model that from_pretrained spreads over processes ({found[-1]}): load it whole in "
-                "each process, or measure it with prepare, after fully_shard; the FP8 "
-                "checkpoint can be used in any way"
-            )
+            return found[-1]
+    return None
 
 
 def given_state_dict(model: Any) -> Mapping[str, torch.Tensor] | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,20 +42,30 @@ from ..lifecycle import (
     state_of,
     stored_measurements,
 )
-from ..measure import (
-    architecture,
-    check_dump_path,
-    model_fingerprint,
-    observer_class,
-    processes,
-    weight_digest,
-)
-from ..modules import FP8Module, fp8_modules, swap
+from ..measure import architecture, check_dump_path, model_fingerprint, processes
+from ..modules import fp8_modules, swap
 from ..modules.handler import Change, Reason, Target, converted_modules, pack_all
 from ..selection import Decision, names_in_checkpoint, select
-from .conversions import CheckCodes, Loading, QuantizeWeight, ScaleRenaming, without_fp8
+from .backends import set_up_devices
+from .conversions import (
+    CheckCodes,
+    Loading,
+    QuantizeWeight,
+    ScaleRenaming,
+    becomes_fp8,
+    freeze,
+    keys_of_codes,
+    observe_weight,
+    without_fp8,
+)
 from .load_overrides import apply_load_overrides, check_module_overrides, settle_target
-from .loading_call import given_state_dict, loading_origin, refuse_distributed_loading
+from .loading_call import (
+    given_state_dict,
+    loading_origin,
+    refuse_distributed_loading,
+    refuse_experts_on_disk,
+    refuse_spread_experts,
+)
 from .parts import adopt_parts, config_of_part, models_inside
 from .saving import config_to_save, mark_as_quantized, tensors_to_save
 from .sequential import OntoDisk, without_disk
@@ -74,10 +85,9 @@ class FP8Quantizer(HfQuantizer):
         self.quantization_config: FP8Config = quantization_config
         self._decisions: list[Decision] = []
         self._chosen: dict[str, str] = {}
-        self._digests: dict[str, str] = {}
         self._untied: list[Change] = []
         self._measured = empty_measurements(quantization_config)
-        self._loading = Loading(self._observe_weight)
+        self._loading = Loading(partial(observe_weight, self._measured, quantization_config))
         self._origin: Origin | None = None
         self._batches: Iterator[Any] | None = None
         self._onto_disk: OntoDisk | None = None
@@ -100,6 +110,8 @@ class FP8Quantizer(HfQuantizer):
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Called twice: with the `device_map` as given, and with it resolved, if that was to be done."""
         device_map = kwargs.get("device_map")
+        refuse_experts_on_disk(self._decisions, device_map)
+        set_up_devices(device_map)
         if self._onto_disk is not None:
             if isinstance(device_map, dict) and "weights_only" not in kwargs:
                 device_map.update(without_disk(device_map))
@@ -162,6 +174,8 @@ class FP8Quantizer(HfQuantizer):
             if made is not None:
                 replacements[target.module] = made
         swap(model, replacements)
+        refuse_spread_experts(model)
+        refuse_experts_on_disk(self._decisions, kwargs.get("device_map"))
         if self.pre_quantized:
             check_intact(model, self._decisions, config, self._made_for, files)
         if self._onto_disk is not None:
@@ -181,7 +195,7 @@ class FP8Quantizer(HfQuantizer):
         if kept and self.quantization_config.format_version < 2:
             renamings = [ScaleRenaming(kept)]
         check = WeightConverter(r"\.weight$", ".weight", [CheckCodes(self._loading)])
-        return [*renamings, *without_fp8(weight_conversions, fp8_modules(model)), check]
+        return [*renamings, *without_fp8(weight_conversions, keys_of_codes(model)), check]
 
     def _look_first(self, model: Any) -> None:
         """Find what is wrong with paths and data before the weights are read, which takes long."""
@@ -209,7 +223,7 @@ class FP8Quantizer(HfQuantizer):
         if self.pre_quantized:
             return False
         name, _, parameter = param_name.rpartition(".")
-        if parameter == "weight" and isinstance(model.get_submodule(name), FP8Module):
+        if becomes_fp8(model.get_submodule(name), parameter):
             return True
         # Asked again of what has been loaded, it is about shapes: those of all others are transformers' to check.
         loads = self._loading.missing_keys is None
@@ -226,18 +240,6 @@ class FP8Quantizer(HfQuantizer):
     def get_quantize_ops(self) -> QuantizeWeight:
         return QuantizeWeight(self._loading)
 
-    def _observe_weight(self, name: str, stored: torch.Tensor, weight: torch.Tensor, maxabs: torch.Tensor) -> None:
-        """Remember what only the high-precision weight can tell: its part of the fingerprint, and its range."""
-        self._digests[f"{name}.weight"] = weight_digest(stored)
-        if weight.is_meta:  # loaded for its shapes and names alone
-            return
-        if "weight" in self.quantization_config.measured:
-            known = observer_class(self._measured.observer).from_range(maxabs, weight.numel())
-            if known is not None:  # no second pass over the weight
-                self._measured.add(name, "weight", known)
-            else:
-                self._measured.observe(name, "weight", weight)
-
     # --- after loading --------------------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -246,10 +248,7 @@ class FP8Quantizer(HfQuantizer):
         if self.pre_quantized:
             advice = "quantize the original model, loaded with this class"
         check_complete(model, self._loading.missing_keys, advice)
-        for module in fp8_modules(model).values():
-            for parameter in (module.codes, *module.scales().values()):
-                if parameter is not None:
-                    parameter.requires_grad_(False)
+        freeze(model)
         if self.pre_quantized:
             self._finish_checkpoint(model)
         elif self.quantization_config.mode == "MEASURE":
@@ -265,8 +264,8 @@ class FP8Quantizer(HfQuantizer):
         set_state(model, state)
         if config.dequantize:
             self._dequantize(model, model.dtype)
-            # transformers would take our own conversions back when it saves the model.
-            model._weight_conversions = without_fp8(getattr(model, "_weight_conversions", None) or [], ())
+            # transformers would take our own conversions back when it saves the model; so it looks up its own.
+            model.__dict__.pop("_weight_conversions", None)
             return
         fit_to_target(converted_targets(model, state), self._made_for)
         targets = state.targets(model)
@@ -290,10 +289,10 @@ class FP8Quantizer(HfQuantizer):
 
     def _finish_on_the_fly(self, model: Any) -> None:
         config = self.quantization_config
-        self._measured.fingerprint = model_fingerprint(model, self._digests)
+        self._measured.fingerprint = model_fingerprint(model, self._loading.digests)
         self._measured.architecture = architecture(model)
         state = FP8State(
-            config, self._decisions, Phase.MEASURING, self._measured, origin=self._origin, digests=self._digests
+            config, self._decisions, Phase.MEASURING, self._measured, origin=self._origin, digests=self._loading.digests
         )
         set_state(model, state)
         if needs_ranges(state) and not self._find_ranges(model, state):

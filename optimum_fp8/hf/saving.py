@@ -17,8 +17,9 @@ from ..errors import FP8CheckpointError
 from ..formats import is_fp8, not_finite
 from ..lifecycle import FP8State
 from ..modules import fp8_modules
+from ..modules.handler import Change
 from ..selection import with_limits
-from .conversions import without_fp8
+from .conversions import keys_of_codes, without_fp8
 from .resizing import guard_resizing
 from .ties import untie
 
@@ -38,7 +39,10 @@ def mark_as_quantized(model: Any, config: FP8Config, state: FP8State) -> None:
     if conversions is None:  # made from a config: what transformers would look up when saving
         conversions = get_model_conversion_mapping(model, add_legacy=False)
         conversions = [conversion for conversion in conversions if not isinstance(conversion, PrefixChange)]
-    model._weight_conversions = without_fp8(conversions, names)
+    before, kept = getattr(model, "_weight_conversions", None), without_fp8(conversions, keys_of_codes(model))
+    if kept != before:
+        model._weight_conversions = kept
+        state.changes.append(Change(model, "_weight_conversions", before))
     state.changes += [*untie(model, names), *guard_resizing(model)]
 
 

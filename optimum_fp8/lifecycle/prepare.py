@@ -81,7 +81,12 @@ def start_observing(model: nn.Module, state: FP8State) -> None:
     if needs_ranges(state):
         refuse_partial_activations(model)
         processes()
-    state.observers = Observers(state.measurements, state.config.measured, partial(model_fingerprint, model))
+    state.observers = Observers(
+        state.measurements,
+        state.config.measured,
+        partial(model_fingerprint, model),
+        all_experts=state.config.calibrate_all_experts,
+    )
     for target in targets:
         target.handler.observe(target, state.observers)
     state.observers.watch_masks(model)

@@ -44,9 +44,10 @@ def model_fingerprint(model: nn.Module, known: Mapping[str, str] | None = None) 
         known: digests by parameter name of weights that were in high precision before they became FP8.
     """
     digests = dict(known or {})
+    in_fp8 = {name.rpartition(".")[0] for name in digests}
     for name, parameter in model.named_parameters():
-        weight = f"{name.rpartition('.')[0]}.weight" if name.endswith("_scale") else name
-        if weight not in digests and parameter.numel():
+        is_scale = name.endswith("_scale") and name.rpartition(".")[0] in in_fp8
+        if name not in digests and not is_scale and parameter.numel():
             digests[name] = weight_digest(parameter)
     lines = "\n".join(f"{name} {digests[name]}" for name in sorted(digests))
     return hashlib.sha256(lines.encode()).hexdigest()[:32]

@@ -31,6 +31,8 @@ class Observers:
         measurements: where ranges are kept.
         kinds: which tensors of a layer are measured, of "input", "output" and "weight".
         fingerprint: gives that of the model; called when the first tensor is measured.
+        all_experts: whether each of several experts whose weights are stacked is measured with all tokens, and not
+            just with those that are sent to it.
 
     Attributes:
         began_with: the fingerprint of the model whose activations were measured first; None as long as none were.
@@ -41,8 +43,10 @@ class Observers:
         measurements: Measurements,
         kinds: Iterable[str] = ("input", "weight"),
         fingerprint: Callable[[], str] | None = None,
+        *,
+        all_experts: bool = False,
     ):
-        self.measurements, self.kinds = measurements, frozenset(kinds)
+        self.measurements, self.kinds, self.all_experts = measurements, frozenset(kinds), all_experts
         self.began_with: str | None = None
         self._fingerprint = fingerprint
         self._weights: dict[str, tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor]]] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from .. import ops
 from ..errors import FP8NotAvailableError, FP8StateError
-from ..formats import is_fp8, not_finite
+from ..formats import codes_beyond, is_fp8, not_finite
 from ..ops.fp8_tensor import FP8Tensor
 from ..scales import PerTensor, ScaleRule, Scheme, unsound
 from .weight import FP8Weight, asked_by_mover, frozen, stored_shape, stored_weight
@@ -55,10 +55,10 @@ class FP8Module(nn.Module):
 
     def __init__(self, shape: torch.Size, origin: Any, scheme: Scheme):
         super().__init__()
-        self.__dict__.update(_attributes(origin))
+        self.__dict__.update(own_attributes(origin))
         self._buffers, self._modules = dict(origin._buffers), dict(origin._modules)
         self._non_persistent_buffers_set = set(origin._non_persistent_buffers_set)
-        self.__dict__["origin"] = _shell(origin)  # not a submodule
+        self.__dict__["origin"] = shell_of(origin)  # not a submodule
         device = origin.weight.device
         self.weight_shape, self._dimensions = shape, len(shape)
         self.high_precision: torch.dtype = origin.weight.dtype
@@ -84,8 +84,8 @@ class FP8Module(nn.Module):
 
     def restored(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The original module, with the dequantized weight in `dtype` (by default `high_precision`)."""
-        module, dtype = _shell(self.origin), dtype or self.high_precision
-        kept = [name for name in _attributes(module) if name not in _OURS and name in vars(self)]
+        module, dtype = shell_of(self.origin), dtype or self.high_precision
+        kept = [name for name in own_attributes(module) if name not in _OURS and name in vars(self)]
         module.__dict__.update({name: vars(self)[name] for name in kept})
         module._buffers, module._modules = self._buffers, self._modules
         module.weight = nn.Parameter(self.to_out_in(self.dequantized_weight(dtype)).contiguous())
@@ -170,8 +170,10 @@ class FP8Module(nn.Module):
         if codes is not None and codes.ndim == 2 and not codes.is_meta:
             codes.data = packing.matrix(codes.data)
             self.record.watch(codes)
-        if packing.constants and self.scheme.constant_scales:
-            for scale in self.scales().values():
+        if packing.constants:
+            if self.input_scale is not None:
+                ops.keep_inverse(self.input_scale)
+            for scale in self.scales().values() if self.scheme.constant_scales else ():
                 ops.mark_constant(scale, self.scheme.fmt.hardware_scales)
 
     def dequantized_weight(self, dtype: torch.dtype) -> torch.Tensor:
@@ -262,11 +264,8 @@ class FP8Module(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "origin" in self.__dict__ and not name.startswith("__"):
-                for cls in type(self.origin).__mro__[: -len(nn.Module.__mro__)]:
-                    if name in vars(cls):
-                        found = vars(cls)[name]
-                        return found.__get__(self, type(self)) if hasattr(found, "__get__") else found
+            for found in of_original_class(self, name):
+                return found
             raise
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FP8Module:
@@ -301,6 +300,8 @@ class FP8Module(nn.Module):
                 errors.append(f"{prefix}weight is {weight.dtype}, expected FP8 codes in {codes.dtype}")
             elif not_finite(weight):
                 errors.append(f"{prefix}weight holds codes that are NaN or Inf: it is damaged")
+            elif wrong := codes_beyond(weight, self.scheme.fmt):
+                errors.append(f"{prefix}weight {wrong}: it was made for another target")
             if f"{prefix}weight_scale" not in state_dict:
                 errors.append(f"{prefix}weight_scale is missing: codes mean nothing without their scale")
             if weight.shape == stored_shape(self.weight_shape):
@@ -319,6 +320,8 @@ class FP8Module(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.record.watch(self.codes)  # a copy counts its own calls
+        if self._parameters.get("weight_scale") is not None:
+            self.pack()  # what was known of a parameter is not copied
 
     def extra_repr(self) -> str:
         fmt = self.scheme.fmt
@@ -328,12 +331,22 @@ class FP8Module(nn.Module):
 _OURS = frozenset({"name", "origin", "scheme", "record", "high_precision", "input_rule", "weight_shape", "_dimensions"})
 
 
-def _attributes(module: Any) -> dict[str, Any]:
+def own_attributes(module: Any) -> dict[str, Any]:
     """The attributes of a module that are its own: geometry, and what users put there."""
     return {name: value for name, value in vars(module).items() if name not in _OF_THE_INSTANCE}
 
 
-def _shell(module: Any) -> Any:
+def of_original_class(module: nn.Module, name: str) -> Iterator[Any]:
+    """What the class that an FP8 module stands for has under a name, bound to this module, if it has it."""
+    if "origin" in module.__dict__ and not name.startswith("__"):
+        for cls in type(module.origin).__mro__[: -len(nn.Module.__mro__)]:
+            if name in vars(cls):
+                found = vars(cls)[name]
+                yield found.__get__(module, type(module)) if hasattr(found, "__get__") else found
+                return
+
+
+def shell_of(module: Any) -> Any:
     """A copy of a module without parameters, and without what accelerate hung on it."""
     shell = copy.copy(module)
     shell._parameters = dict.fromkeys(module._parameters)

@@ -6,9 +6,8 @@ INC knows them by the names of their classes, and so does this handler. The bloc
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,12 +16,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
-from ..errors import FP8CheckpointError, FP8ScaleError
+from ..errors import FP8ScaleError
 from ..formats import NumberFormat, is_fp8
 from ..measure import Observers
 from ..measure.inc.names import INTERMEDIATE
 from ..ops.reference_experts import ACTIVATIONS
-from ..scales import WEIGHT_ONLY, PerChannel, PerTensor, Scheme, quantize_weight
+from ..scales import PerChannel, PerTensor, Scheme, quantize_weight
 from .expert_layouts import (
     CHILD,
     ENCLOSING_TYPES,
@@ -35,7 +34,8 @@ from .expert_layouts import (
     replace_experts,
     weight_of,
 )
-from .experts import SCALES, FP8Experts, Routed, stacked
+from .expert_ranges import static_scales, warn_of_unreached, why_missing
+from .experts import SCALES, FP8Experts, Routed, refuse_codes_beyond, stacked
 from .handler import (
     Conversion,
     FitWeight,
@@ -49,10 +49,6 @@ from .handler import (
     register_handler,
 )
 from .layer import LAYERS
-from .linear import FP8Linear
-from .weight import frozen
-
-logger = logging.getLogger(__name__)
 
 _REPLACED = "_optimum_fp8_replaced"
 
@@ -105,36 +101,17 @@ class ExpertsHandler(ModuleHandler):
             observers.add_tokens(target.name)
 
     def missing(self, target: Target) -> Why | None:
-        if target.scheme.needs_ranges and ("input" not in target.ranges.kinds or not _reached(target)):
-            return Why(Reason.NEVER_REACHED)
-        return None
+        return why_missing(target, _numbers(target.module))
 
     # --- converting -----------------------------------------------------------------------------------------------
 
     def scales_for(self, target: Target) -> dict[str, torch.Tensor]:
-        """The static scales of what is rounded at run time, by name.
-
-        An expert that calibration never reached is scaled as the one of its block with the largest range.
-        """
-        scheme, numbers = target.scheme, _numbers(target.module)
-        if not scheme.is_static:
-            return {}
-        if not scheme.needs_ranges:
-            one = scheme.static_scale(torch.zeros(()))
-            return {"input_scale": one, "intermediate_scale": one.reshape(1, 1, 1).repeat(len(numbers), 1, 1)}
-        reached = _reached(target)
-        largest = max(reached, key=lambda number: reached[number])
-        scales = [target.static_scale(f"{INTERMEDIATE}{n if n in reached else largest}") for n in numbers]
-        return {
-            "input_scale": target.static_scale("input"),
-            "intermediate_scale": torch.stack(scales).reshape(-1, 1, 1),
-        }
+        return static_scales(target, _numbers(target.module))
 
     def convert(self, target: Target, model: nn.Module, quantize: Quantize) -> Conversion:
         module, layout = target.module, _layout(target.module)
         scales = self.scales_for(target)
-        if target.scheme.needs_ranges:
-            _warn_of_unreached(target)
+        warn_of_unreached(target, _numbers(module))
         made = _experts(target, layout)
         matrices = layout.matrices(module)
         above = _quantized(target, [each[:-1] for each in matrices], layout.paths[:-1])
@@ -179,15 +156,8 @@ class ExpertsHandler(ModuleHandler):
         if saved is None:
             return None
         module, layout = target.module, _layout(target.module)
-        made, scheme = _experts(target, layout), replace(target.scheme, activations=WEIGHT_ONLY)
-        for number, matrices in zip(made.numbers, layout.matrices(module), strict=True):
-            layers = {part: _layer(each, scheme) for part, each in zip(layout.parts, matrices, strict=True)}
-            made.add_module(str(number), nn.ModuleDict(layers))
-            for part, layer in layers.items():
-                layer.name = f"{target.name}.{CHILD}.{number}.{part}"
-        if target.scheme.is_static:
-            for name, shape in zip(SCALES, ((1,), (len(made.numbers), 1, 1)), strict=True):
-                made.register_parameter(name, frozen(torch.full(shape, torch.nan, device="meta")))
+        made = _experts(target, layout)
+        made.expect([(matrix.weight.shape[-2], matrix.weight.shape[-1]) for matrix in layout.matrices(module)[0]])
         around = _around(target.model, target.name) if target.model is not None else None
         module.__dict__[_REPLACED] = replace_experts(module, layout, made, around)
         return None
@@ -224,18 +194,19 @@ class ExpertsHandler(ModuleHandler):
         assert experts is not None
         experts.stack()
         if fmt.full_scale >= made_for.full_scale:
-            _refuse_codes_beyond(target.name, experts, fmt)
+            refuse_codes_beyond(target.name, experts, fmt)
             return
-        stacks, two = (experts.gate_up_proj, experts.down_proj), torch.full((1,), 2.0, device=experts.down_proj.device)
-        gate_up, down = (ops.cast_to_fp8(codes, two, fmt.dtype, fmt.full_scale) for codes in stacks)
-        experts.set_weights(gate_up, experts.gate_up_proj_scale * two, down, experts.down_proj_scale * two)
+        two = torch.full((1,), 2.0, device=experts.down_proj.device)
+        gate_up, down = (ops.cast_to_fp8(codes, two, fmt.dtype, fmt.full_scale) for codes in experts.stacks())
+        gate_up_scale, down_scale = experts.stack_scales()
+        experts.set_weights(gate_up, gate_up_scale * two, down, down_scale * two)
 
     def row(self, module: Any) -> Row | None:
         experts = _fp8(module)
         if experts is None or not experts.is_stacked:
             return None
         scheme, dtype = experts.scheme, experts.high_precision
-        return Row(scheme.activations, experts.record, str(scheme), experts.scales(), high_precision=dtype)
+        return Row(scheme.activations, experts.record, str(scheme), experts.reported(), high_precision=dtype)
 
 
 @dataclass
@@ -274,30 +245,12 @@ def _observe_intermediates(observers: Observers, name: str, module: Any, call: R
             continue
         rows = hidden[(table == number).any(dim=1)]
         tokens[number] = len(rows)
+        rows = hidden if observers.all_experts else rows
         if len(rows):
             weights = [weight_of(matrix).to(rows.dtype) for matrix in matrices[:-1]]
             gate, up = torch.cat([F.linear(rows, weight) for weight in weights], dim=1).chunk(2, dim=1)
             observers.observe(name, f"{INTERMEDIATE}{number}", activation(gate) * up)
     observers.add_tokens(name, tokens)
-
-
-def _reached(target: Target) -> dict[int, float]:
-    """The ranges of the experts that calibration has reached, by their numbers."""
-    kinds = {number: f"{INTERMEDIATE}{number}" for number in _numbers(target.module)}
-    ranges = {number: float(target.ranges.of(kind)) for number, kind in kinds.items() if kind in target.ranges.kinds}
-    return {number: found for number, found in ranges.items() if found > 0}
-
-
-def _warn_of_unreached(target: Target) -> None:
-    numbers, reached = _numbers(target.module), _reached(target)
-    unreached = [number for number in numbers if number not in reached]
-    if unreached:
-        logger.warning(
-            "%s: %d of %d experts were never reached by calibration (%s%s): what goes into their down projections is "
-            "scaled by the largest range of the others; calibrate with more, or more varied data",
-            *(target.name, len(unreached), len(numbers), ", ".join(map(str, unreached[:8]))),
-            ", …" if len(unreached) > 8 else "",
-        )
 
 
 def _layout(module: nn.Module) -> ExpertLayout:
@@ -342,14 +295,6 @@ def _experts(target: Target, layout: ExpertLayout) -> FP8Experts:
     return made
 
 
-def _layer(matrix: Any, scheme: Scheme) -> FP8Linear:
-    """Room for the codes and the scale of one weight."""
-    weight = matrix.weight
-    out, size = weight.shape[-2:]
-    dtype = torch.bfloat16 if is_fp8(weight.dtype) else weight.dtype
-    return FP8Linear(nn.Linear(size, out, bias=False, device="meta", dtype=dtype), scheme)
-
-
 def _quantized(
     target: Target, experts: Sequence[Sequence[Any]], paths: Sequence[str]
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -384,17 +329,6 @@ def _compute_as_before(module: nn.Module, layout: ExpertLayout) -> None:
 
 def _in_fp8(module: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     return module.experts(_layout(module).routed(*args, **kwargs))
-
-
-def _refuse_codes_beyond(name: str, experts: FP8Experts, fmt: NumberFormat) -> None:
-    for codes in (experts.gate_up_proj, experts.down_proj) if fmt.full_scale < 448 else ():
-        largest = float((codes.view(torch.uint8) & 0x7F).max().view(fmt.dtype).float())  # without the sign
-        if largest > fmt.full_scale:
-            raise FP8CheckpointError(
-                f"{name} holds codes up to {largest:g}, but {fmt.target} reads those above {fmt.full_scale:g} as Inf: "
-                "the checkpoint was not made for it; pass the target when loading instead of changing the "
-                "checkpoint's configuration"
-            )
 
 
 register_handler(ExpertsHandler())

@@ -32,6 +32,7 @@ class Reason(Enum):
     UNFIT = "it cannot be converted"
     CODES = "its weight is quantized already"
     KEPT = "kept by default: head, tied or float32"
+    ROUTES = "kept by default: it chooses experts"
     NOT_ALLOWED = "not in allowlist"
     IMPLEMENTATION_CHOSEN = "another attention implementation was chosen"
     NEVER_REACHED = "never reached by calibration"
@@ -183,9 +184,11 @@ class ModuleHandler:
         operations: of attention, by INC's names, that a module of this kind does by itself; lists may switch each.
         known_types: these, and names that lists of a configuration may hold although a model has no such class.
         family: what it has in common with other kinds.
+        unlisted_before: whether older versions left modules of this kind in high precision without listing them.
     """
 
     kind: str = ""
+    unlisted_before: bool = False
     types: tuple[str, ...] = ()
     operations: tuple[str, ...] = ()
     family: Family
@@ -356,9 +359,15 @@ def find_all(model: nn.Module) -> dict[str, tuple[Any, ModuleHandler]]:
 
 
 def pack_all(model: nn.Module) -> None:
-    """Bring the tensors of all converted modules into the form that the backend in use wants."""
+    """Bring the tensors of all converted modules into the form that the backend in use wants, and start it up with the
+    model, if all of them lie on its device."""
+    devices: set[torch.device] = set()
     for module, handler in converted_modules(model).values():
         handler.pack(module)
+        devices |= {tensor.device for tensor in handler.state(module).values()}
+    packings = {ops.packing_for(device) for device in devices}
+    if len(packings) == 1 and (packing := packings.pop()) is not None:
+        packing.initialize(model)
 
 
 def converted_modules(model: nn.Module) -> dict[str, tuple[Any, ModuleHandler]]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import FP8CheckpointError, FP8NotAvailableError, FP8ScaleError
-from ..formats import NumberFormat, holds_codes
+from ..formats import NumberFormat, codes_beyond, holds_codes
 from ..measure import Observers
 from ..scales import Scheme, always_fits
 from .base import FP8Module
@@ -178,14 +178,11 @@ class LayerHandler(ModuleHandler):
             if module.codes.is_meta:
                 raise FP8NotAvailableError(f"{name}: changing the target to {fmt.target} cannot be offloaded")
             module.set_weight(*fit(module.codes, module.weight_scale, target.scheme))
-        elif fmt.full_scale < 448 and not module.codes.is_meta:
-            largest = float((module.codes.view(torch.uint8) & 0x7F).max().view(fmt.dtype).float())  # without the sign
-            if largest > fmt.full_scale:
-                raise FP8CheckpointError(
-                    f"{name}.weight holds codes up to {largest:g}, but {fmt.target} reads those above "
-                    f"{fmt.full_scale:g} as Inf: the checkpoint was not made for it; pass the target when loading "
-                    "instead of changing the checkpoint's configuration"
-                )
+        elif wrong := codes_beyond(module.codes, fmt):
+            raise FP8CheckpointError(
+                f"{name}.weight {wrong}: the checkpoint was not made for it; pass the target when loading instead of "
+                "changing the checkpoint's configuration"
+            )
 
     def row(self, module: Any) -> Row | None:
         if not isinstance(module, FP8Module):

@@ -31,6 +31,8 @@ class ModuleReport:
         scheme: how it is scaled and computed; empty in high precision.
         type_path: full name of its class.
         parameters: values of its parameters without scales; those it shares with a module before it count there.
+        intermediate_scale: of experts, the smallest and the largest static scale of what goes into their last products.
+        tokens_of_experts: of experts, how many tokens calibration sent to each; () if that was not measured.
     """
 
     name: str
@@ -45,6 +47,8 @@ class ModuleReport:
     scheme: str = ""
     type_path: str = ""
     parameters: int = 0
+    intermediate_scale: tuple[float, float] | None = None
+    tokens_of_experts: tuple[int, ...] = ()
 
     @property
     def label(self) -> str:
@@ -84,13 +88,21 @@ class OtherReport:
 
 
 def module_report(
-    name: str, types: Sequence[str], reason: str, row: Row | None, parameters: int, *, measuring: bool
+    name: str,
+    types: Sequence[str],
+    reason: str,
+    row: Row | None,
+    parameters: int,
+    *,
+    measuring: bool,
+    tokens: tuple[int, ...] = (),
 ) -> ModuleReport:
-    """The row of one candidate, of which `types` are the names of its class."""
+    """The row of one candidate, of which `types` are the names of its class, and `tokens` those of its experts."""
     type_name, type_path = types[0], types[-1]
     if row is None:
         reason = "measuring" if reason == "selected" else reason
-        return ModuleReport(name, type_name, False, reason, type_path=type_path, parameters=parameters)
+        known = {"type_path": type_path, "parameters": parameters, "tokens_of_experts": tokens}
+        return ModuleReport(name, type_name, False, reason, **known)  # type: ignore[arg-type]
     kernels, fallbacks = call_counts(row.record)
     scales = {key: min_max(scale) for key, scale in row.scales.items() if not scale.is_meta}
     return ModuleReport(
@@ -106,7 +118,18 @@ def module_report(
         row.scheme,
         type_path,
         parameters,
+        scales.get("intermediate_scale"),
+        tokens,
     )
+
+
+def tokens_line(modules: Sequence[ModuleReport]) -> str:
+    """What calibration sent to the experts of all modules, in a sentence; empty where that was not measured."""
+    counted = [tokens for module in modules for tokens in module.tokens_of_experts]
+    if not counted:
+        return ""
+    none = f"; none to {counted.count(0)} of {len(counted)}" if 0 in counted else ""
+    return f"calibration sent {min(counted)} to {max(counted)} tokens to each of {len(counted)} experts{none}"
 
 
 def module_lines(modules: Sequence[ModuleReport], others: Sequence[OtherReport], parameters: int) -> list[str]:

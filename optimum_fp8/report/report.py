@@ -15,7 +15,7 @@ from ..lifecycle import Phase, state_of, unwrapped
 from ..modules.handler import Reason, converted_modules, find_all
 from ..selection import type_names
 from .attention import AttentionReport, attention_lines, attention_report, lists_lines
-from .modules import ModuleReport, OtherReport, module_lines, module_report
+from .modules import ModuleReport, OtherReport, module_lines, module_report, tokens_line
 from .size import Size, size_of
 from .table import counts, format_bytes, format_share
 
@@ -97,6 +97,7 @@ class QuantizationReport:
     def __str__(self) -> str:
         lines = [self._summary, _size_line(self.size), ""]
         lines += module_lines(self.modules, self.others, self.size.parameters)
+        lines += [line] if (line := tokens_line(self.modules)) else []
         missing = ops.why_reference() if "reference" in self.kernels else None
         if missing:
             lines.append(f"the reference runs, which is slow: {missing}")
@@ -118,7 +119,7 @@ def quantization_report(model: nn.Module) -> QuantizationReport:
     state, size = state_of(model), size_of(model)
     if state is None:
         return _without_state(model, size)
-    modules, phase = dict(model.named_modules()), state.phase.value
+    modules, phase, counted = dict(model.named_modules()), state.phase.value, state.measurements.tokens_of_experts()
     rows: list[ModuleReport] = []
     attention: list[AttentionReport] = []
     held = _held_by([each.name for each in state.decisions if each.handler.family.replaced], size.held)
@@ -127,7 +128,9 @@ def quantization_report(model: nn.Module) -> QuantizationReport:
         row = each.handler.row(module) if module is not None else None
         if each.handler.family.replaced:
             types, parameters, measuring = each.types, held.pop(each.name, 0), state.phase is Phase.MEASURING
-            rows.append(module_report(each.name, types, each.reason, row, parameters, measuring=measuring))
+            counts_of = tuple(counted[each.name].tolist()) if each.name in counted else ()
+            own = module_report(each.name, types, each.reason, row, parameters, measuring=measuring, tokens=counts_of)
+            rows.append(own)
         else:
             bypassed = each.handler.bypassed(module) if module is not None else ""
             attention.append(attention_report(each.name, each.type, each.why, row, phase, bypassed))

@@ -50,4 +50,6 @@ def _warn(entry: str, found: Sequence[Known], config: FP8Config) -> None:
     shown = ", ".join(f"{names[0]} ({why})" for names, _, why in found[:4]) + (", …" if len(found) > 4 else "")
     heads = not config.quantize_lm_head and any(why.reason is Reason.KEPT for _, _, why in found)
     hint = "; quantize_lm_head=True lifts what holds for heads" if heads else ""
+    routes = not config.quantize_routers and any(why.reason is Reason.ROUTES for _, _, why in found)
+    hint += "; quantize_routers=True lifts what holds for routers" if routes else ""
     logger.warning("%s does nothing: it stays in high precision anyway: %s%s", entry, shown, hint)

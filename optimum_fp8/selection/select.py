@@ -20,6 +20,7 @@ from ..scales import Scheme
 from .decision import Decision
 from .idle import warn_of_idle_entries
 from .operations import allowlist_tells, helper_names, limits_by_lists
+from .routers import routers
 from .schemes import scheme_for
 from .weight_reads import first_modules, read_by_owner
 
@@ -45,6 +46,7 @@ def select(model: nn.Module, config: FP8Config, implementations: Mapping[int, st
     schemes, in_config = schemes_of(model, found, config), config_names(model, found)
     known, found = found, of_kinds_asked_for(found, schemes)
     skipped, unfit, aliases = _skipped(model, config, found), _unfit_modules(model), all_names(model)
+    routing = set() if config.quantize_routers else routers(model)
     decisions = []
     for name, (module, handler) in found.items():
         names = aliases[module]
@@ -54,7 +56,7 @@ def select(model: nn.Module, config: FP8Config, implementations: Mapping[int, st
             why = selected
         why = why or handler.refusal(module, scheme, around) or unfit.get(name)
         if (why is None or why.reason is Reason.CODES) and handler.family.replaced:
-            why = _left_out(names, module, config, skipped) or why
+            why = _left_out(names, module, config, skipped, routing) or why
         elif why is None and not handler.operations and allowlist_tells(config):
             why = _not_allowed(names, module, config)
         why = why or selected
@@ -266,10 +268,14 @@ def _listed(names: list[str], module: nn.Module, config: FP8Config) -> Why | Non
     return None
 
 
-def _left_out(names: list[str], module: nn.Module, config: FP8Config, skipped: set[str]) -> Why | None:
+def _left_out(
+    names: list[str], module: nn.Module, config: FP8Config, skipped: set[str], routing: set[nn.Module]
+) -> Why | None:
     """Why the defaults, or an allowlist, leave out a layer with these names, or None."""
     if skipped.intersection(names):
         return Why(Reason.KEPT)
+    if module in routing:
+        return Why(Reason.ROUTES)
     return _not_allowed(names, module, config)
 
 

@@ -47,11 +47,11 @@ print(optimum_fp8.quantization_report(model))
     "first",
     [
         "import optimum_fp8",
-        "import transformers, optimum_fp8",
-        "import transformers.quantizers.auto, optimum_fp8",
+        pytest.param("import transformers, optimum_fp8", marks=pytest.mark.slow),
+        pytest.param("import transformers.quantizers.auto, optimum_fp8", marks=pytest.mark.slow),
         "from transformers import LlamaForCausalLM; import optimum_fp8",
-        "from optimum_fp8 import FP8Config",
-        "import optimum_fp8.modules",
+        pytest.param("from optimum_fp8 import FP8Config", marks=pytest.mark.slow),
+        pytest.param("import optimum_fp8.modules", marks=pytest.mark.slow),
         "import pickle; pickle.loads(b'coptimum_fp8.config\\nFP8Config\\n.')",
     ],
 )
@@ -103,8 +103,10 @@ assert not failed, failed
 @pytest.mark.parametrize(
     "statements",
     [
-        ["import optimum_fp8", "import transformers.modeling_utils"],
-        ["from optimum_fp8 import FP8Config", "from optimum_fp8 import FP8Config", "from optimum_fp8 import prepare"],
+        pytest.param(["import optimum_fp8", "import transformers.modeling_utils"], marks=pytest.mark.slow),
+        pytest.param(
+            ["from optimum_fp8 import FP8Config"] * 2 + ["from optimum_fp8 import prepare"], marks=pytest.mark.slow
+        ),
         [
             "from optimum_fp8 import prepare, quantization_report",
             "import transformers.modeling_utils",

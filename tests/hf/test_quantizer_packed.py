@@ -57,6 +57,15 @@ def test_a_state_dict_goes_there_and_back(packed, tmp_path):
     assert agree(other, packed[1])
 
 
+def test_a_copy_knows_its_constants():
+    config = FP8Config(target="gaudi2", activation_scheme="dynamic", scale_method="maxabs_hw")
+    with gaudi.emulated("gaudi2"), ops.backend("hpu"):
+        model = convert(llama(), config)
+        known = [ops.constant_of(module.weight_scale) for module in fp8_modules(model).values()]
+        copied = [ops.constant_of(module.weight_scale) for module in fp8_modules(copy.deepcopy(model)).values()]
+    assert copied == known and None not in known and known
+
+
 @pytest.mark.parametrize("change", [copy.deepcopy, lambda model: model.to("cpu")], ids=["copy", "move"])
 def test_copies_and_moves(packed, change):
     assert agree(change(packed[0]), packed[1])

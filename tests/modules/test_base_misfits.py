@@ -6,7 +6,8 @@ import pytest
 import torch
 from cache.conftest import llama
 from torch import nn
-from transformers import Conv1D
+from transformers import Conv1D, MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from optimum_fp8 import FP8Config, convert, prepare, quantization_report
 from optimum_fp8.attention import AttentionPlan, attention_forward, plan_of, set_plan
@@ -169,3 +170,25 @@ def test_unsound_scales_are_not_loaded(value):
         model.state_dict()["model.layers.1.self_attn.fp8_scales.q_scale"],
         state["model.layers.1.self_attn.fp8_scales.q_scale"],
     )
+
+
+@pytest.mark.parametrize("kind", ["layer", "experts"])
+def test_codes_beyond_the_format_are_refused_in_a_state_dict(kind):
+    """Gaudi2 reads those above 240 as Inf."""
+
+    def made(target):
+        torch.manual_seed(0)
+        if kind == "layer":
+            model = nn.Sequential(nn.Linear(32, 16), nn.Linear(16, 8))
+        else:
+            sizes = {"hidden_size": 32, "intermediate_size": 16, "num_local_experts": 4, "num_experts_per_tok": 2}
+            model = nn.Sequential(MixtralSparseMoeBlock(MixtralConfig(**sizes)))
+            nn.init.normal_(model[0].experts.gate_up_proj)
+            nn.init.normal_(model[0].experts.down_proj)
+        keys = {"scale_method": "maxabs_arbitrary", "weight_backoff": 1.0, "activation_scheme": "dynamic"}
+        return convert(model, FP8Config(target=target, **keys))
+
+    wide = made("gaudi3").state_dict()
+    with pytest.raises(RuntimeError, match=r"holds codes up to 448, but gaudi2 reads those above 240 as Inf"):
+        made("gaudi2").load_state_dict(wide)
+    made("gaudi3").load_state_dict(wide)

@@ -63,7 +63,8 @@ def test_bytes_before_and_after(make, dtype):
     codes = [t for t in tensors(model) if t.dtype == torch.float8_e4m3fn]
     assert report.size.high_precision == before and report.size.parameters == parameters
     assert report.size.now == in_bytes(tensors(model)) and report.size.codes == in_bytes(codes)
-    assert report.size.scales == 4 * len(report.quantized)
+    weights = sum(4 * 3 if row.type == "MixtralExperts" else 1 for row in report.quantized)
+    assert report.size.scales == 4 * weights
     assert report.share == sum(t.numel() for t in codes) / parameters
 
 
@@ -76,15 +77,27 @@ def test_every_parameter_is_in_one_row(make):
 
 @pytest.mark.core
 def test_experts_show_although_nearly_all_candidates_are_in_fp8():
-    report = quantization_report(in_fp8(mixtral()))
+    assert quantization_report(in_fp8(mixtral())).share > 0.9
+    report = quantization_report(in_fp8(mixtral(), blocklist={"types": ["MixtralExperts"]}))
     first, *lines = str(report).splitlines()
-    share = float(re.match(r"(\d+\.\d)% of all parameters in FP8; 8 of 9 candidate modules", first)[1])
+    share = float(re.match(r"(\d+\.\d)% of all parameters in FP8; 8 of 11 candidate modules", first)[1])
     assert share < 20
-    assert [row.label for row in report.kept][0] == "MixtralExperts"
     row = next(line for line in lines if "MixtralExperts" in line)
-    assert row.startswith("model.layers.*.mlp.experts (2)") and " no " in row and "79." in row
+    assert row.startswith("model.layers.0.mlp.experts") and " no " in row and "39." in row
     small = next(line for line in lines if "MixtralRMSNorm" in line)
     assert "MixtralTopKRouter" in small, "what holds little stands together"
+
+
+def test_tokens_of_experts():
+    model = prepare(mixtral(), FP8Config(target="cpu"))
+    model(torch.arange(8)[None])
+    for report in (quantization_report(model), quantization_report(convert(model))):
+        experts = [row for row in report.modules if row.type == "MixtralExperts"]
+        assert [sum(row.tokens_of_experts) for row in experts] == [16, 16], "each token goes to two"
+        counts = [tokens for row in experts for tokens in row.tokens_of_experts]
+        line = f"calibration sent {min(counts)} to {max(counts)} tokens to each of 8 experts"
+        assert line in str(report) and (0 not in counts or f"none to {counts.count(0)} of 8" in str(report))
+    assert all(row.intermediate_scale[0] <= row.intermediate_scale[1] for row in experts)
 
 
 def test_what_no_handler_knows_has_a_row_by_class():
@@ -181,4 +194,4 @@ def test_scales_of_attention_are_no_parameters():
 def test_json_has_all_of_it():
     plain_report = json.loads(json.dumps(quantization_report(in_fp8(mixtral())).to_dict()))
     assert plain_report["bytes"]["now"] < plain_report["bytes"]["high_precision"]
-    assert plain_report["parameters"] and {row["type"] for row in plain_report["others"]} >= {"MixtralExperts"}
+    assert plain_report["parameters"] and {row["type"] for row in plain_report["others"]} >= {"MixtralTopKRouter"}

@@ -123,7 +123,8 @@ def _go(
 
 def _observe(model: nn.Module, state: FP8State, data: StoredData, walk: Walk, name: str, progress: Progress) -> None:
     """Measure what goes into the modules of one part."""
-    observers = Observers(state.measurements, state.config.measured)
+    config = state.config
+    observers = Observers(state.measurements, config.measured, all_experts=config.calibrate_all_experts)
     for target in _inside(name, state.targets(model)):
         target.handler.observe(target, observers)
     observers.watch_masks(model)
