@@ -58,6 +58,7 @@ def suite(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("workers", "outcome"),
     [([], r"::(?P<test>test_\w+) (?P<was>[A-Z]+)"), (["-n", "1"], r"\] (?P<was>[A-Z]+) .*::(?P<test>test_\w+)")],

@@ -144,6 +144,7 @@ TESTS = Path(__file__).parent
 # Tests of the repository rather than of a file: what is said in it, how it is packed, and the tests' own tools.
 OF_THE_REPOSITORY = {
     *("test_conftest.py", "test_docs.py", "test_fresh.py", "test_packaging.py", "test_promises.py", "test_style.py"),
+    "test_mutations.py",
 }
 
 

@@ -84,6 +84,7 @@ raise SystemExit(main(parser.parse_args(sys.argv[1:])))
 """
 
 
+@pytest.mark.slow
 def test_a_model_in_the_cache_of_the_hub(tmp_path):
     repository, commit = tmp_path / "hub" / "models--someone--tiny", "ab" * 20
     snapshot, blobs = repository / "snapshots" / commit, repository / "blobs"

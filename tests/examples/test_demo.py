@@ -58,7 +58,7 @@ def independent_model(quantized):
     return model
 
 
-@pytest.mark.core
+@pytest.mark.slow
 def test_the_embedded_model_is_trained(heldout):
     assert perplexity(AutoModelForCausalLM.from_pretrained(TINY_LM), heldout) < 25  # of 2048 tokens
 
@@ -74,6 +74,7 @@ def test_static_e4m3_with_default_settings(heldout):
     assert found - base <= 1.2 * (oracle - base)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["gaudi2", "gaudi3"])
 def test_gaudi_numerics_are_as_good(heldout, target):
     part = heldout[::4]

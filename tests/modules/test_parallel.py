@@ -144,7 +144,9 @@ def decoded(model, x):
     return torch.cat([model(x[:, step : step + 1])[0] for step in range(x.shape[1])], dim=1)
 
 key = {"row_parallel_linear_allreduce_quantization": True}
-for options in ({}, {"fp8_config": "E5M2", "target": "gaudi2", "dtype": torch.bfloat16}):
+for options in (
+    {}, {"fp8_config": "E5M2", "target": "gaudi2", "dtype": torch.bfloat16}, {"scale_method": "maxabs_arbitrary"}
+):
     dtype = options.pop("dtype", torch.float32)
     given = x.to(dtype)
     model = vllm.MLP(dtype=dtype)
@@ -169,6 +171,8 @@ for options in ({}, {"fp8_config": "E5M2", "target": "gaudi2", "dtype": torch.bf
     for scale, kind in ((down.partial_scale, "output"), (down.output_scale, "output2")):
         target = down.scheme.static_scale(measured.range("down", kind))
         assert torch.equal(scale, target) and same_everywhere(scale) and scale.dtype == torch.float32
+    if "scale_method" in options:
+        assert not torch.equal(down.partial_scale, down.output_scale), "the data must tell them apart"
     vllm.CALLS.clear()
     prefill = model(given)[0]
     assert vllm.CALLS == [("all_reduce", (2, 3, 16))]
@@ -179,11 +183,14 @@ for options in ({}, {"fp8_config": "E5M2", "target": "gaudi2", "dtype": torch.bf
     assert 0 < distance(steps, prefill) < 2 * step
     bias = model.down.bias.clone()
     model.down.bias.data.zero_()
-    torch.testing.assert_close(decoded(model, given) + bias, steps)
+    sums = decoded(model, given)
+    torch.testing.assert_close(sums + bias, steps)
+    codes = (sums.float() / down.output_scale).to(fmt.dtype).float()
+    torch.testing.assert_close(codes * down.output_scale, sums.float(), rtol=1e-6, atol=0)
     model.down.bias.data.copy_(bias)
     flat = model(given[:, :1].reshape(2, 16))[0]
     assert vllm.CALLS == [("all_reduce", (2, 16))], "two dimensions tell no length"
-    folder = f"checkpoint{rank}_{dtype}_{fmt}".replace(" ", "")
+    folder = f"checkpoint{rank}_{dtype}_{options.get('scale_method', fmt.name)}"
     save(model, folder)
     again = load(folder, vllm.MLP(dtype=dtype, seed=1))
     assert torch.equal(decoded(again, given), steps) and again.down.partial_scale.equal(down.partial_scale)

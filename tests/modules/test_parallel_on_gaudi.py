@@ -77,3 +77,46 @@ assert all("scale" in name for name, tensor in packed.state_dict().items() if te
 @pytest.mark.parametrize("chip", ["gaudi2", pytest.param("gaudi3", marks=pytest.mark.slow)])
 def test_two_processes_on_an_emulated_gaudi(chip, tmp_path):
     succeed(ON_GAUDI.format(chip=chip), 2, tmp_path)
+
+
+EVERY_METHOD = """
+import torch
+import torch.distributed as dist
+import vllm_layers as vllm
+from optimum_fp8 import FP8Config, convert, ops, prepare
+from optimum_fp8.scales import SCALE_METHODS
+from optimum_fp8.test_utils import gaudi
+
+dist.init_process_group("gloo")
+torch.set_grad_enabled(False)
+torch.manual_seed(0)
+x = torch.randn(2, 3, 16).bfloat16()
+new = torch.randn(4, 1, 16).bfloat16()
+
+def converted(method, target):
+    keys = {"scale_method": method, "target": target, "row_parallel_linear_allreduce_quantization": True}
+    model = prepare(vllm.MLP(dtype=torch.bfloat16, bias=False), FP8Config(**keys))
+    model(x)
+    return convert(model)
+
+# Searching for the scale of a weight takes long, and sums do not depend on it.
+STATIC = [name for name, each in SCALE_METHODS.items() if not each.dynamic_only and each.weight.value != "search"]
+for target in ("gaudi2", "gaudi3"):
+    for method in STATIC:
+        plain = converted(method, target)
+        expected = plain(x)[0], plain(new)[0]
+        with gaudi.emulated(target) as device, ops.backend("hpu"):
+            packed = converted(method, target)
+            found = packed(x)[0], packed(new)[0]
+        for name in ("codes", "weight_scale", "input_scale", "partial_scale", "output_scale"):
+            assert torch.equal(getattr(packed.down, name).float(), getattr(plain.down, name).float()), (method, name)
+        # A sum is rounded to bfloat16 by each process, and that of a new token to FP8.
+        for one, other, step in zip(found, expected, (2**-7, 2**-3)):
+            assert ((one - other).abs() <= step * other.abs().clamp(min=other.abs().max() / 64)).all(), method
+            assert (one == other).float().mean() > 0.97, method
+"""
+
+
+@pytest.mark.slow
+def test_every_scale_method_in_two_processes(tmp_path):
+    succeed(EVERY_METHOD, 2, tmp_path)
