@@ -213,7 +213,10 @@ def test_the_models_own_attention_reads_it(ids, scales_of, implementation):
         assert_same(generate(model, ids), expected)
 
 
-@pytest.mark.parametrize("make", [hf.DynamicCache, lambda config: hf.StaticCache(config, max_cache_len=24)])
+@pytest.mark.parametrize(
+    "make",
+    [pytest.param(hf.DynamicCache, marks=pytest.mark.slow), lambda config: hf.StaticCache(config, max_cache_len=24)],
+)
 def test_compiled_without_graph_breaks(ids, scales_of, make):
     model = llama()
     calibrate(model, lambda: model(ids))

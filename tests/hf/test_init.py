@@ -49,7 +49,7 @@ print(optimum_fp8.quantization_report(model))
         "import optimum_fp8",
         pytest.param("import transformers, optimum_fp8", marks=pytest.mark.slow),
         pytest.param("import transformers.quantizers.auto, optimum_fp8", marks=pytest.mark.slow),
-        "from transformers import LlamaForCausalLM; import optimum_fp8",
+        pytest.param("from transformers import LlamaForCausalLM; import optimum_fp8", marks=pytest.mark.slow),
         pytest.param("from optimum_fp8 import FP8Config", marks=pytest.mark.slow),
         pytest.param("import optimum_fp8.modules", marks=pytest.mark.slow),
         "import pickle; pickle.loads(b'coptimum_fp8.config\\nFP8Config\\n.')",

@@ -57,7 +57,7 @@ def tied_heads(model: Any) -> list[str]:
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("how", ["from_pretrained", "convert"])
+@pytest.mark.parametrize("how", ["from_pretrained", pytest.param("convert", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", TIED)
 def test_a_head_in_fp8_computes_as_it_did_when_it_was_tied(save, tmp_path, family, how, caplog):
     model_class, config, inputs = TIED[family]

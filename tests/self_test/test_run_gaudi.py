@@ -16,7 +16,10 @@ def found_on(chip, bridge=gaudi.BRIDGES[-1], **options):
         return selftest("cpu", target=chip, backend="hpu", **options), device
 
 
-@pytest.mark.parametrize(("chip", "bridge"), [("gaudi2", "1.19"), ("gaudi2", "1.24"), ("gaudi3", "1.24")])
+@pytest.mark.parametrize(
+    ("chip", "bridge"),
+    [("gaudi2", "1.19"), pytest.param("gaudi2", "1.24", marks=pytest.mark.slow), ("gaudi3", "1.24")],
+)
 def test_every_kernel_passes(chip, bridge):
     report, _ = found_on(chip, bridge)
     assert report.ok and set(report.kernels) == {"hpu"}, str(report)
