@@ -189,7 +189,7 @@ def test_quantized_channels_of_every_range(target, fp8, method):
 
 
 @pytest.mark.parametrize("target, fp8", EVERYWHERE)
-@settings(max_examples=20)
+@settings(max_examples=40)
 @given(bits=st.integers(0, 0x7F7F), fraction=st.floats(0, 1), backoff=st.floats(0.01, 1))
 def test_quantized_tensors_of_any_range(target, fp8, bits, fraction, backoff):
     largest = torch.tensor([bits], dtype=torch.int16).view(torch.bfloat16)
