@@ -31,6 +31,7 @@ FOR_EACH_VARIANT = [
     "histogram.c",
     "softmax.c",
 ]  # what takes longest to compile first
+PRODUCTS = ["linear.c", "experts.c", "grouped.c"]  # all that sets the variants with tiles apart from another one
 FLAGS = [
     "-O3",
     "-std=gnu11",
@@ -52,7 +53,20 @@ X86_VARIANTS = {
     "avx512vbmi": [*AVX512, "-mavx512vbmi"],
     "avx512bf16": [*AVX512, "-mavx512vbmi", "-mavx512bf16"],
 }
+AMX = {"avx512amx": [*AVX512, "-mavx512vbmi", "-mamx-tile", "-mamx-bf16"]}
+PLAIN_TILES = {"tiles": ["-DFP8CPU_PLAIN_TILES"]}
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+
+def sources_of_variants(amx: bool) -> list[tuple[str, str, list[str]]]:
+    """What to compile for each kind of processor: source, variant, flags; AMX's only where the compiler has it."""
+    variants = {"portable": [], **(X86_VARIANTS if IS_X86 else {})}
+    with_tiles = {**PLAIN_TILES, **(AMX if amx else {})}
+    return [
+        (source, variant, flags)
+        for source in FOR_EACH_VARIANT
+        for variant, flags in {**variants, **(with_tiles if source in PRODUCTS else {})}.items()
+    ]
 
 
 class BuildKernels(build_ext):
@@ -69,12 +83,12 @@ class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if self.compiler.compiler_type == "msvc":
             raise CompileError("the CPU kernels need GCC or clang")
-        variants = {"portable": [], **(X86_VARIANTS if IS_X86 else {})}
+        amx = self.understands(AMX["avx512amx"])
         macros = [("FP8CPU_X86", "1")] if IS_X86 else []
+        macros += [("FP8CPU_AMX", "1")] if amx else []
         jobs = [
             (source, variant, [*macros, ("FP8CPU_VARIANT", variant)], flags)
-            for source in FOR_EACH_VARIANT
-            for variant, flags in variants.items()
+            for source, variant, flags in sources_of_variants(amx)
         ]
         jobs += [(source, "all", macros, []) for source in FOR_ALL_VARIANTS]
 
@@ -90,6 +104,19 @@ class BuildKernels(build_ext):
         target = self.get_ext_fullpath(ext.name)
         os.makedirs(os.path.dirname(target), exist_ok=True)
         self.compiler.link_shared_object(objects, target, libraries=[] if sys.platform == "win32" else ["m"])
+
+    def understands(self, flags: list[str]) -> bool:
+        """Whether AMX can be compiled here: from GCC 11 on, on Linux, whose interface the kernels know."""
+        if not (IS_X86 and sys.platform.startswith("linux")):
+            return False
+        os.makedirs(self.build_temp, exist_ok=True)
+        probe = Path(self.build_temp, "tiles.c")
+        probe.write_text("#include <immintrin.h>\nvoid probe(void) { _tile_zero(0); _tile_dpbf16ps(0, 1, 2); }\n")
+        try:
+            self.compiler.compile([str(probe)], extra_postargs=flags)
+        except CompileError:
+            return False
+        return True
 
 
 class PlatformWheel(bdist_wheel):

@@ -1,8 +1,8 @@
 """Products with FP8 weights in float64, what float32 sums and roundings may make of them, and codes to try them with.
 
 What is allowed: half a unit in the last place of the output for each rounding to it, and (K + 8) · 2⁻²⁴ of the sum of
-magnitudes for float32 sums in whatever order. Below, float32 itself ends (steps of 2⁻¹⁴⁹); and where `cpu_avx512bf16`
-multiplies pairs, the processor takes operands, products and sums below 2⁻¹²⁶ for zero, whatever its mode.
+magnitudes for float32 sums in whatever order. Below, float32 itself ends (steps of 2⁻¹⁴⁹); and where a variant
+multiplies pairs of bfloat16, the processor takes operands, products and sums below 2⁻¹²⁶ for zero, whatever its mode.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def excess(y, product, bound, bias, arithmetic):
 
 
 def uses_pairs(backend, x, weight_scale, input_scale):
-    return backend == "cpu_avx512bf16" and (input_scale is not None or x.dtype == torch.bfloat16)
+    """Whether a backend multiplies pairs of bfloat16, alone or in tiles, where the activations fit."""
+    backends = ("cpu_avx512bf16", "cpu_avx512amx", "cpu_tiles")
+    return backend in backends and (input_scale is not None or x.dtype == torch.bfloat16)
 
 
 def codes_like(shape, fp8, finite=True):

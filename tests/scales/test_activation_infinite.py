@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from grids import over
+from native_variants import OF_CASTS_AND_ATTENTION
 from tiny_models import tiny_llama
 from torch import nn
 
@@ -17,7 +18,7 @@ E4M3 = torch.float8_e4m3fn
 HIGH = [torch.float32, torch.bfloat16, torch.float16]
 BAD = [torch.inf, -torch.inf, torch.nan]
 DYNAMIC = [name for name, method in SCALE_METHODS.items() if method.activation.needs_range]
-BACKENDS = [*ops.cpu.backends(), "reference"]
+BACKENDS = [*OF_CASTS_AND_ATTENTION, "reference"]
 
 
 def scale_of(x, group, rounding, target, hp_dtype):

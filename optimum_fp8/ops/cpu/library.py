@@ -12,7 +12,7 @@ import torch
 
 PATH = Path(__file__).with_name("libfp8cpu.so")
 ABI = 8
-VARIANTS = ("avx512bf16", "avx512vbmi", "avx512", "avx2", "portable")
+VARIANTS = ("avx512amx", "avx512bf16", "avx512vbmi", "avx512", "avx2", "portable", "tiles")
 _OUT_OF_MEMORY = 1
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # how `fp8cpu.h` numbers them
 FORMATS = {torch.float8_e4m3fn: 0, torch.float8_e5m2: 1}

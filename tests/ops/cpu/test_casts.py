@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from grids import over
+from native_variants import OF_CASTS_AND_ATTENTION as BACKENDS
 
 from optimum_fp8 import ops
 from optimum_fp8.formats import FP8_DTYPES, TARGETS, number_format
@@ -27,7 +28,6 @@ SHAPES = [  # of x, and of the scales that suit it
     ((3, 20000), (3, 1)),
     ((50001,), (1,)),
 ]
-BACKENDS = ops.cpu.backends()
 
 
 def bits_of(tensor):

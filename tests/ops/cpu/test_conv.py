@@ -4,6 +4,7 @@ import itertools
 
 import torch
 from grids import over
+from native_variants import OF_CASTS_AND_ATTENTION as BACKENDS
 
 from optimum_fp8 import ops
 
@@ -17,7 +18,6 @@ GEOMETRIES = [
     {**PLAIN, "groups": 3, "padding": (1, 1)},
     {"stride": (2, 1), "padding": (0, 1), "dilation": (1, 2), "groups": 6},
 ]
-BACKENDS = ops.cpu.backends()
 
 
 def operands(dtype, geometry, fp8=E4M3, shape=(2, 6, 9, 11), per_channel=True, input_scale=0.03):

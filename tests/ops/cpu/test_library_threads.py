@@ -4,6 +4,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 from grids import over
 
@@ -163,5 +164,6 @@ for backend in ops.cpu.backends():
 """
 
 
+@pytest.mark.slow
 def test_there_is_no_second_copy_of_the_weights():
     run_alone(MEMORY)

@@ -30,14 +30,12 @@ def build(monkeypatch):
 def compile_all(compiler, build, folder):
     """Every source for every variant, as setup.py has it but for -O and the sanitizers, and the driver."""
     native = ROOT / build["NATIVE"]
-    variants = {"portable": [], **(build["X86_VARIANTS"] if build["IS_X86"] else {})}
     flags = [flag for flag in build["FLAGS"] if not flag.startswith(("-O", "-g"))] + [*SANITIZERS, f"-I{native}"]
-    flags += ["-DFP8CPU_X86=1"] if build["IS_X86"] else []
+    flags += ["-DFP8CPU_X86=1", "-DFP8CPU_AMX=1"] if build["IS_X86"] else []
     jobs = [(native / source, source, []) for source in build["FOR_ALL_VARIANTS"]]
     jobs.append((Path(__file__).with_name("native_fuzz.c"), "driver", []))
-    for variant, own in variants.items():
-        named = [f"-DFP8CPU_VARIANT={variant}", *own]
-        jobs += [(native / source, f"{variant}-{source}", named) for source in build["FOR_EACH_VARIANT"]]
+    for source, variant, own in build["sources_of_variants"](amx=build["IS_X86"]):
+        jobs.append((native / source, f"{variant}-{source}", [f"-DFP8CPU_VARIANT={variant}", *own]))
 
     def compile_one(job):
         source, name, own = job

@@ -5,6 +5,11 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#ifdef FP8CPU_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #define DECLARE(variant)                                        \
     int fp8cpu_encode_##variant(const fp8cpu_cast_args *);      \
@@ -19,7 +24,17 @@
     {fp8cpu_encode_##variant, fp8cpu_decode_##variant, fp8cpu_histogram_##variant, fp8cpu_linear_##variant, \
      fp8cpu_grouped_##variant, fp8cpu_experts_##variant, fp8cpu_attention_##variant, fp8cpu_softmax_##variant}
 
+/* Variants that differ in products of matrices only share the rest with another one. */
+#define DECLARE_PRODUCTS(variant)                                           \
+    int fp8cpu_linear_##variant(const fp8cpu_linear_args *, int64_t count); \
+    int fp8cpu_grouped_##variant(const fp8cpu_grouped_args *);              \
+    int fp8cpu_experts_##variant(const fp8cpu_experts_args *);
+#define PRODUCTS(variant, rest)                                                                                   \
+    {fp8cpu_encode_##rest, fp8cpu_decode_##rest, fp8cpu_histogram_##rest, fp8cpu_linear_##variant,                \
+     fp8cpu_grouped_##variant, fp8cpu_experts_##variant, fp8cpu_attention_##rest, fp8cpu_softmax_##rest}
+
 DECLARE(portable)
+DECLARE_PRODUCTS(tiles)
 static int always(void) { return 1; }
 
 #ifdef FP8CPU_X86
@@ -27,6 +42,9 @@ DECLARE(avx2)
 DECLARE(avx512)
 DECLARE(avx512vbmi)
 DECLARE(avx512bf16)
+#ifdef FP8CPU_AMX
+DECLARE_PRODUCTS(avx512amx)
+#endif
 
 static int has_avx2(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -37,6 +55,24 @@ static int has_avx512(void) {
 }
 static int has_avx512vbmi(void) { return has_avx512() && __builtin_cpu_supports("avx512vbmi"); }
 static int has_avx512bf16(void) { return has_avx512vbmi() && __builtin_cpu_supports("avx512bf16"); }
+
+#ifdef FP8CPU_AMX
+/* Whether the processor has tiles of bfloat16, the system keeps their state, and lets this process use it: it wants to be
+ * asked, once. */
+static int ask_for_tiles(void) {
+    enum { BFLOAT16 = 1 << 22, TILE = 1 << 24, STATE = 3 << 17, REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
+    unsigned a, b, c, d, enabled, upper;
+    if (!has_avx512vbmi() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+    if ((d & (BFLOAT16 | TILE)) != (BFLOAT16 | TILE)) return 0;
+    __asm__ volatile("xgetbv" : "=a"(enabled), "=d"(upper) : "c"(0));
+    return (enabled & STATE) == STATE && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
+static int has_avx512amx(void) {
+    static int known; /* 0: not asked yet */
+    if (!known) known = ask_for_tiles() ? 1 : -1;
+    return known > 0;
+}
+#endif
 #endif
 
 static const struct {
@@ -44,6 +80,9 @@ static const struct {
     int (*runs)(void);
     fp8cpu_kernels kernels;
 } variants[] = {
+#ifdef FP8CPU_AMX
+    {"avx512amx", has_avx512amx, PRODUCTS(avx512amx, avx512vbmi)},
+#endif
 #ifdef FP8CPU_X86
     {"avx512bf16", has_avx512bf16, KERNELS(avx512bf16)},
     {"avx512vbmi", has_avx512vbmi, KERNELS(avx512vbmi)},
@@ -51,6 +90,7 @@ static const struct {
     {"avx2", has_avx2, KERNELS(avx2)},
 #endif
     {"portable", always, KERNELS(portable)},
+    {"tiles", always, PRODUCTS(tiles, portable)}, /* for tests */
 };
 enum { VARIANTS = sizeof variants / sizeof variants[0] };
 
@@ -64,10 +104,10 @@ int fp8cpu_runs(int index) { return index >= 0 && index < VARIANTS && variants[i
  * processors measured, pairs multiply half as much as floats do. */
 int fp8cpu_best(void) {
     int index = 0;
+    for (; !fp8cpu_runs(index); index++) continue;
 #ifdef FP8CPU_X86
-    if (!__builtin_cpu_is("amd")) index = 1;
+    if (variants[index].runs == has_avx512bf16 && !__builtin_cpu_is("amd")) index++;
 #endif
-    while (!fp8cpu_runs(index)) index++;
     return index;
 }
 

@@ -12,12 +12,13 @@ typedef struct {
     fp8cpu_linear_args args;
     const linear_stages *stages;
     int few_rows;
-    int64_t first_pack, first_task; /* its tasks among those of all parts */
+    int64_t first_pack, first_task; /* its tasks among those of all parts, */
+    int64_t first_packed;           /* and its packed rows, in floats */
 } part;
 
 typedef struct {
     part *parts;
-    int64_t count, packs, tasks, threads;
+    int64_t count, packs, tasks, threads, packed_size;
     float *x, *scratch; /* packed rows of all parts; of all threads */
 } grouped_product;
 
@@ -90,9 +91,9 @@ static inline void cut_into_parts(grouped_product *g, const fp8cpu_grouped_args 
         }
 }
 
-/* Where each part's tasks and packed rows begin; returns how many floats a thread needs. */
+/* Where the tasks and packed rows of each part begin; returns how many floats a thread needs. */
 static inline int64_t plan_parts(grouped_product *g, int64_t n) {
-    int64_t scratch_size = 0, packed = 0;
+    int64_t scratch_size = 0;
     for (int64_t i = 0; i < g->count; i++) {
         part *p = g->parts + i;
         linear_job *job = &p->job;
@@ -100,13 +101,13 @@ static inline int64_t plan_parts(grouped_product *g, int64_t n) {
         job->count = 1;
         job->task_cols = task_cols_for(n * g->count, g->threads, p->few_rows);
         job->first_task[1] = divide_up(n, job->task_cols);
-        job->x = g->x + packed;
-        packed += job->rows * job->steps * STEP;
+        p->first_packed = g->packed_size;
+        g->packed_size += packed_size_for(p->stages, job, job->rows, p->few_rows);
         p->first_pack = g->packs;
         p->first_task = g->tasks;
-        g->packs += p->few_rows ? job->rows : parts_of(job, TILE_ROWS);
+        g->packs += packs_for(p->stages, job, p->few_rows);
         g->tasks += job->first_task[1];
-        const int64_t size = scratch_size_for(job, job->rows, p->few_rows);
+        const int64_t size = scratch_size_for(p->stages, job, job->rows, p->few_rows);
         if (size > scratch_size) scratch_size = size;
     }
     return divide_up(scratch_size, STEP) * STEP;
@@ -138,27 +139,27 @@ static void multiply_part(void *context, int64_t task, int64_t thread) {
 
 /* The product of rows that are sorted by expert: those of expert e are first[e] ... first[e + 1] - 1. */
 static inline int multiply_grouped(const fp8cpu_grouped_args *a, const linear_job *like, const int64_t *first) {
-    const int64_t rows = first[a->experts], floats = rows * divide_up(a->product.k, STEP) * STEP;
-    const int64_t active = smaller(a->experts, rows);
+    const int64_t rows = first[a->experts], active = smaller(a->experts, rows);
     grouped_product g = {.threads = a->product.threads < 1 ? 1 : a->product.threads};
     if (!rows) return FP8CPU_OK;
     g.parts = malloc((size_t)(active + rows / PASS_ROWS) * sizeof *g.parts);
     rows_of_expert *sorted = malloc((size_t)active * sizeof *sorted);
-    g.x = aligned(floats);
-    if (g.parts && sorted && g.x) {
+    if (g.parts && sorted) {
         cut_into_parts(&g, a, like, first, sorted);
         const int64_t size = plan_parts(&g, a->product.n);
+        g.x = aligned(g.packed_size);
         g.scratch = aligned(size * g.threads);
-        for (int64_t i = 0; i < g.count; i++) {
+        for (int64_t i = 0; i < g.count && g.x; i++) {
+            g.parts[i].job.x = g.x + g.parts[i].first_packed;
             g.parts[i].job.scratch = g.scratch;
             g.parts[i].job.scratch_size = size;
         }
     }
-    if (g.scratch) {
-        fp8cpu_parallel(pack_rows_of_part, &g, g.packs, floats < 1 << 14 ? 1 : g.threads);
+    const int status = g.x && g.scratch ? FP8CPU_OK : FP8CPU_NO_MEMORY;
+    if (status == FP8CPU_OK) {
+        fp8cpu_parallel(pack_rows_of_part, &g, g.packs, g.packed_size < 1 << 14 ? 1 : g.threads);
         fp8cpu_parallel(multiply_part, &g, g.tasks, g.threads);
     }
-    const int status = g.scratch ? FP8CPU_OK : FP8CPU_NO_MEMORY;
     free(g.parts);
     free(sorted);
     free(g.x);

@@ -16,7 +16,8 @@ static linear_job job_of_task(const linear_job *job, int64_t *task) {
 }
 
 /* The four stages with `kind` a constant in each, so that the compiler leaves out what a kind does not need. */
-#define STAGES(suffix, dot_rows, ...)                                                                   \
+#define STAGES(suffix, dot_rows, ...) STAGES_OF(suffix, dot_rows, pack_tile, panel_task, 0, __VA_ARGS__)
+#define STAGES_OF(suffix, dot_rows, pack, multiply, tiles, ...)                                                                   \
     static void pack_dot_##suffix(void *job, int64_t task, int64_t thread) {                            \
         const linear_job *j = job;                                                                      \
         pack_steps(j, (kind)__VA_ARGS__, task, j->scratch + thread * j->scratch_size);                  \
@@ -27,14 +28,14 @@ static linear_job job_of_task(const linear_job *job, int64_t *task) {
     }                                                                                                   \
     static void pack_panel_##suffix(void *job, int64_t task, int64_t thread) {                          \
         const linear_job *j = job;                                                                      \
-        pack_tile(j, (kind)__VA_ARGS__, task, j->scratch + thread * j->scratch_size);                   \
+        pack(j, (kind)__VA_ARGS__, task, j->scratch + thread * j->scratch_size);                        \
     }                                                                                                   \
     static void panel_##suffix(void *job, int64_t task, int64_t thread) {                               \
         const linear_job own = job_of_task(job, &task);                                                 \
-        panel_task(&own, (kind)__VA_ARGS__, task, thread);                                              \
+        multiply(&own, (kind)__VA_ARGS__, task, thread);                                                \
     }                                                                                                   \
     static const linear_stages suffix = {pack_dot_##suffix, dot_##suffix, pack_panel_##suffix, panel_##suffix, \
-                                  dot_rows};
+                                         dot_rows, tiles};
 
 STAGES(float_e4m3, DOT_ROWS, {0, 0, 0})
 STAGES(float_e5m2, DOT_ROWS, {0, 0, 1})
@@ -43,14 +44,25 @@ STAGES(blocked_e5m2, DOT_ROWS, {0, 1, 1})
 #if defined(__AVX512BF16__)
 STAGES(pairs_e4m3, DOT_ROWS_OF_PAIRS, {1, 0, 0})
 STAGES(pairs_e5m2, DOT_ROWS_OF_PAIRS, {1, 0, 1})
+#elif HAS_TILES
+STAGES_OF(tiles_e4m3, DOT_ROWS_BEFORE_TILES, pack_x_tile, tile_task, 1, {0, 0, 0})
+STAGES_OF(tiles_e5m2, DOT_ROWS_BEFORE_TILES, pack_x_tile, tile_task, 1, {0, 0, 1})
+STAGES_OF(blocked_tiles_e4m3, DOT_ROWS_BEFORE_TILES, pack_x_tile, tile_task, 1, {0, 1, 0})
+STAGES_OF(blocked_tiles_e5m2, DOT_ROWS_BEFORE_TILES, pack_x_tile, tile_task, 1, {0, 1, 1})
 #endif
 
 const linear_stages *FP8CPU_NAME(linear_stages)(const fp8cpu_linear_args *a) {
     const int e4m3 = a->w_format == FP8CPU_E4M3;
+    const int fits_bfloat16 = a->x_scale || a->x_type == FP8CPU_BFLOAT16;
+#if HAS_TILES
+    if (fits_bfloat16 && a->block == SCALED_CODES) return e4m3 ? &blocked_tiles_e4m3 : &blocked_tiles_e5m2;
+    if (fits_bfloat16 && !a->block) return e4m3 ? &tiles_e4m3 : &tiles_e5m2;
+#endif
     if (a->block) return e4m3 ? &blocked_e4m3 : &blocked_e5m2;
 #if defined(__AVX512BF16__)
-    if (a->x_scale || a->x_type == FP8CPU_BFLOAT16) return e4m3 ? &pairs_e4m3 : &pairs_e5m2;
+    if (fits_bfloat16) return e4m3 ? &pairs_e4m3 : &pairs_e5m2;
 #endif
+    (void)fits_bfloat16;
     return e4m3 ? &float_e4m3 : &float_e5m2;
 }
 
@@ -76,8 +88,8 @@ static int multiply(const fp8cpu_linear_args *a, int64_t count) {
     linear_job job = {.args = a, .weights = a, .count = count, .steps = divide_up(a->k, STEP)};
     const int64_t padded_k = job.steps * STEP, pass = few_rows ? a->m : smaller(a->m, PASS_ROWS);
     plan_tasks(&job, few_rows);
-    job.scratch_size = scratch_size_for(&job, pass, few_rows);
-    job.x = aligned(pass * padded_k);
+    job.scratch_size = divide_up(scratch_size_for(run, &job, pass, few_rows), STEP) * STEP;
+    job.x = aligned(packed_size_for(run, &job, pass, few_rows));
     job.scratch = aligned(job.scratch_size * a->threads);
     if (!job.x || !job.scratch) {
         free(job.x);
@@ -87,8 +99,7 @@ static int multiply(const fp8cpu_linear_args *a, int64_t count) {
     for (; job.first_row < a->m; job.first_row += job.rows) {
         job.rows = smaller(pass, a->m - job.first_row);
         const int64_t threads = job.rows * padded_k < 1 << 14 ? 1 : a->threads;
-        fp8cpu_parallel(few_rows ? run->pack_dot : run->pack_panel, &job,
-                        few_rows ? job.rows : parts_of(&job, TILE_ROWS), threads);
+        fp8cpu_parallel(few_rows ? run->pack_dot : run->pack_panel, &job, packs_for(run, &job, few_rows), threads);
         fp8cpu_parallel(few_rows ? run->dot : run->panel, &job, job.first_task[count], a->threads);
     }
     free(job.x);

@@ -14,7 +14,8 @@
 enum {
     GROUP_ROWS = 8,                       /* rows of x that dot products are computed with at a time, */
     DOT_ROWS = GROUP_ROWS,                /* up to so many rows of x, weights are used as they are decoded; */
-    DOT_ROWS_OF_PAIRS = 4 * GROUP_ROWS,   /* pairs are, again for each group, as decoding them costs so little */
+    DOT_ROWS_OF_PAIRS = 4 * GROUP_ROWS,   /* pairs are, again for each group, as decoding them costs so little; */
+    DOT_ROWS_BEFORE_TILES = 4,            /* tiles are faster soon */
     GROUP_BYTES = 16 << 10,               /* in spans of k so short that they stay in the first-level cache */
     TILE_ROWS = LANES == 16 ? 12 : 6,     /* rows of x, and */
     TILE_COLS = 2 * LANES,                /* rows of w, whose sums are in registers at a time */
@@ -61,9 +62,11 @@ INLINE vf multiply_add(vf sum, vf a, vf b, kind k) {
     return sum + a * b;
 }
 
-INLINE float block_scale(const fp8cpu_linear_args *a, int64_t n, int64_t k) {
-    return ((const float *)a->w_scale)[n / a->block * divide_up(a->k, a->block) + k / a->block];
+/* Scales of blocks of w, from that of row n and column k on along k. */
+INLINE const float *scales_from(const fp8cpu_linear_args *a, int64_t n, int64_t k) {
+    return (const float *)a->w_scale + n / a->block * divide_up(a->k, a->block) + k / a->block;
 }
+INLINE float block_scale(const fp8cpu_linear_args *a, int64_t n, int64_t k) { return *scales_from(a, n, k); }
 
 /* --- packing x ---------------------------------------------------------------------------------------------------- */
 

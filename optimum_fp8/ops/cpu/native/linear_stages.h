@@ -1,28 +1,56 @@
 /* The stages of a matrix product by its kinds of operands, for those who run several products side by side. A product
- * packs x, then multiplies it, each in tasks: with dot products where x has few rows, else in panels. */
+ * packs x, then multiplies it, each in tasks: with dot products where x has few rows, else in panels, whose products are
+ * those of vectors or of tiles. */
 #ifndef FP8CPU_LINEAR_STAGES_H
 #define FP8CPU_LINEAR_STAGES_H
 
 #include "linear_job.h"
 #include "variant.h"
+#if HAS_TILES
+#include "linear_tiles.h"
+#endif
 
 typedef struct {
     fp8cpu_task pack_dot, dot, pack_panel, panel; /* of a linear_job */
     int64_t dot_rows; /* of x: more are multiplied in panels */
+    int tiles;        /* panels are multiplied by tiles */
 } linear_stages;
 
 const linear_stages *FP8CPU_NAME(linear_stages)(const fp8cpu_linear_args *);
 
 /* Rows of w a task takes: so many that x is read seldom, so few that all threads are busy to the end. */
 static inline int64_t task_cols_for(int64_t n, int64_t threads, int few_rows) {
-    const int64_t least = few_rows ? LANES : TILE_COLS, most = few_rows ? 32 : TASK_COLS;
+    const int64_t least = few_rows ? LANES : TILE_COLS > 32 ? TILE_COLS : 32, most = few_rows ? 32 : TASK_COLS;
     int64_t cols = most;
     while (cols > least && n < cols * threads * 6) cols /= 2;
     return cols;
 }
 
+/* How many tasks pack x. */
+static inline int64_t packs_for(const linear_stages *stages, const linear_job *job, int few_rows) {
+    if (few_rows) return job->rows;
+#if HAS_TILES
+    if (stages->tiles) return x_tiles(job->rows);
+#endif
+    (void)stages;
+    return parts_of(job, TILE_ROWS);
+}
+
+/* Floats that `rows` rows of x are, packed. */
+static inline int64_t packed_size_for(const linear_stages *stages, const linear_job *job, int64_t rows, int few_rows) {
+#if HAS_TILES
+    if (stages->tiles && !few_rows) return packed_tile_floats(rows, job->args->k);
+#endif
+    (void)stages, (void)few_rows;
+    return rows * job->steps * STEP;
+}
+
 /* Floats that a thread needs for a product of `rows` rows of x at a time. */
-static inline int64_t scratch_size_for(const linear_job *job, int64_t rows, int few_rows) {
+static inline int64_t scratch_size_for(const linear_stages *stages, const linear_job *job, int64_t rows, int few_rows) {
+#if HAS_TILES
+    if (stages->tiles && !few_rows) return tile_scratch_floats(job, rows);
+#endif
+    (void)stages;
     const int64_t sums = rows * job->task_cols, more = few_rows ? sums * LANES : TILE_COLS * PANEL_UNITS;
     return sums + more > job->steps * STEP ? sums + more : job->steps * STEP;
 }

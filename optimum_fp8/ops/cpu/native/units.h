@@ -9,6 +9,11 @@
 
 enum { STEP = 4 * LANES };
 
+/* Whether products of tiles are compiled: AMX's, or the same in plain C. */
+#if defined(__AMX_BF16__) || defined(FP8CPU_PLAIN_TILES)
+#define HAS_TILES 1
+#endif
+
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -1,0 +1,66 @@
+/* Tiles of 16 rows of 64 bytes, and their products: AMX's instructions, or the same in plain C, so that all code around
+ * these eight operations runs, and is tested, on any processor.
+ *
+ * A tile of sums is 16 x 16 floats. TILE_DOT(c, a, b) adds to c[m][n] the products of the 32 bfloat16 of row m of a with
+ * those of column n of b, whose rows hold pairs: b[k / 2][n][k % 2]. Numbers of tiles are constants, 0 ... 7. */
+#ifndef FP8CPU_TILES_H
+#define FP8CPU_TILES_H
+
+#include "vector.h"
+
+enum { TILE_SIDE = 16, TILE_BYTES = 1024, TILE_FLOATS = 256 };
+
+#if defined(__AMX_BF16__)
+#include <immintrin.h>
+
+/* Other libraries in the same thread have settings of their own: ours are made for each task, and given back after it. */
+INLINE void tiles_begin(void) {
+    struct {
+        uint8_t palette, start_row, unused[14];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } settings = {.palette = 1};
+    for (int tile = 0; tile < 8; tile++) {
+        settings.row_bytes[tile] = 64;
+        settings.rows[tile] = TILE_SIDE;
+    }
+    _tile_loadconfig(&settings);
+}
+INLINE void tiles_end(void) { _tile_release(); }
+#define TILE_ZERO(tile) _tile_zero(tile)
+#define TILE_LOAD(tile, from) _tile_loadd(tile, from, 64)
+#define TILE_STORE(tile, to) _tile_stored(tile, to, 64)
+#define TILE_DOT(c, a, b) _tile_dpbf16ps(c, a, b)
+
+#else
+
+static _Thread_local float tile_memory[8][TILE_FLOATS];
+
+INLINE void tiles_begin(void) {}
+INLINE void tiles_end(void) {}
+#define TILE_ZERO(tile) memset(tile_memory[tile], 0, TILE_BYTES)
+#define TILE_LOAD(tile, from) memcpy(tile_memory[tile], from, TILE_BYTES)
+#define TILE_STORE(tile, to) memcpy(to, tile_memory[tile], TILE_BYTES)
+#define TILE_DOT(c, a, b) tile_dot(tile_memory[c], (const uint16_t *)tile_memory[a], (const uint16_t *)tile_memory[b])
+
+/* As a float; AMX takes numbers below the smallest normal one for zero. */
+INLINE float bfloat16_value(uint16_t bits) {
+    const uint32_t wide = (bits & 0x7F80) ? (uint32_t)bits << 16 : (uint32_t)(bits & 0x8000) << 16;
+    float value;
+    memcpy(&value, &wide, sizeof value);
+    return value;
+}
+
+static void tile_dot(float *c, const uint16_t *a, const uint16_t *b) {
+    float right[2 * TILE_SIDE][TILE_SIDE];
+    for (int k = 0; k < 2 * TILE_SIDE; k++)
+        for (int n = 0; n < TILE_SIDE; n++) right[k][n] = bfloat16_value(b[k / 2 * 32 + 2 * n + k % 2]);
+    for (int m = 0; m < TILE_SIDE; m++)
+        for (int k = 0; k < 2 * TILE_SIDE; k++) {
+            const float left = bfloat16_value(a[m * 32 + k]);
+            for (int n = 0; n < TILE_SIDE; n++) c[m * TILE_SIDE + n] += left * right[k][n];
+        }
+}
+#endif
+
+#endif

@@ -1,0 +1,8 @@
+"""The variants of the native CPU kernels that this processor runs, for tests that go through them."""
+
+from __future__ import annotations
+
+from optimum_fp8 import ops
+
+# Those with tiles differ in products with weights alone; casts and attention they share with another variant.
+OF_CASTS_AND_ATTENTION = [each for each in ops.cpu.backends() if each not in ("cpu_avx512amx", "cpu_tiles")]
