@@ -1,8 +1,9 @@
 """Which modules compute attention, and how.
 
 Most of transformers' models hand over query, key and value to an attention function that is looked up by name; the
-others multiply and take the softmax in their own forward. Which one a class does is found in its source. Model files
-for Gaudi are written around helper modules, each of which is one operation of attention; those go by their class names.
+others multiply and take the softmax in their own forward, or in that of a processor that they hand themselves to, as
+those of diffusers. Which one a class does is found in its source. Model files for Gaudi are written around helper
+modules, each of which is one operation of attention; those go by their class names.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ import transformers
 from torch import nn
 
 from ..modules.class_source import class_tree
+from .other_attention import why_other
+from .processors import is_reached_by_hooks, processor_classes
 from .scale_module import AttentionScales
 
 LOOKED_UP = "looked up by name"
-_PRODUCTS = {"matmul", "bmm", "baddbmm"}
+_PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum"}
+_SOFTMAX = ("softmax", "logsumexp")  # also under a name of its own, as XSoftmax.apply
 _FUSED = "scaled_dot_product_attention"
+_ALSO_FUSED = "dispatch_attention_fn"  # of diffusers, which calls torch's own
 OTHER_STORAGE = ("KVCache", "VLLMKVCache")
 
 
@@ -42,6 +47,7 @@ class Kind(Enum):
 
 HELPERS = {
     "Matmul": Kind.PRODUCT,
+    "MatMulWrapper": Kind.PRODUCT,
     "B2BMatmul": Kind.MAPPING,
     "Softmax": Kind.SOFTMAX,
     "BlockSoftmaxConstMax": Kind.SOFTMAX,
@@ -77,25 +83,29 @@ def _beside_a_product(name: str, kinds: dict[str, Kind]) -> bool:
 
 def attention_kind(module: nn.Module) -> Kind | None:
     """How a module takes part in attention; None: it does not."""
+    if not is_reached_by_hooks(module):
+        return None
     kind = HELPERS.get(type(module).__name__)
     # vLLM-Gaudi's ModuleFusedSDPA has a module inside for another way of calling its kernel.
     whole = kind is not Kind.FUSED and any(not isinstance(child, AttentionScales) for child in module.children())
     if kind is None or isinstance(module, nn.Softmax) or whole:
-        return _kind_of(cast(Hashable, type(module)))
+        return _kind_of(cast(Hashable, type(module)), processor_classes(module))
     return kind if all(hasattr(module, name) for name in _METHODS.get(kind, ())) else None
 
 
 @cache
-def _kind_of(owner: Hashable) -> Kind | None:
+def _kind_of(owner: Hashable, processors: tuple[type, ...] = ()) -> Kind | None:
     cls = cast(type, owner)
     if issubclass(cls, (transformers.PreTrainedModel, nn.MultiheadAttention)):
         return None
     used: set[str] = set()
-    for base in inspect.getmro(cls):
+    for base in (*inspect.getmro(cls), *processors):
         if base not in nn.Module.__mro__:
             used |= _names_used(base)
     if LOOKED_UP in used:
         return Kind.INTERFACE
+    if why_other(cls.__name__):
+        return None
     computes = _FUSED in used or ("softmax" in used and used & _PRODUCTS)
     named = any(word in cls.__name__.lower() for word in ("attention", "attn"))
     return Kind.FUNCTIONS if computes and named else None
@@ -116,6 +126,6 @@ def _names_used(cls: Any) -> frozenset[str]:
             used.add(LOOKED_UP)
         elif text.startswith("ALL_ATTENTION_FUNCTIONS["):  # always torch's own
             used.add(_FUSED)
-        name = text.rpartition(".")[2]
-        used.add("softmax" if name.lower() == "softmax" else name)
+        name = _FUSED if text.endswith(_ALSO_FUSED) else text.rpartition(".")[2]
+        used.add("softmax" if any(word in text.lower() for word in _SOFTMAX) else name)
     return frozenset(used)

@@ -19,10 +19,9 @@ from ..ops.fp8_tensor import FP8Tensor
 from ..scales import Scheme, inf_as_nan
 from .plan import AttentionPlan, plan_of
 from .scale_module import scale_of
+from .selection import with_selection
 
 NAME = "optimum_fp8"
-# Arguments that choose among the keys, which no kernel here does.
-SELECTING = ("indices", "block_indices")
 
 
 def attention_forward(
@@ -52,15 +51,16 @@ def attention_forward(
         softcap: scores become softcap · tanh(scores / softcap).
         position_bias: added to the scores, broadcastable to `[B, H, S, T]`.
         sinks: scores without a value, `[B, H, S, 1]` or `(H,)`; also as `s_aux`, or an attribute of the module.
+        kwargs: "indices" or "block_indices" select the keys to attend to (`selection.py`).
 
     Returns:
         `[B, S, H, Dv]` in the query's dtype, and the probabilities `[B, H, S, T]` (in FP8 only if they are asked for).
 
     Raises:
-        FP8NotAvailableError: dropout in FP8, or arguments that select keys.
+        FP8NotAvailableError: dropout in FP8, or arguments that select keys in a way that is not known.
         FP8StateError: shapes that do not go together in FP8.
     """
-    _refuse_sparse(module, kwargs)
+    attention_mask = with_selection(module, attention_mask, query, key.shape[2], kwargs)
     sinks = next((found for found in (sinks, s_aux, getattr(module, "sinks", None)) if found is not None), None)
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     if position_bias is not None:
@@ -223,12 +223,3 @@ def _refuse_shapes(
             "size], as many or a divisor of the heads for keys and values, and a mask over all keys; look at the "
             "inputs, the cache and the mask given to the model"
         ) from error
-
-
-def _refuse_sparse(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    for name in SELECTING:
-        if kwargs.get(name) is not None:
-            raise FP8NotAvailableError(
-                f"{_named(module)} passes {name!r}, which select the keys to attend to; optimum_fp8 attends to "
-                "all: put the module on the blocklist and choose attn_implementation='eager'"
-            )

@@ -28,16 +28,19 @@ from ..formats import is_fp8
 from ..ops.fp8_tensor import FP8Tensor
 from ..scales import Scheme, inf_as_nan
 from .detect import Kind, attention_kind
+from .einsum import einsum_product, has_sums
+from .heads import Heads
 from .plan import AttentionPlan, plan_of
 from .scale_module import scale_of
 
+_PER_HEAD = ("q", "k", "v")  # operands that each head may have a scale of its own for
 _PRODUCT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def enter_mode(module: nn.Module) -> None:
     """Have `module` run in this mode from now on; its plan says what becomes of its products."""
     leave_mode(module)
-    module.register_forward_pre_hook(_enter)
+    module.register_forward_pre_hook(_enter, with_kwargs=True)
     module.register_forward_hook(_leave, always_call=True)
 
 
@@ -47,12 +50,13 @@ def leave_mode(module: nn.Module) -> None:
         for key in [key for key, hook in hooks.items() if hook in (_enter, _leave)]:
             del hooks[key]
             module._forward_hooks_always_called.pop(key, None)
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-def _enter(module: nn.Module, args: Any) -> None:
+def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     plan = plan_of(module)
     if plan is not None:
-        AttentionMode(module, plan).__enter__()
+        AttentionMode(module, plan, Heads(module, (*args, *kwargs.values()))).__enter__()
 
 
 def _leave(module: nn.Module, args: Any, output: Any) -> None:
@@ -66,11 +70,12 @@ class AttentionMode(TorchFunctionMode):
 
     sees_operators = False  # those of optimum_fp8 may take their short way
 
-    def __init__(self, module: nn.Module, plan: AttentionPlan):
+    def __init__(self, module: nn.Module, plan: AttentionPlan, heads: Heads | None = None):
         super().__init__()
-        self.module, self.plan = module, plan
+        self.module, self.plan, self.heads = module, plan, heads
         self._after_softmax = False
         self._products = 0
+        self._drawn: list[torch.Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         handler = _HANDLERS.get(func)
@@ -85,22 +90,50 @@ class AttentionMode(TorchFunctionMode):
 
     def product(self, compute: Callable[[], torch.Tensor], a: Any, b: Any, **kwargs: Any) -> torch.Tensor:
         """a @ b: observed, or computed in FP8."""
-        if _is_weight(a) or _is_weight(b):  # a layer's product, as FalconLinear's
+        if self._is_layer(a, b):
             return compute()
-        names, out = self._next_names(), kwargs.pop("out", None)
-        if self.plan.observe is not None:
-            self._observe(names, a, b)
-        elif self.plan.scheme is not None:
-            if kwargs:
-                ops.note_fallback(self.plan.record, "matmul", f"{', '.join(names)}: called with {', '.join(kwargs)}")
-                return compute()
-            found = self._attempt("matmul", partial(self._rounded_product, names, a, b, self.plan.scheme))
-            if found is not None:
-                return found if out is None else out.resize_(found.shape).copy_(found)
-        return compute()
+        out = kwargs.pop("out", None)
+        found = self._product(a, b, f"called with {', '.join(kwargs)}" if kwargs else "")
+        if found is None:
+            return compute()
+        return found if out is None else out.resize_(found.shape).copy_(found)
 
     def reversed_product(self, compute: Callable[[], torch.Tensor], a: Any, b: Any) -> torch.Tensor:
         return self.product(compute, b, a)
+
+    def einsum(self, compute: Callable[[], torch.Tensor], equation: str, *operands: Any) -> torch.Tensor:
+        """torch.einsum of two activations that is one product for each batch: observed, or computed in FP8."""
+        if len(operands) == 1 and isinstance(operands[0], list | tuple):
+            operands = tuple(operands[0])
+        if self._is_layer(*operands) or not has_sums(equation):
+            return compute()
+        product = einsum_product(equation, *operands) if len(operands) == 2 else None
+        if product is None:
+            if self.plan.scheme is not None and self.plan.scheme.rounds_attention:
+                ops.note_fallback(self.plan.record, "matmul", f"einsum {equation!r}: not one product for each batch")
+            return compute()
+        found = self._product(product.left, product.right)
+        return compute() if found is None else product.restore(found)
+
+    def drawn(self, compute: Callable[[], torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Random numbers that a module draws to project on, as a weight that it makes anew each time."""
+        self._drawn.append(compute())
+        return self._drawn[-1]
+
+    def _is_layer(self, *operands: Any) -> bool:
+        """Whether a product is a layer's, as FalconLinear's: with a parameter, or with what stands for one."""
+        return any(_is_weight(x) or any(x is drawn for drawn in self._drawn) for x in operands)
+
+    def _product(self, a: Any, b: Any, other: str = "") -> torch.Tensor | None:
+        """Observe a product, or compute it in FP8; None where torch is to compute it, as with `other` demands on it."""
+        names = self._next_names()
+        if self.plan.observe is not None:
+            self._observe(names, a, b)
+        elif self.plan.scheme is not None and other:
+            ops.note_fallback(self.plan.record, "matmul", f"{', '.join(names)}: {other}")
+        elif self.plan.scheme is not None:
+            return self._attempt("matmul", partial(self._rounded_product, names, a, b, self.plan.scheme))
+        return None
 
     def cast(self, compute: Callable[[], torch.Tensor], x: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Tensor.to: codes of a cache stay codes in any dtype that a product is to be taken in."""
@@ -120,14 +153,8 @@ class AttentionMode(TorchFunctionMode):
         alpha: Any = 1,
     ) -> torch.Tensor:
         """beta · added + alpha · (batch1 @ batch2), the product rounded to its dtype before it is added."""
-        names = self._next_names()
-        if self.plan.observe is not None:
-            self._observe(names, batch1, batch2)
-        elif self.plan.scheme is not None:
-            found = self._attempt("matmul", partial(self._rounded_product, names, batch1, batch2, self.plan.scheme))
-            if found is not None:
-                return alpha * found + (beta * added if beta else 0)
-        return compute()
+        found = self._product(batch1, batch2)
+        return compute() if found is None else alpha * found + (beta * added if beta else 0)
 
     def fused(
         self,
@@ -147,7 +174,7 @@ class AttentionMode(TorchFunctionMode):
         if plan.observe is not None:
             output = compute()
             for kind, x in operands:
-                plan.observe(kind, x)
+                self._observe_operand(kind, x)
             return output
         cached = isinstance(key, FP8Tensor)
         if plan.scheme is None or not (plan.scheme.rounds_attention or cached):
@@ -225,7 +252,16 @@ class AttentionMode(TorchFunctionMode):
             b = torch.where((a != 0).any(dim=-2).unsqueeze(-1), b, 0)  # what no row takes may be anything
         for name, x in zip(names, (a, b), strict=True):
             if _fits(x) and not (x is b and is_taken_as_it_is(self.module)):
-                self.plan.observe(name, x.mT if name.startswith("k") else x)  # the tokens of all are rows
+                self._observe_operand(name, x.mT if name.startswith("k") else x)  # the tokens of all are rows
+
+    def _observe_operand(self, name: str, x: torch.Tensor) -> None:
+        """Measure an operand, `[batch, heads, length, size]` where it is one of those that each head has a scale of."""
+        assert self.plan.observe is not None
+        by_heads = self.heads.view(x) if self.heads is not None and name in _PER_HEAD else None
+        if by_heads is None or self.plan.observe_per_head is None:
+            self.plan.observe(name, x)
+        else:
+            self.plan.observe_per_head(name, by_heads)
 
     def _rounded_product(self, names: tuple[str, str], a: Any, b: Any, scheme: Scheme) -> torch.Tensor | None:
         """The product of rounded operands, or with the codes of a cache; None where torch is to compute it."""
@@ -284,7 +320,8 @@ class AttentionMode(TorchFunctionMode):
         if not scheme.rounds_attention:
             return x, None
         if scheme.is_static:
-            return x, scale_of(self.module, f"{name}_scale")
+            scale = scale_of(self.module, f"{name}_scale")
+            return x, scale if scale is None or self.heads is None else self.heads.scale_for(scale, x)
         rule = scheme.operands
         return inf_as_nan(x), scheme.dynamic_scale(x.mT, rule).mT if columns else scheme.dynamic_scale(x, rule)
 
@@ -316,9 +353,13 @@ _HANDLERS: dict[Any, Callable[..., torch.Tensor]] = {
     torch.Tensor.bmm: AttentionMode.product,
     torch.baddbmm: AttentionMode.added_product,
     torch.Tensor.baddbmm: AttentionMode.added_product,
+    torch.einsum: AttentionMode.einsum,
+    torch.randn: AttentionMode.drawn,
     torch.Tensor.to: AttentionMode.cast,
     F.softmax: AttentionMode.softmax,
     torch.softmax: AttentionMode.softmax,
     torch.Tensor.softmax: AttentionMode.softmax,
+    torch.logsumexp: AttentionMode.softmax,  # of a softmax whose parts are needed by themselves
+    torch.Tensor.logsumexp: AttentionMode.softmax,
     F.scaled_dot_product_attention: AttentionMode.fused,
 }

@@ -135,7 +135,12 @@ class AttentionHandler(ModuleHandler):
             return
         observe = observers.observe_per_head if self.per_head else observers.observe
         rounds = target.scheme.rounds_attention
-        plan = AttentionPlan(observe=partial(observe, target.name), name=target.name, rounds=rounds)
+        plan = AttentionPlan(
+            observe=partial(observe, target.name),
+            name=target.name,
+            rounds=rounds,
+            observe_per_head=partial(observers.observe_per_head, target.name),
+        )
         self.follow(target.module, plan)
         observers.add(_MeasuringPlan(self, target.module))
         observers.add(target.module.register_forward_hook(partial(_note_unseen, observers, target)))

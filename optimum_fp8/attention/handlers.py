@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -13,14 +14,15 @@ from torch import nn
 
 from ..cache import layer_index
 from ..config.inc import OPERATIONS
-from ..modules.handler import Change, Reason, Surroundings, Target, Why, register_handler
-from ..scales import Scheme
+from ..modules.handler import Change, Reason, Row, Surroundings, Target, Why, register_handler
+from ..scales import PerHead, Scheme
 from .continuous_batching import fall_back_in_batches
 from .detect import OTHER_STORAGE, STORES, Kind, attention_kind
 from .function import NAME
 from .function_mode import enter_mode, is_taken_as_it_is, leave_mode
 from .handler import P_MAXABS, AttentionHandler, softmax_scale
 from .implementation import chosen_implementation, running_implementation, use_ours
+from .other_attention import why_other
 from .own_path import own_path, own_paths
 from .plan import plan_of
 
@@ -119,7 +121,21 @@ class ProductsHandler(AttentionHandler):
             return {}
         seen = sorted(kind for kind in target.ranges.kinds if _OPERAND.match(kind))
         kinds = seen if scheme.needs_ranges else list(self.fixed)
-        return {f"{kind}_scale": self.operand_scale(target, kind) for kind in kinds}
+        return {f"{kind}_scale": self.operand_scale(target, kind, per_head=kind in "qkv") for kind in kinds}
+
+    def row(self, module: Any) -> Row | None:
+        row, plan = super().row(module), plan_of(module)
+        if (
+            row is None
+            or plan is None
+            or plan.scheme is None
+            or not isinstance(plan.scheme.operands.granularity, PerHead)
+        ):
+            return row
+        shared = [kind for kind in "qkv" if (scale := row.scales.get(f"{kind}_scale")) is not None and scale.ndim == 1]
+        if not shared:
+            return row
+        return replace(row, remark=f"one scale for all heads of {', '.join(shared)}: where heads lie is not known")
 
 
 class FunctionsHandler(ProductsHandler):
@@ -133,8 +149,11 @@ class FunctionsHandler(ProductsHandler):
 
     def missing(self, target: Target) -> Why | None:
         why = super().missing(target)
-        unseen = target.scheme.needs_ranges and target.scheme.rounds_attention and "q" not in target.ranges.kinds
+        unseen = target.scheme.needs_ranges and target.scheme.rounds_attention and not {*"qp"} & target.ranges.kinds
         return why or (Why(Reason.NOT_SEEN) if unseen else None)
+
+    def tells(self, scheme: Scheme) -> tuple[str, ...]:
+        return (*super().tells(scheme), "p")  # ConvBERT's first product follows a softmax, of a kernel
 
     def own_scales(self, target: Target) -> dict[str, torch.Tensor]:
         scales, scheme = super().own_scales(target), target.scheme
@@ -179,13 +198,15 @@ def _scale_of_codes(parent: nn.Module) -> torch.Tensor:
 class UnsupportedHandler(AttentionHandler):
     """Attention that is known and not covered: the report says why."""
 
-    why: str
+    def why(self, module: nn.Module) -> str:
+        """Why a module is not covered."""
+        raise NotImplementedError
 
     def find(self, model: nn.Module) -> dict[str, Any]:
         return {name: module for name, module in model.named_modules() if self.matches(module)}
 
     def refusal(self, module: Any, scheme: Scheme, around: Surroundings) -> Why | None:
-        return Why(Reason.UNFIT, self.why)
+        return Why(Reason.UNFIT, self.why(module))
 
     def converted(self, model: nn.Module) -> dict[str, Any]:
         return {}
@@ -194,20 +215,40 @@ class UnsupportedHandler(AttentionHandler):
 class TorchAttentionHandler(UnsupportedHandler):
     """torch's own MultiheadAttention, and what is derived from it."""
 
-    kind, why = "torch attention", "torch's own attention is not covered"
+    kind = "torch attention"
+
+    def why(self, module: nn.Module) -> str:
+        return "torch's own attention is not covered"
 
     def matches(self, module: nn.Module) -> bool:
         return isinstance(module, nn.MultiheadAttention)
+
+
+class OtherAttentionHandler(UnsupportedHandler):
+    """Attention of another kind than a softmax between two products."""
+
+    kind = "other attention"
+
+    def why(self, module: nn.Module) -> str:
+        return why_other(type(module).__name__)
+
+    def matches(self, module: nn.Module) -> bool:
+        return attention_kind(module) is None and bool(self.why(module))
+
+    def concerned(self, scheme: Scheme) -> bool:
+        return scheme.rounds_attention
 
 
 class OtherStorageHandler(UnsupportedHandler):
     """Modules called as those that store keys and values, and made otherwise."""
 
     kind = "other attention storage"
-    why = (
-        "it stores keys and values in its own way: only a KVCache with allocate() and update(), and a VLLMKVCache with "
-        "fetch_from_cache(), become FP8"
-    )
+
+    def why(self, module: nn.Module) -> str:
+        return (
+            "it stores keys and values in its own way: only a KVCache with allocate() and update(), and a VLLMKVCache "
+            "with fetch_from_cache(), become FP8"
+        )
 
     def matches(self, module: nn.Module) -> bool:
         return type(module).__name__ in OTHER_STORAGE and attention_kind(module) not in STORES
@@ -245,6 +286,7 @@ def scales_of_cache(
 
 for _handler in (
     TorchAttentionHandler(),
+    OtherAttentionHandler(),
     OtherStorageHandler(),
     ProductHandler(),
     FunctionsHandler(),

@@ -1,7 +1,8 @@
 """Attention that looks up its function by name, and yet cannot be computed by ours: what of its source tells.
 
-Such a class does something else for "eager" and "sdpa" than for any other name (it folds a selection of keys into the
-mask, or hands it over), or has an eager function that takes more than ours does.
+Such a class does something else for "eager" and "sdpa" than for any other name, or has an eager function that takes
+more than ours does. Classes of transformers that hand a selection of keys to any other function are known, though:
+`selection.py` says what it means.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch import nn
 
 from ..modules.class_source import class_tree
 from .detect import Kind, attention_kind
-from .function import NAME, SELECTING, attention_forward
+from .function import NAME, attention_forward
+from .selection import SELECTING, is_known
 
 _TAKEN = frozenset(inspect.signature(attention_forward).parameters)
 _ASKED = "_attn_implementation"
@@ -46,9 +48,10 @@ def own_path(owner: Hashable) -> str:
         if tree is None:
             return f"the source of {base.__name__} cannot be read: what it hands to attention is not known"
         given = set(_handed_over(tree))
-        if selecting := sorted(given.intersection(SELECTING)):
+        selecting = sorted(given.intersection(SELECTING))
+        if selecting and not is_known(base):
             return f"it hands over {', '.join(map(repr, selecting))}, which select the keys to attend to"
-        if any(_tells_ours_apart(node) for node in ast.walk(tree) if isinstance(node, ast.Compare)):
+        if not selecting and any(_tells_ours_apart(node) for node in ast.walk(tree) if isinstance(node, ast.Compare)):
             return "it does something else for attn_implementation 'eager' and 'sdpa' than for any other"
         if more := sorted((_used_by_eager(tree, base) & given) - _TAKEN):
             return f"its attention takes {', '.join(map(repr, more))}, which attention in FP8 does not"

@@ -19,6 +19,7 @@ class AttentionPlan:
     Attributes:
         scheme: how to round; None while measuring.
         observe: called with a kind ("q", "k", "v", "output", …) and the tensor while measuring, else None.
+        observe_per_head: the same for a tensor `[batch, heads, length, size]`, where a module has to find out which is.
         rounds: whether attention is to be in FP8, after measuring or now, not the cache alone.
         record: the calls of the module's operators.
         name: of the module in its model, for messages.
@@ -30,8 +31,10 @@ class AttentionPlan:
         observe: Callable[[str, torch.Tensor], None] | None = None,
         name: str = "",
         rounds: bool = True,
+        observe_per_head: Callable[[str, torch.Tensor], None] | None = None,
     ):
         self.scheme, self.observe, self.record, self.name = scheme, observe, ops.CallRecord(), name
+        self.observe_per_head = observe_per_head
         self.rounds = rounds if scheme is None else scheme.rounds_attention
 
 

@@ -49,6 +49,8 @@ def attention_report(
 ) -> AttentionReport:
     """The row of one attention module; `phase` says "measuring" while it is, `bypassed` what runs in its place."""
     reason = bypassed or str(why)
+    if row is not None and row.remark:
+        reason = row.remark if reason == Reason.SELECTED.value else f"{reason}; {row.remark}"
     if row is None:
         measuring = why.reason is Reason.SELECTED and not bypassed
         return AttentionReport(name, type_name, False, phase if measuring else reason, phase if measuring else "")

@@ -181,13 +181,13 @@ def test_probabilities_only_when_they_are_asked_for():
     assert sum(plan_of(owner).record.fallbacks.values()) == 1
 
 
-def test_dropout_and_sparse_keys_are_refused():
+def test_dropout_and_blocks_of_an_unknown_kind_are_refused():
     q, k, v = inputs()
     owner = module(scheme())
     attention_forward(owner, q, k, v, None, dropout=0.3)  # models pass it in evaluation too
     with pytest.raises(FP8NotAvailableError, match="dropout"):
         attention_forward(owner.train(), q, k, v, None, dropout=0.3)
-    with pytest.raises(FP8NotAvailableError, match="'block_indices'"):
+    with pytest.raises(FP8NotAvailableError, match="'block_indices', .* expected an indexer"):
         attention_forward(owner, q, k, v, None, block_indices=torch.zeros(1))
 
 

@@ -24,6 +24,7 @@ class Attention(nn.Module):
 
     def __init__(self, style="@"):
         super().__init__()
+        self.num_heads = 2
         self.style, self.qkv, self.out = style, nn.Linear(16, 48), nn.Linear(16, 16)
 
     def forward(self, x):
@@ -43,6 +44,12 @@ class Attention(nn.Module):
             bias = torch.zeros(q.shape[0] * 2, q.shape[2], q.shape[2], dtype=x.dtype)
             s = bias.baddbmm(q.flatten(0, 1), kt.flatten(0, 1), beta=0.5, alpha=scaling)
             o = torch.bmm(s.softmax(-1), v.flatten(0, 1)).unflatten(0, (-1, 2))
+        elif self.style == "einsum":
+            p = torch.einsum("bhsd,bhtd->bhst", q * scaling, k).softmax(-1)
+            o = torch.einsum("bhst,bthd->bshd", [p, v.transpose(1, 2)]).transpose(1, 2)
+        elif self.style == "logsumexp":
+            s = q @ kt * scaling
+            o = torch.exp(s - s.logsumexp(-1, keepdim=True)) @ v
         elif self.style == "relative":
             s = q @ kt + q @ kt.flip(-1)
             p = (s * scaling).softmax(-1)
@@ -50,7 +57,7 @@ class Attention(nn.Module):
         return self.out(o.transpose(1, 2).flatten(-2))
 
 
-STYLES = ("@", "matmul", "bmm", "baddbmm", "fused", "relative")
+STYLES = ("@", "matmul", "bmm", "baddbmm", "fused", "relative", "einsum", "logsumexp")
 SITES = {"relative": {"q", "k", "q2", "k2", "p", "v", "p2", "v2"}, "fused": {"q", "k", "v"}}
 
 
@@ -82,22 +89,27 @@ def test_products_are_seen_and_left_alone(style):
     kinds = {kind for name, kind in measured.tensors if name == "attn"}
     assert kinds == SITES.get(style, {"q", "k", "p", "v"})
     q, k, v = net.attn.qkv(net.fc(x)).chunk(3, dim=-1)
+    q = q * 8**-0.5 if style == "einsum" else q
     assert [measured.range("attn", kind) for kind in "qkv"] == [t.abs().max() for t in (q, k, v)]
 
 
 @pytest.mark.core
+@pytest.mark.parametrize("granularity", ["tensor", "head"])
 @pytest.mark.parametrize("style", STYLES)
-def test_products_are_computed_in_fp8(style):
+def test_products_are_computed_in_fp8(style, granularity):
     """An oracle that rounds operands by hand, and nothing else."""
     net, x = Net(style), torch.randn(2, 5, 16)
-    prepare(net, config(scale_method="maxabs_arbitrary"))
+    prepare(net, config(scale_method="maxabs_arbitrary", attention_granularity=granularity))
     net(x)
     convert(net)
     s = scales_of(net.attn)
     assert set(s) == {f"{kind}_scale" for kind in SITES.get(style, {"q", "k", "p", "v"}) | {"p"}}
+    assert {len(s[f"{kind}_scale"]) for kind in "qkv"} == {1 if granularity == "tensor" else 2}
     q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in net.attn.qkv(net.fc(x)).chunk(3, dim=-1))
     kt = rounded(k, s["k_scale"]).transpose(-1, -2)
     scores = rounded(q, s["q_scale"]) @ kt
+    if style == "einsum":
+        scores = rounded(q * 8**-0.5, s["q_scale"]) @ kt * 8**0.5
     if style == "relative":
         scores = scores + rounded(q, s["q2_scale"]) @ rounded(k, s["k2_scale"]).transpose(-1, -2).flip(-1)
     p = (scores * 8**-0.5).softmax(-1)
@@ -204,19 +216,54 @@ def test_copies_and_dequantized_modules():
 
 
 def test_a_module_without_products_is_not_called_fp8():
-    class EinsumAttention(Attention):
+    class SummingAttention(Attention):
         def forward(self, x):
             q, k, v = self.qkv(x).chunk(3, dim=-1)
             if self.style == "never":
                 return (q @ k.mT).softmax(-1) @ v
-            return torch.einsum("bst,btd->bsd", torch.einsum("bsd,btd->bst", q, k).softmax(-1), v)
+            return ((q[:, :, None] * k[:, None]).sum(-1).softmax(-1)[..., None] * v[:, None]).sum(-2)
 
     net = prepare(
-        nn.Sequential(nn.Linear(16, 16), EinsumAttention()), FP8Config(attention=True, allowlist={"names": ["^0$"]})
+        nn.Sequential(nn.Linear(16, 16), SummingAttention()), FP8Config(attention=True, allowlist={"names": ["^0$"]})
     )
     net(torch.randn(2, 5, 16))
     row = quantization_report(convert(net)).attention[0]
     assert not row.quantized and row.reason == "none of its products was seen"
+
+
+def test_an_einsum_that_is_not_one_product_stays_in_high_precision_and_shows():
+    class TripleAttention(Attention):
+        def forward(self, x):
+            q, k, v = self.qkv(x).chunk(3, dim=-1)
+            p = (q @ k.mT).softmax(-1)
+            return torch.einsum("bst,btd,de->bse", p, v, torch.eye(16))
+
+    net, x = nn.Sequential(nn.Linear(16, 16), TripleAttention()), torch.randn(2, 5, 16)
+    prepare(net, FP8Config(attention=True, allowlist={"names": ["^0$"]}))
+    net(x)
+    convert(net)(x)
+    row = quantization_report(net).attention[0]
+    equation = "high precision: einsum 'bst,btd,de->bse': not one product for each batch"
+    assert row.fallbacks == {equation: 1} and sum(row.kernels.values()) == 1
+
+
+def test_projections_on_random_numbers_are_layers_too():
+    """As those that choose the buckets of locality-sensitive hashing: rounding would choose others."""
+
+    class HashingAttention(Attention):
+        def forward(self, x):
+            q, k, v = self.qkv(x).chunk(3, dim=-1)
+            torch.manual_seed(0)
+            self.hashes = torch.einsum("bsd,dr->bsr", q, torch.randn(16, 8)).argmax(-1)
+            return self.out((q @ k.mT).softmax(-1) @ v)
+
+    net, x = nn.Sequential(nn.Linear(16, 16), HashingAttention()), torch.randn(2, 50, 16)
+    expected = (net(x), net[1].hashes)[1]
+    prepare(net, FP8Config(attention=True, allowlist={"names": [r"^1\.out$"]}))
+    net(x)
+    convert(net)(x)
+    assert torch.equal(net[1].hashes, expected)
+    assert set(scales_of(net[1])) == {"q_scale", "k_scale", "p_scale", "v_scale"}
 
 
 def test_products_with_weights_are_layers_not_attention():

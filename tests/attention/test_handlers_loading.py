@@ -14,7 +14,6 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 
 from optimum_fp8 import FP8Config, calibrate, convert, dequantize, finalize_calibration, prepare, quantization_report
 from optimum_fp8.attention import scales_of
-from optimum_fp8.attention.function import attention_forward
 from optimum_fp8.cache import in_fp8
 from optimum_fp8.errors import (
     FP8CheckpointError,
@@ -372,12 +371,6 @@ def test_attention_is_causal():
     changed = ids.clone()
     changed[0, -1] = 1
     assert torch.equal(logits(model, ids)[:, :-1], logits(model, changed)[:, :-1])
-
-
-def test_arguments_that_select_keys_are_refused():
-    q = torch.randn(1, 2, 3, 4)
-    with pytest.raises(FP8NotAvailableError, match="'indices'"):
-        attention_forward(torch.nn.Identity(), q, q, q, None, indices=torch.zeros(1))
 
 
 def test_a_module_may_have_scales_of_its_own_by_these_names(ids, save, tmp_path):
