@@ -52,7 +52,7 @@ clean:
 NATIVE = setup.py $(wildcard optimum_fp8/ops/cpu/native/*)
 LARGE = datasets scikit-learn
 
-.venv/.ready: WHAT = -e ".[test,quality]"
+.venv/.ready: WHAT = -e ".[test,quality,embeddings]"
 .venv-benchmark/.ready: WHAT = -e ".[benchmark]"
 .venv-benchmark/.ready: export CMAKE_ARGS = -DGGML_NATIVE=ON
 .venv-oldest/.ready: WHAT = -e ".[test]" $(OLDEST)

@@ -15,7 +15,7 @@ from . import hf
 if TYPE_CHECKING:
     from . import ops, scales
     from .calibration import calibrate, range_movement
-    from .checkpoint import load, save
+    from .checkpoint import load, load_single_file, save
     from .config import FP8Config
     from .errors import (
         FP8CalibrationError,
@@ -55,6 +55,7 @@ __all__ = [
     "dequantize",
     "finalize_calibration",
     "load",
+    "load_single_file",
     "ops",
     "prepare",
     "quantization_report",
@@ -77,6 +78,7 @@ _HOMES = {
     "dequantize": "quantize",
     "finalize_calibration": "quantize",
     "load": "checkpoint",
+    "load_single_file": "checkpoint",
     "prepare": "quantize",
     "quantization_report": "report",
     "quantize_files": "files",

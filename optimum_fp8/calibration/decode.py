@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from ..errors import FP8CalibrationError
 
 _CACHES = ("cache", "past_key_values")  # transformers has renamed it, and warns of the old name
-_DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
+_DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_input_values", "labels")
 
 
 class Pass(NamedTuple):
@@ -174,6 +174,12 @@ def _with_decoder_inputs(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _decoder_start(model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
+    if not _takes(model, "decoder_input_ids"):
+        taken = [name for name in _DECODER_INPUTS if _takes(model, name)]
+        raise FP8CalibrationError(
+            f"the decoder of {type(model).__name__} does not begin with a token, and the batch says nothing of what it "
+            f"begins with ({sorted(inputs)}): put {' or '.join(taken)} into the batch"
+        )
     for config in (model.generation_config, model.config, model.config.get_text_config(decoder=True)):
         for name in ("decoder_start_token_id", "bos_token_id"):
             start = getattr(config, name, None)

@@ -6,6 +6,7 @@ from pkgutil import iter_modules
 from .format import FORMATS, Checkpoint, Format, Record, checkpoint_of, format_called, register_format, write
 from .native import Native
 from .plain import load, save
+from .single_file import load_single_file
 
 for _file in iter_modules(__path__):  # each registers what it defines
     import_module(f".{_file.name}", __name__)
@@ -19,6 +20,7 @@ __all__ = [
     "checkpoint_of",
     "format_called",
     "load",
+    "load_single_file",
     "register_format",
     "save",
     "write",

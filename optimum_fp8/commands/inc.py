@@ -8,7 +8,7 @@ from argparse import Namespace
 from typing import Any
 
 from ..config import FP8Config
-from ..config.keys import given_flags
+from ..config.flags import given_flags
 from ..errors import FP8ConfigError, FP8MeasurementError
 from ..lifecycle import inc_scales, new_measurements, signed, weights_of
 from ..measure import files_of_inc, has_inc_ranges

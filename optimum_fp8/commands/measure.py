@@ -7,7 +7,7 @@ import time
 from argparse import Namespace
 
 from ..config import FP8Config
-from ..config.keys import given_flags
+from ..config.flags import given_flags
 from ..errors import FP8ConfigError
 from ..measure import measurements_path
 from .outcome import check_prefix, outcome

@@ -17,7 +17,8 @@ from transformers import AutoConfig
 from ..calibration import check_dataset
 from ..checkpoint.inc import refuse_incs
 from ..config import FP8Config
-from ..config.keys import KEYS, given_flags
+from ..config.flags import given_flags
+from ..config.keys import KEYS
 from ..errors import FP8ConfigError, FP8StateError
 from ..lifecycle import are_there
 from ..lifecycle.state import state_of

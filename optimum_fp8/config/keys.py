@@ -2,14 +2,13 @@
 
 The annotation in `ConfigKeys` is the type that checkers see, its `Key` says the rest: the attribute that checks what
 is assigned to it, the docstring and signature of FP8Config, the table in `docs/configuration.md`, and the flags of
-`optimum-cli fp8 quantize`, which reads this file at every start: nothing here may import torch.
+`optimum-cli fp8 quantize` (`flags.py`), which reads this file at every start: nothing here may import torch.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from argparse import ArgumentParser, Namespace, _ArgumentGroup
 from collections.abc import Mapping
 from typing import Any
 
@@ -289,10 +288,16 @@ class ConfigKeys:
         None, NAMES, "kept in high precision besides the defaults (output head, tied and last module)", "HF"
     )
     quantize_lm_head: bool = key(
-        False, BOOLEAN, "drop transformers' default exceptions (output head, tied modules, last module)", "ours"
+        False,
+        BOOLEAN,
+        "drop the default exceptions: output head, tied modules, last module; both ends of a diffusion model",
+        "ours",
     )
     quantize_routers: bool = key(
         False, BOOLEAN, "quantize the linear layers that choose experts, or weigh shared ones, like any other", "ours"
+    )
+    quantize_embeddings: bool = key(
+        False, BOOLEAN, "store embeddings in FP8", "ours", see="[layers](layers.md#embeddings)", of_module=True
     )
     attention: bool = key(
         False,
@@ -380,17 +385,3 @@ def markdown_table() -> str:
         cells = [f"`{each.name}`", each.values.text, f"`{default}`", each.origin, by_module, meaning]
         lines.append(re.sub(" +", " ", f"| {' | '.join(cells)} |"))
     return "\n".join(lines)
-
-
-def add_flags(parser: ArgumentParser | _ArgumentGroup) -> None:
-    """Give `parser` a flag for every key that can be said on a command line."""
-    for each in KEYS.values():
-        if each.has_flag:
-            text = f"{each.text} ({each.values.text}; default {each.default})".replace("%", "%%")
-            parser.add_argument(each.flag, default=None, help=text, **each.values.flag)
-
-
-def given_flags(args: Namespace) -> dict[str, Any]:
-    """The keys that were said on the command line."""
-    values = {key.name: getattr(args, key.name) for key in KEYS.values() if key.has_flag}
-    return {name: value for name, value in values.items() if value is not None}

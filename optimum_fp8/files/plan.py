@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from ..checkpoint.safetensors_writer import TensorSpec
 from ..config import FP8Config
 from ..errors import FP8CheckpointError
 from ..formats import is_fp8
-from ..modules import fp8_modules
+from ..modules import FP8Module, fp8_modules
+from ..modules.experts import SCALES
+from ..modules.fused_experts import FP8FusedExperts
 from ..scales import Scheme
 from ..selection import Decision
 from .source import Source, Stored
@@ -29,7 +32,9 @@ class Layer:
         stored: where it is.
         dtype: that it is cast to first, as loading the model does.
         scheme: how it is scaled.
-        transposed: whether it is stored as `[in, out]`.
+        to_out_in: makes `[out, in, …]` of it.
+        experts: of how many experts it is a stack; 0: it is one weight.
+        halves: how many weights with scales of their own lie below each other in a matrix of the stack.
         together: weights that have one scale with it, itself among them.
     """
 
@@ -37,7 +42,9 @@ class Layer:
     stored: Stored
     dtype: torch.dtype
     scheme: Scheme
-    transposed: bool
+    to_out_in: Callable[[torch.Tensor], torch.Tensor]
+    experts: int = 0
+    halves: int = 1
     together: tuple[Layer, ...] = ()
 
 
@@ -104,10 +111,37 @@ class Plan:
 
 def layers_of(skeleton: Skeleton) -> dict[str, Layer]:
     """The weights that become FP8, by the names of their modules."""
-    return {
-        name: Layer(name, skeleton.stored[f"{name}.weight"], module.high_precision, module.scheme, module.stores_in_out)
+    layers = {
+        name: Layer(name, skeleton.stored[f"{name}.weight"], module.high_precision, module.scheme, module.to_out_in)
         for name, module in fp8_modules(skeleton.model).items()
     }
+    for name, module in skeleton.model.named_modules():
+        if isinstance(module, FP8FusedExperts):
+            layers |= {each.name: each for each in _of_experts(name, module, skeleton.stored)}
+    return layers
+
+
+def _of_experts(name: str, module: FP8FusedExperts, stored: Mapping[str, Stored]) -> Iterator[Layer]:
+    """The weights of experts as the files have them: one by one, or as stacks."""
+    dtype, scheme, layout = module.high_precision, module.scheme, module.layout
+    for own, _, _ in module.weights() if module.parts else ():
+        yield Layer(f"{name}.{own}", stored[f"{name}.{own}.weight"], dtype, scheme, lambda weight: weight)
+    for own in () if module.parts else module.stack_names:
+        count, halves = len(module.numbers), module.halves[own]
+        to_out_in = partial(_matrices, count=count, transposed=own in layout.transposed)
+        yield Layer(f"{name}.{own}", stored[f"{name}.{own}"], dtype, scheme, to_out_in, count, halves)
+
+
+def _matrices(stack: torch.Tensor, *, count: int, transposed: bool) -> torch.Tensor:
+    """`[experts, out, in]` of a stack as it is stored, which may have the matrices of all experts below each other."""
+    stack = stack.unflatten(0, (count, -1)) if stack.ndim == 2 else stack[:count]
+    return stack.mT if transposed else stack
+
+
+def _scheme(model: Any, name: str) -> Scheme | None:
+    """The scheme of the layer or the experts with a name; None: it is no name of some."""
+    module = model.get_submodule(name)
+    return module.scheme if isinstance(module, (FP8Module, FP8FusedExperts)) else None
 
 
 def plan(source: Source, skeleton: Skeleton, layers: dict[str, Layer], max_shard_size: int | str) -> Plan:
@@ -144,8 +178,10 @@ def _output(name: str, tensor: torch.Tensor, source: Source, skeleton: Skeleton,
         module, _, leaf = known.rpartition(".")
         if module in layers and (leaf == "weight_scale" or (leaf == "weight" and is_fp8(tensor.dtype))):
             return Output(name, spec, layers[module])
-        if module in layers and leaf == "input_scale":  # one that needs no range
-            return Output(name, spec, layers[module].scheme.static_scale(torch.zeros(())))
+        if known.removesuffix("_scale") in layers:  # a stack
+            return Output(name, spec, layers[known.removesuffix("_scale")])
+        if leaf in SCALES and (scheme := _scheme(skeleton.model, module)) is not None:  # one that needs no range
+            return Output(name, spec, scheme.static_scale(torch.zeros(())).expand(spec.shape).clone())
     if not tensor.is_meta:
         return Output(name, spec, tensor.detach().clone())
     stored = source.tensors.get(name) if known is None else skeleton.stored.get(known)

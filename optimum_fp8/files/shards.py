@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from .. import ops
 from ..checkpoint.safetensors_writer import DTYPES, SafetensorsWriter, TensorSpec
 from ..errors import FP8ScaleError, FP8StateError
+from ..modules.expert_tensors import quantized_stack
 from ..modules.weight import stored_weight
 from ..scales import quantize_weight
 from ..scales.weight import scale_of_weight
@@ -84,7 +85,7 @@ def write_shard(
 
 
 def _quantized(layer: Layer, read: Read) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes `[out, in, …]` and scale of a weight.
+    """Codes `[out, in, …]` and scale of a weight; of a stack `[experts, out, in]`.
 
     Raises:
         FP8ScaleError: it has no sound scale.
@@ -95,6 +96,8 @@ def _quantized(layer: Layer, read: Read) -> tuple[torch.Tensor, torch.Tensor]:
     if scale is not None:
         return ops.cast_to_fp8(weight, scale, scheme.fmt.dtype, scheme.fmt.full_scale).contiguous(), scale
     try:
+        if layer.experts:
+            return quantized_stack(weight, layer.halves, scheme)
         return quantize_weight(weight, scheme.weight, scheme.fmt, scheme.hp_dtype)[:2]
     except FP8ScaleError as error:
         raise FP8ScaleError(f"{layer.stored}: {error}") from None
@@ -109,7 +112,7 @@ def _scale(layer: Layer, read: Read) -> torch.Tensor:
 
 def _weight(layer: Layer, read: Read) -> torch.Tensor:
     weight = read(layer.stored).to(layer.dtype)
-    return weight.t() if layer.transposed else weight
+    return layer.to_out_in(weight)
 
 
 def _size(outputs: list[Output]) -> int:

@@ -25,6 +25,8 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ..checkpoint.intact import record
 from ..config import FP8Config
+from ..formats import is_fp8
+from ..hf.conversions import without_fp8
 from ..hf.ties import Untied
 from ..lifecycle import state_of
 from ..modules import fp8_modules
@@ -46,11 +48,13 @@ def known_class(source: Source) -> Any:
 def skeleton_of_class(source: Source, model_class: Any, config: FP8Config, dtype: str | torch.dtype) -> Skeleton:
     """What `from_pretrained` makes of the source, without values.
 
-    Weights that transformers puts together of others while loading are left out, and stacks of experts' weights.
+    Weights that transformers puts together of others while loading are left out, but for those of experts that an FP8
+    checkpoint holds one by one, as the source does.
     """
     model, stored = _load(source, model_class, config, dtype)
-    made = [name for name in fp8_modules(model) if f"{name}.weight" not in stored]
-    made += [name for name, module in model.named_modules() if isinstance(module, FP8FusedExperts)]
+    layers = fp8_modules(model).items()
+    made = [name for name, module in layers if f"{name}.weight" not in stored or module.derived]
+    made += [name for name in _experts(model) if any(key not in stored for key in _codes_of_experts(model, name))]
     if made:
         logger.warning(
             "%d modules stay in high precision, because transformers converts or puts them together while loading, and "
@@ -97,7 +101,8 @@ def _load(source: Source, model_class: Any, config: FP8Config, dtype: str | torc
 
 def _in_files(model: Any, keys: Iterable[str]) -> dict[str, str]:
     """The keys of files by the names of the tensors that transformers loads them into, unconverted."""
-    mapping, state = get_model_conversion_mapping(model), model.state_dict()
+    experts = [key for name in _experts(model) for key in _codes_of_experts(model, name)]
+    mapping, state = without_fp8(get_model_conversion_mapping(model), experts), model.state_dict()
     renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
     converters = [each for each in mapping if isinstance(each, WeightConverter)]
     found = {}
@@ -110,11 +115,24 @@ def _in_files(model: Any, keys: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def _experts(model: Any) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, FP8FusedExperts)]
+
+
+def _codes_of_experts(model: Any, name: str) -> list[str]:
+    """The names of the weights of experts in FP8, as their state has them."""
+    return [f"{name}.{key}" for key, each in model.get_submodule(name).tensors().items() if is_fp8(each.dtype)]
+
+
 def _saved(model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The state of a model by the names that `save_pretrained` gives it, and the model's own names by those."""
     ignored = set(model._keys_to_ignore_on_save or ())
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
-    state = remove_tied_weights_from_state_dict(state, model)
+    # Weights of experts that are parts of one stack are not tied, and have no parameters of their own to look at.
+    experts = {f"{name}.{key}" for name in _experts(model) for key in model.get_submodule(name).tensors()}
+    others = {name: tensor for name, tensor in state.items() if name not in experts}
+    kept = remove_tied_weights_from_state_dict(others, model)
+    state = {name: tensor for name, tensor in state.items() if name in kept or name in experts}
     own = {id(tensor): name for name, tensor in state.items()}
     saved = dict(revert_weight_conversion(model, state))
     return saved, {name: own[id(tensor)] for name, tensor in saved.items() if id(tensor) in own}

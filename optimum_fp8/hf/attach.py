@@ -8,9 +8,12 @@ import transformers
 from torch import nn
 from transformers.quantizers.base import _assign_is_quantized
 
+from ..checkpoint.diffusers_models import attach_to_diffusers
 from ..config import QUANT_METHOD
 from ..lifecycle import state_of
-from .quantizer import FP8Quantizer, attach_to_parts
+from ..selection import is_of_diffusers
+from .parts import attach_to_parts
+from .quantizer import FP8Quantizer
 from .saving import config_to_save, mark_as_quantized
 
 
@@ -27,7 +30,9 @@ def attach_quantizer(model: Any) -> None:
         model.is_quantized = True
         model.quantization_method = QUANT_METHOD
         _assign_is_quantized(model)
-    attach_to_parts(model, state)
+    elif is_of_diffusers(model):
+        attach_to_diffusers(model, state)
+    attach_to_parts(model, state, FP8Quantizer)
 
 
 def detach_quantizers(model: nn.Module) -> None:

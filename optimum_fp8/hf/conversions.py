@@ -17,7 +17,8 @@ from ..errors import FP8ScaleError
 from ..formats import is_fp8, not_finite
 from ..measure import Measurements, observer_class, weight_digest
 from ..modules import FP8Module
-from ..modules.fused_experts import FP8FusedExperts, to_out_in
+from ..modules.fused_experts import FP8FusedExperts, PartOfExperts
+from ..modules.fused_layout import to_out_in
 from ..modules.handler import converted_modules
 from ..modules.weight import stored_shape
 from ..scales import quantize_weight
@@ -62,9 +63,16 @@ class Loading:
 
 def becomes_fp8(module: nn.Module, parameter: str) -> bool:
     """Whether a parameter of a module in FP8 is brought in high precision, and quantized while it is loaded."""
-    if isinstance(module, FP8FusedExperts):
-        return parameter in module.stack_names
+    if (place := _in_stacks(module, parameter)) is not None:
+        return place[1] in place[0].stack_names
     return isinstance(module, FP8Module) and parameter == "weight"
+
+
+def _in_stacks(module: nn.Module, parameter: str) -> tuple[FP8FusedExperts, str] | None:
+    """The experts that a parameter belongs to, and its name in them; None: it belongs to none."""
+    if isinstance(module, PartOfExperts):
+        return module.experts, f"{module.prefix}{parameter}"
+    return (module, parameter) if isinstance(module, FP8FusedExperts) else None
 
 
 class QuantizeWeight(ConversionOps):
@@ -86,8 +94,8 @@ class QuantizeWeight(ConversionOps):
             if not becomes_fp8(module, parameter):
                 result[key] = self.loading.keep(tensor)
                 continue
-            if isinstance(module, FP8FusedExperts):
-                codes, result[f"{key}_scale"] = self._stack(key, module, tensor)
+            if (place := _in_stacks(module, parameter)) is not None:
+                codes, result[f"{key}_scale"] = self._stack(key, *place, tensor)
             else:
                 codes, result[f"{name}.weight_scale"] = self._quantize(name, module, tensor)
             result[key] = self.loading.keep(codes)
@@ -107,10 +115,11 @@ class QuantizeWeight(ConversionOps):
         self.loading.observe_weight(name, weight, maxabs)
         return codes, scale
 
-    def _stack(self, key: str, module: FP8FusedExperts, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        parameter = key.rpartition(".")[2]
+    def _stack(
+        self, key: str, module: FP8FusedExperts, parameter: str, tensor: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         room = module._parameters[parameter], module._parameters[f"{parameter}_scale"]
-        expected, found = tuple(room[0].shape), tuple(to_out_in(module, tensor).shape)  # type: ignore[union-attr]
+        expected, found = tuple(room[0].shape), tuple(to_out_in(module, parameter, tensor).shape)  # type: ignore[union-attr]
         try:
             if found != expected:
                 raise FP8ScaleError(f"the checkpoint's weights are {found}, the model expects {expected}")

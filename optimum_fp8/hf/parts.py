@@ -14,12 +14,14 @@ import transformers
 from torch import nn
 
 from ..checkpoint.native import carried_config
+from ..checkpoint.ranges import known_ranges, ranges_within
 from ..config import KEYS, QUANT_METHOD, FP8Config
 from ..errors import FP8CheckpointError
 from ..lifecycle import FP8State
 from ..modules import fp8_modules
 from ..modules.handler import find_all
 from ..selection import names_in_checkpoint, with_limits
+from .saving import mark_as_quantized
 
 
 def models_inside(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -110,3 +112,16 @@ def _method(config: FP8Config) -> dict[str, Any]:
 
 def _is_same(one: FP8Config, other: FP8Config) -> bool:
     return _method(one) == _method(other) and one.model_class == other.model_class
+
+
+def attach_to_parts(model: nn.Module, state: FP8State, quantizer_class: type[Any]) -> None:
+    """Give the transformers models inside a converted model what they need to be saved, and loaded, by themselves."""
+    known = {id(model.config)} if isinstance(model, transformers.PreTrainedModel) else set()
+    parts = list(models_inside(model))
+    ranges = known_ranges(model) if parts else {}
+    for prefix, part in parts:  # what shares its configuration with what is around it is saved with that
+        config = part.config.quantization_config if id(part.config) in known else config_of_part(state, prefix, part)
+        known.add(id(part.config))
+        mark_as_quantized(part, config, state)
+        part.hf_quantizer = quantizer_class(config, pre_quantized=True)
+        part.hf_quantizer._ranges = ranges_within(ranges, prefix)

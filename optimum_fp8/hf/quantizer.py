@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import HfQuantizer
@@ -21,7 +20,7 @@ from ..attention import choices_by_config, chosen_before_loading
 from ..calibration import calibrate, calibrate_sequentially, check_dataset, check_sequential, facts_of
 from ..checkpoint.intact import RECORD, check_intact, record, recorded
 from ..checkpoint.native import check_complete, check_scales, saved_decisions, saved_scales, scales_in
-from ..checkpoint.ranges import Known, converted_targets, known_ranges, ranges_within, recorded_ranges
+from ..checkpoint.ranges import Known, converted_targets, known_ranges, recorded_ranges
 from ..checkpoint.targets import fit_to_target
 from ..config import FP8Config
 from ..errors import FP8CheckpointError, FP8ConfigError, FP8NotAvailableError, FP8ScaleError
@@ -64,9 +63,9 @@ from .loading_call import (
     loading_origin,
     refuse_distributed_loading,
     refuse_experts_on_disk,
-    refuse_spread_experts,
 )
-from .parts import adopt_parts, config_of_part, models_inside
+from .parallel_plan import check_plan, keep_own_part, keep_whole
+from .parts import adopt_parts, attach_to_parts
 from .saving import config_to_save, mark_as_quantized, tensors_to_save
 from .sequential import OntoDisk, without_disk
 from .source import refuse_codes
@@ -174,12 +173,16 @@ class FP8Quantizer(HfQuantizer):
             if made is not None:
                 replacements[target.module] = made
         swap(model, replacements)
-        refuse_spread_experts(model)
+        check_plan(model, self.pre_quantized and not config.dequantize)
         refuse_experts_on_disk(self._decisions, kwargs.get("device_map"))
         if self.pre_quantized:
             check_intact(model, self._decisions, config, self._made_for, files)
         if self._onto_disk is not None:
             self._onto_disk.look_at(model, files)
+
+    def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
+        super().update_parallel_plan(model, plan)
+        keep_whole(model, plan)
 
     def _target(self, model: nn.Module, decision: Decision) -> Target:
         module, ranges = model.get_submodule(decision.name), self._measured.at(decision.name)
@@ -271,6 +274,7 @@ class FP8Quantizer(HfQuantizer):
         targets = state.targets(model)
         for target in targets:
             target.handler.loaded(target)
+        keep_own_part(model)
         state.change_around(model, targets)
         pack_all(model)
         self._mark(model)
@@ -312,7 +316,7 @@ class FP8Quantizer(HfQuantizer):
         assert state is not None
         self.quantization_config = config_to_save(model, state)
         mark_as_quantized(model, self.quantization_config, state)
-        attach_to_parts(model, state)
+        attach_to_parts(model, state, FP8Quantizer)
 
     def _find_ranges(self, model: Any, state: FP8State) -> bool:
         """Calibrate, or take stored measurements; False if the model has to be measured by hand.
@@ -384,16 +388,3 @@ class FP8Quantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
-
-
-def attach_to_parts(model: nn.Module, state: FP8State) -> None:
-    """Give the transformers models inside a converted model what they need to be saved, and loaded, by themselves."""
-    known = {id(model.config)} if isinstance(model, transformers.PreTrainedModel) else set()
-    parts = list(models_inside(model))
-    ranges = known_ranges(model) if parts else {}
-    for prefix, part in parts:  # what shares its configuration with what is around it is saved with that
-        config = part.config.quantization_config if id(part.config) in known else config_of_part(state, prefix, part)
-        known.add(id(part.config))
-        mark_as_quantized(part, config, state)
-        part.hf_quantizer = FP8Quantizer(config, pre_quantized=True)
-        part.hf_quantizer._ranges = ranges_within(ranges, prefix)

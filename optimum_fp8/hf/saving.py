@@ -15,7 +15,7 @@ from ..checkpoint.native import carried_config, refuse_unsound
 from ..config import FP8Config
 from ..errors import FP8CheckpointError
 from ..formats import is_fp8, not_finite
-from ..lifecycle import FP8State
+from ..lifecycle import FP8State, refuse_spread
 from ..modules import fp8_modules
 from ..modules.handler import Change
 from ..selection import with_limits
@@ -51,9 +51,10 @@ def tensors_to_save(model: Any, given: Mapping[str, torch.Tensor] | None = None)
 
     Raises:
         FP8StateError: the model is still being measured.
-        FP8NotAvailableError: weights are offloaded.
+        FP8NotAvailableError: weights are offloaded, or each process has its part of them.
         FP8CheckpointError: a scale that is not set, zero, NaN or infinite; a given state dict that is no FP8 one.
     """
+    refuse_spread(model, "save_pretrained")
     checkpoint, native = checkpoint_of(model), Native()
     native.refuse(checkpoint)
     tensors, ours = _plain_names(model.state_dict() if given is None else given), native.tensors(checkpoint)

@@ -18,8 +18,17 @@ from .prepare import (
     stored_measurements,
     unmeasured_state,
 )
-from .sharded import is_sharded, refuse_shares
-from .state import FP8State, Phase, measuring_state, refuse_second_time, set_state, state_of, unwrapped
+from .sharded import is_sharded, is_spread, refuse_shares, refuse_spread
+from .state import (
+    FP8State,
+    Phase,
+    measuring_state,
+    refuse_no_module,
+    refuse_second_time,
+    set_state,
+    state_of,
+    unwrapped,
+)
 from .unsigned import is_unsigned, signed
 
 __all__ = [
@@ -36,12 +45,15 @@ __all__ = [
     "inc_scales",
     "is_unsigned",
     "is_sharded",
+    "is_spread",
     "measuring_state",
     "needs_ranges",
     "new_measurements",
     "prepare",
+    "refuse_no_module",
     "refuse_second_time",
     "refuse_shares",
+    "refuse_spread",
     "refuse_unreached",
     "set_state",
     "settle_measurements",

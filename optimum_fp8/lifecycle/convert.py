@@ -219,6 +219,7 @@ class _QuantizedOnce:
 
     def __init__(self) -> None:
         self._known: dict[tuple[Any, ...], tuple[nn.Parameter, nn.Parameter]] = {}
+        self._seen: list[nn.Parameter] = []  # what is gone would leave its `id` to others
 
     def __call__(
         self, parameter: nn.Parameter, weight: torch.Tensor, scheme: Scheme
@@ -228,4 +229,5 @@ class _QuantizedOnce:
         if key not in self._known:
             codes, scale, _ = quantize_weight(weight, scheme.weight, scheme.fmt, scheme.hp_dtype)
             self._known[key] = (frozen(codes), frozen(scale))
+            self._seen.append(parameter)
         return self._known[key]

@@ -8,6 +8,7 @@ from torch import nn
 from ..errors import FP8NotAvailableError
 from ..modules import swap
 from ..modules.handler import converted_modules
+from .sharded import refuse_spread
 from .state import set_state, state_of, unwrapped
 
 
@@ -22,9 +23,10 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         `model` itself.
 
     Raises:
-        FP8NotAvailableError: some weights are offloaded.
+        FP8NotAvailableError: some weights are offloaded, or each process has its part of them.
     """
     given, model = model, unwrapped(model)
+    refuse_spread(model, "dequantize")
     found = converted_modules(model).values()
     if any(tensor.is_meta for module, handler in found for tensor in handler.state(module).values()):
         raise FP8NotAvailableError("dequantize: some weights are offloaded: load the model without offloading")

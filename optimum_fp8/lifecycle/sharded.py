@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 from torch import nn
 
@@ -49,6 +50,25 @@ def refuse_sharded(model: nn.Module, action: str) -> None:
             f"{action}: the weights of this model are spread over processes: end measuring with "
             "finalize_calibration(model), which writes the measurements, and quantize in one process by "
             "from_pretrained(…, quantization_config=FP8Config(mode='QUANTIZE', dump_stats_path=…))"
+        )
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether transformers cuts the weights of a model by a tensor- or expert-parallel plan."""
+    asked: Any = getattr(getattr(model, "config", None), "distributed_config", None)
+    return asked is not None and (asked.tp_size > 1 or asked.ep_size > 1)
+
+
+def refuse_spread(model: nn.Module, action: str) -> None:
+    """Refuse a step that needs whole weights in FP8.
+
+    Raises:
+        FP8NotAvailableError: each process computes with its part of them.
+    """
+    if is_spread(model):
+        raise FP8NotAvailableError(
+            f"{action}: from_pretrained spreads this model over processes by a tensor- or expert-parallel plan: load "
+            "it whole, without tp_plan and distributed_config; what was saved in FP8 can be loaded under a plan"
         )
 
 

@@ -135,8 +135,7 @@ def refuse_second_time(model: nn.Module, action: str, config: object = None) -> 
         FP8StateError: no module, or one that is prepared or converted already.
         FP8ConfigError: `config` is there and no FP8Config.
     """
-    if not isinstance(model, nn.Module):
-        raise FP8StateError(f"{action}: expected a torch.nn.Module, found {type(model).__name__}")
+    refuse_no_module(model, action)
     if config is not None and not isinstance(config, FP8Config):
         raise FP8ConfigError(f"{action}: expected an FP8Config, found {config!r}: use FP8Config(…) or from_json_file")
     state = state_of(model)
@@ -145,3 +144,21 @@ def refuse_second_time(model: nn.Module, action: str, config: object = None) -> 
     if state is not None and state.phase is Phase.MEASURING:
         raise FP8StateError(f"{action}: this model is prepared already: run calibration data, then convert(model)")
     raise FP8StateError(f"{action}: this model is converted to FP8 already: load the original model to start again")
+
+
+def refuse_no_module(model: object, action: str) -> None:
+    """Refuse what is no module, a pipeline of diffusers with the names of its parts.
+
+    Raises:
+        FP8StateError: it is none.
+    """
+    if not isinstance(model, nn.Module):
+        parts = [name for name, part in _components(model).items() if isinstance(part, nn.Module)]
+        hint = f"; take its parts one by one: {', '.join(parts)}" if parts else ""
+        raise FP8StateError(f"{action}: expected a torch.nn.Module, found {type(model).__name__}{hint}")
+
+
+def _components(pipeline: object) -> dict[str, object]:
+    """What a pipeline of diffusers consists of, by name; nothing of anything else."""
+    found = getattr(pipeline, "components", None)
+    return found if isinstance(found, dict) else {}

@@ -49,6 +49,8 @@ def number_of_experts(module: nn.Module) -> int | None:
 
 def _stacked(module: nn.Module) -> int | None:
     """How many weights the stacks of a module hold; the least, as experts that compute nothing may lack some."""
+    if hasattr(module, "kernel_size"):  # the weight of a convolution over one dimension, be it in FP8
+        return None
     stacks = [parameter.shape[0] for parameter in module.parameters(recurse=False) if parameter.ndim == 3]
     return min(stacks, default=None)
 

@@ -67,18 +67,18 @@ class Observers:
             self._handles.append(module.register_forward_hook(partial(self._observe_output, name)))
 
     def attach_weight(
-        self, name: str, module: nn.Module, to_out_in: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight
+        self, name: str, module: nn.Module, weight_of: Callable[[Any], torch.Tensor] = lambda module: module.weight
     ) -> None:
         """Measure the weight of the module called `name`, now and whenever `measure_weights` is called.
 
         Args:
             name: the module's name.
-            module: has a `weight`.
-            to_out_in: makes `[out, in, …]` of it.
+            module: what holds it.
+            weight_of: its weight, `[out, in, …]`.
         """
         if "weight" in self.kinds:
-            self._weights[name] = module, to_out_in
-            self.measurements.observe(name, "weight", to_out_in(whole(module.weight).detach()))  # type: ignore[arg-type]
+            self._weights[name] = module, weight_of
+            self.measurements.observe(name, "weight", whole(weight_of(module)).detach())
 
     def measure_weights(self) -> None:
         """Measure weights anew: they have changed."""

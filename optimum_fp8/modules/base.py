@@ -23,7 +23,20 @@ _HIGH_PRECISION = frozenset({torch.bfloat16, torch.float16, torch.float32, torch
 _OF_THE_INSTANCE = frozenset({*vars(nn.Module()), "bias", "forward", "_old_forward", "_hf_hook"})
 
 
-class FP8Module(nn.Module):
+class StandsForOriginal(nn.Module):
+    """Has the methods and properties of the class of `origin`, the module that it stands for."""
+
+    def __getattr__(self, name: str) -> Any:
+        """What the original's class has: its methods and properties, of this module."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            for found in of_original_class(self, name):
+                return found
+            raise
+
+
+class FP8Module(StandsForOriginal):
     """A module that holds an FP8 weight, its scale, and (static activations) the scale of its input.
 
     It has the attributes, buffers and methods of the module that it stands for.
@@ -41,6 +54,7 @@ class FP8Module(nn.Module):
         scheme: how it is scaled and computed.
         record: the calls of its operators.
         name: of the module in its model, for messages.
+        derived: whether its weight was computed from what the original holds, and is not stored with it.
     """
 
     rows_are_tokens = True  # whether the last dimension of an input is its features
@@ -62,7 +76,7 @@ class FP8Module(nn.Module):
         device = origin.weight.device
         self.weight_shape, self._dimensions = shape, len(shape)
         self.high_precision: torch.dtype = origin.weight.dtype
-        self.name = ""
+        self.name, self.derived = "", False
         scale = torch.full(scheme.weight.granularity.scale_shape(shape), torch.nan, dtype=torch.float32, device=device)
         # The bias comes first: transformers takes the dtype of a model's first parameter for the model's.
         self.register_parameter("bias", getattr(origin, "bias", None))
@@ -77,9 +91,11 @@ class FP8Module(nn.Module):
         """Why this class cannot stand for a module, or None."""
         return None
 
-    @staticmethod
-    def to_out_in(weight: torch.Tensor) -> torch.Tensor:
-        """The original module's weight with output channels first, and the other way round."""
+    def to_out_in(self, weight: torch.Tensor) -> torch.Tensor:
+        """The original module's weight with output channels first, and the other way round.
+
+        `self` may be the original as well: nothing but its geometry is asked for.
+        """
         return weight
 
     def restored(self, dtype: torch.dtype | None = None) -> nn.Module:
@@ -259,15 +275,6 @@ class FP8Module(nn.Module):
 
     # --- as a module ----------------------------------------------------------------------------------------------
 
-    def __getattr__(self, name: str) -> Any:
-        """What the original's class has: its methods and properties, of this module."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            for found in of_original_class(self, name):
-                return found
-            raise
-
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FP8Module:
         """Moves go through; casts do not: an FP8 weight cast to another dtype would lose its scale silently."""
 
@@ -328,7 +335,9 @@ class FP8Module(nn.Module):
         return f"{fmt.name} on {fmt.target}, weight {self.scheme.weight.granularity}, activations {self.activations}"
 
 
-_OURS = frozenset({"name", "origin", "scheme", "record", "high_precision", "input_rule", "weight_shape", "_dimensions"})
+_OURS = frozenset(
+    {"name", "origin", "scheme", "record", "high_precision", "input_rule", "weight_shape", "_dimensions", "derived"}
+)
 
 
 def own_attributes(module: Any) -> dict[str, Any]:

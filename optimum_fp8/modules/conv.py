@@ -1,7 +1,8 @@
-"""Convolutions in FP8: nn.Conv2d, and any number of dimensions once a handler is registered for its class."""
+"""Convolutions in FP8, of one to three dimensions, transposed or not."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from .. import ops
 from ..errors import FP8StateError
+from ..ops.operands import channels_last_of, in_out_swapped
 from ..scales import Scheme, inf_as_nan
 from .autocast import autocast
 from .base import FP8Module
@@ -32,19 +34,34 @@ class FP8Conv(FP8Module):
     kernel_size: tuple[int, ...]
 
     def __init__(self, origin: Any, scheme: Scheme):
-        super().__init__(origin.weight.shape, origin, scheme)
+        super().__init__(type(self).to_out_in(origin, origin.weight).shape, origin, scheme)
+        self.channels_last = channels_last_of(origin.weight)
 
     @classmethod
     def refuses(cls, module: Any) -> str | None:
-        return "transposed convolutions are not covered" if getattr(module, "transposed", False) else None
+        transposed = getattr(module, "transposed", False)
+        return f"{cls.__name__} is for convolutions that are not transposed" if transposed else None
+
+    def set_weight(self, weight: torch.Tensor, scale: torch.Tensor) -> None:
+        super().set_weight(weight, scale)
+        if self.channels_last is not None:
+            self.codes.data = self.codes.data.to(memory_format=self.channels_last)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        parameters: dict[str, Any] = self._parameters
-        scheme, x = self.scheme, input
         border, padding = _padding(self, self._dimensions - 2)
-        if border:
-            x = F.pad(x, border, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
-        x = autocast(x)
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return self.convolved(F.pad(input, border, mode=mode) if border else input, padding)
+
+    def convolved(self, x: torch.Tensor, padding: Sequence[int], **transposed: Any) -> torch.Tensor:
+        """The operator's result for an input `[N, in, …]` or `[in, …]`, with so many zeros on both sides.
+
+        Args:
+            x: the input, in high precision.
+            padding: one number for each spatial dimension.
+            transposed: what the operator has to be told of a transposed convolution.
+        """
+        parameters: dict[str, Any] = self._parameters
+        scheme, x = self.scheme, autocast(x)
         input_scale = self.activation_scale(x)
         try:
             return ops.conv(
@@ -60,6 +77,7 @@ class FP8Conv(FP8Module):
                 full_scale=scheme.fmt.full_scale,
                 arithmetic=scheme.arithmetic,
                 record=self.record,
+                **transposed,
             )
         except (RuntimeError, IndexError):
             self._check_fit(x)
@@ -85,14 +103,35 @@ class FP8Conv2d(FP8Conv):
     """2-D convolution with an FP8 weight `[out, in / groups, kh, kw]`."""
 
 
+class FP8ConvTranspose(FP8Conv):
+    """Transposed convolution with an FP8 weight; its codes are `[out, in / groups, k…]`, as of any convolution."""
+
+    stores_in_out = True
+
+    output_padding: tuple[int, ...]
+
+    @classmethod
+    def refuses(cls, module: Any) -> str | None:
+        return None
+
+    def to_out_in(self, weight: torch.Tensor) -> torch.Tensor:
+        return in_out_swapped(weight, self.groups) if weight.ndim > 2 else weight
+
+    def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
+        dimensions = self._dimensions - 2
+        geometry = (self.stride, self.padding, self.kernel_size, dimensions, self.dilation)
+        output_padding = self._output_padding(input, output_size, *geometry)
+        return self.convolved(input, _padding(self, dimensions)[1], transposed=True, output_padding=output_padding)
+
+
 def _padding(conv: Any, dimensions: int) -> tuple[list[int], tuple[int, ...]]:
     """What `F.pad` lays around an input beforehand, and the padding of the operator.
 
     Padding that differs between sides, or is not zeros, is laid around the input.
     """
     none = (0,) * dimensions
-    if conv.padding == "valid":
-        return [], none
+    if conv.padding == "valid":  # torch pads by 0 where it would not pad with zeros, and so leaves channels last
+        return [] if conv.padding_mode == "zeros" else [0, 0] * dimensions, none
     if not isinstance(conv.padding, str) and conv.padding_mode == "zeros":
         return [], tuple(conv.padding)
     border: list[int] = []
@@ -105,4 +144,14 @@ def _padding(conv: Any, dimensions: int) -> tuple[list[int], tuple[int, ...]]:
     return border, none
 
 
+class LaterHandler(LayerHandler):
+    """Layers of a kind that older versions left in high precision."""
+
+    unlisted_before = True
+
+
 register_handler(LayerHandler("conv2d", (nn.Conv2d,), FP8Conv2d))
+register_handler(LaterHandler("conv1d", (nn.Conv1d,), FP8Conv))
+register_handler(LaterHandler("conv3d", (nn.Conv3d,), FP8Conv))
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+register_handler(LaterHandler("transposed conv", _TRANSPOSED, FP8ConvTranspose))

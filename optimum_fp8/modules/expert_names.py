@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,21 +16,21 @@ _known: WeakKeyDictionary[nn.Module, list[WeightConverter]] = WeakKeyDictionary(
 _EACH = re.compile(r"\*\\?\.(\w+)\\?\.weight$")  # the end of a pattern for one weight of each expert
 
 
-def parts_of_experts(model: nn.Module | None, name: str, upper: str) -> tuple[str, ...]:
+def parts_of_experts(model: nn.Module | None, name: str, stacks: Sequence[str]) -> tuple[str, ...]:
     """The names that the weights of one expert have in a checkpoint, as `("w1", "w3", "w2")`, the last one's down.
 
     Args:
         model: what the experts are in.
         name: of the experts in it.
-        upper: the name of the stack of all but the last.
+        stacks: the names of the stacks, that of the down projections last.
 
     Returns:
         the names; none where checkpoints have stacks, or what is in them is arranged in another way.
     """
-    if model is None:
+    if model is None or len(stacks) != 2:
         return ()
-    above, below = (_sources(model, f"{name}.{stack}") for stack in (upper, "down_proj"))
-    if len(below) != 1 or len(above) != (2 if upper == "gate_up_proj" else 1):
+    above, below = (_sources(model, f"{name}.{stack}") for stack in stacks)
+    if len(below) != 1 or len(above) != (2 if stacks[0] == "gate_up_proj" else 1):
         return ()
     return (*above, *below)
 

@@ -11,9 +11,10 @@ from torch import nn
 
 from .. import ops
 from ..errors import FP8CheckpointError, FP8StateError
-from ..formats import NumberFormat, codes_beyond, is_fp8, not_finite
-from ..scales import WEIGHT_ONLY, Scheme, inf_as_nan, scale_shape, unsound
+from ..formats import is_fp8, not_finite
+from ..scales import WEIGHT_ONLY, Scheme, inf_as_nan, scale_shape
 from .autocast import autocast
+from .expert_tensors import as_bytes, misfit, stacked
 from .linear import FP8Linear
 from .weight import frozen, stored_weight
 
@@ -49,15 +50,15 @@ class FP8Experts(nn.Module):
         numbers: those of the experts in the whole model.
         scheme: how they are scaled and computed.
         high_precision: the dtype the weights had.
-        upper: the name of the stack that comes first.
-        halves: how many weights with scales of their own lie below each other in it; None: as `parts` say.
+        halves: the names of the stacks, and how many weights with scales of their own lie below each other in a matrix
+            of each, that of the down projections last; None: two stacks, as `parts` say.
 
     Attributes:
-        gate_up_proj: `[E, 2 · inner, hidden]`, FP8, frozen: of each expert the gate above the up projection; `upper`
-            says its name.
-        gate_up_proj_scale: float32, `(E, 1, 1)`, `(E, 2, 1)` or `(E, 2 · inner, 1)`.
+        gate_up_proj: `[E, 2 · inner, hidden]`, FP8, frozen: of each expert the gate above the up projection; `halves`
+            says the names of the stacks.
+        gate_up_proj_scale: float32, `(E, 1, 1)`, `(E, 2, 1)`, `(E, 2 · inner, 1)`, or by blocks of each matrix.
         down_proj: `[E, hidden, inner]`, FP8, frozen.
-        down_proj_scale: float32, `(E, 1, 1)` or `(E, hidden, 1)`.
+        down_proj_scale: float32, `(E, 1, 1)`, `(E, hidden, 1)`, or by blocks of each matrix.
         input_scale: float32 `(1,)`, or None where activations are not static.
         intermediate_scale: float32 `(E, 1, 1)`, or None where activations are not static.
         record: the calls of its operators.
@@ -76,34 +77,35 @@ class FP8Experts(nn.Module):
         scheme: Scheme,
         high_precision: torch.dtype,
         *,
-        upper: str = "gate_up_proj",
-        halves: int | None = None,
+        halves: Mapping[str, int] | None = None,
     ):
         super().__init__()
         self.parts, self.numbers, self.scheme, self.high_precision = tuple(parts), numbers, scheme, high_precision
-        self.upper, self.halves = upper, len(parts) - 1 if halves is None else halves
+        self.halves = dict(halves or {"gate_up_proj": len(parts) - 1, "down_proj": 1})
         self.record, self.name = ops.CallRecord(), ""
         for name in SCALES:
             self.register_parameter(name, None)
 
     @property
-    def stack_names(self) -> tuple[str, str]:
-        """The names of the parameters that hold codes."""
-        return self.upper, "down_proj"
+    def static_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The static scales that there may be, and their shapes."""
+        return dict(zip(SCALES, ((1,), (len(self.numbers), 1, 1)), strict=True))
+
+    @property
+    def stack_names(self) -> tuple[str, ...]:
+        """The names of the parameters that hold codes, that of the down projections last."""
+        return tuple(self.halves)
 
     @property
     def is_stacked(self) -> bool:
         """Whether the codes are here as they are computed with, and not still to come from a checkpoint."""
-        down = self._parameters.get("down_proj")
+        down = self._parameters.get(self.stack_names[-1])
         return down is not None and down.ndim == 3 and is_fp8(down.dtype)
 
-    def set_weights(
-        self, upper: torch.Tensor, upper_scale: torch.Tensor, down: torch.Tensor, down_scale: torch.Tensor
-    ) -> None:
-        """Take stacked codes and their float32 scales."""
-        for name, codes, scale in zip(self.stack_names, (upper, down), (upper_scale, down_scale), strict=True):
-            self.register_parameter(name, frozen(codes))
-            self.register_parameter(f"{name}_scale", frozen(scale))
+    def set_weights(self, *tensors: torch.Tensor) -> None:
+        """Take codes and float32 scale of each stack."""
+        for name, codes, scale in zip(self.stack_names, tensors[::2], tensors[1::2], strict=True):
+            self._parameters[name], self._parameters[f"{name}_scale"] = frozen(codes), frozen(scale)
         self._watch()
 
     def set_scheme(self, scheme: Scheme, scales: Mapping[str, torch.Tensor]) -> None:
@@ -127,7 +129,7 @@ class FP8Experts(nn.Module):
         """Make room for codes that a checkpoint is about to bring: layers, or the stacks as they are stored.
 
         Args:
-            shapes: `(out, in)` of each of the parts; of the two matrices in the stacks, where there are no parts.
+            shapes: `(out, in)` of each of the parts; of the matrices in each stack, where there are no parts.
         """
         scheme = replace(self.scheme, activations=WEIGHT_ONLY)
         for number in self.numbers if self.parts else ():
@@ -140,17 +142,18 @@ class FP8Experts(nn.Module):
         if not self.parts:
             self.expect_stacks(shapes, scheme.fmt.dtype, stored=True)
         if self.scheme.is_static:
-            for name, shape in zip(SCALES, ((1,), (len(self.numbers), 1, 1)), strict=True):
+            for name, shape in self.static_shapes.items():
                 self.register_parameter(name, frozen(torch.full(shape, torch.nan, dtype=torch.float32, device="meta")))
 
     def expect_stacks(self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype, *, stored: bool = False) -> None:
-        """Make room for both stacks, in `dtype`, and their scales; `stored`: as they are on disk."""
-        for name, shape, pieces in zip(self.stack_names, shapes, (self.halves, 1), strict=True):
+        """Make room for the stacks, in `dtype`, and their scales; `stored`: as they are on disk."""
+        for (name, pieces), shape in zip(self.halves.items(), shapes, strict=True):
             stack = torch.empty((len(self.numbers), *shape), dtype=dtype, device="meta")
-            rows = sum(scale_shape((shape[0] // pieces, shape[1]), self.scheme.weight)[0] for _ in range(pieces))
-            scale = torch.full((len(self.numbers), rows, 1), torch.nan, dtype=torch.float32, device="meta")
-            self.register_parameter(name, frozen(stored_weight(stack) if stored else stack))
-            self.register_parameter(f"{name}_scale", frozen(scale))
+            rows, *columns = scale_shape((shape[0] // pieces, shape[1]), self.scheme.weight)
+            size = len(self.numbers), rows * pieces, *(columns or [1])
+            scale = torch.full(size, torch.nan, dtype=torch.float32, device="meta")
+            self._parameters[name] = frozen(stored_weight(stack) if stored else stack)
+            self._parameters[f"{name}_scale"] = frozen(scale)
 
     def stack(self) -> None:
         """Take the codes that a checkpoint has brought into the form that is computed with.
@@ -161,18 +164,13 @@ class FP8Experts(nn.Module):
         if self.is_stacked:
             return
         if not self.parts:
-            codes = [self._brought(name) for name in self.stack_names]
-            scales = [self._parameters[f"{name}_scale"] for name in self.stack_names]
-            self.set_weights(codes[0], scales[0], codes[1], scales[1])  # type: ignore[arg-type]
+            pairs = zip(map(self._brought, self.stack_names), self.stack_scales(), strict=True)
+            self.set_weights(*(tensor for pair in pairs for tensor in pair))
             return
         layers = [[self.get_submodule(f"{number}.{part}") for part in self.parts] for number in self.numbers]
         for number in self.numbers:
             del self._modules[str(number)]
-        stacks = [
-            stacked([[(layer.codes, layer.weight_scale) for layer in expert] for expert in experts])  # type: ignore[misc]
-            for experts in ([expert[:-1] for expert in layers], [expert[-1:] for expert in layers])
-        ]
-        self.set_weights(*stacks[0], *stacks[1])
+        self.set_pieces([[(layer.codes, layer.weight_scale) for layer in expert] for expert in layers])  # type: ignore[misc]
 
     def _brought(self, name: str) -> torch.Tensor:
         codes: Any = self._parameters[name]
@@ -190,21 +188,25 @@ class FP8Experts(nn.Module):
     def forward(self, call: Routed) -> torch.Tensor:
         """The sum over the experts of each token, `[tokens, hidden]` in the dtype of what comes in."""
         scheme, x = self.scheme, autocast(call.hidden)
-        weights, scales = self.stacks(), (*self.stack_scales(), self.intermediate_scale)
+        weights, scales = self.stacks(), self.stack_scales()
+        middle_scale: torch.Tensor | None = self.intermediate_scale
         experts_min = self.numbers.start
         if call.experts is not None and call.experts != self.numbers:
             start, stop = (number - self.numbers.start for number in (call.experts.start, call.experts.stop))
             self._check_part(call.experts)
-            weights, experts_min = (weights[0][start:stop], weights[1][start:stop]), call.experts.start
-            scales = tuple(None if scale is None else ops.part_of(scale, start, stop) for scale in scales)  # type: ignore[assignment]
+            weights, experts_min = tuple(stack[start:stop] for stack in weights), call.experts.start
+            scales = tuple(ops.part_of(scale, start, stop) for scale in scales)
+            middle_scale = None if middle_scale is None else ops.part_of(middle_scale, start, stop)
         return ops.experts(
             inf_as_nan(x) if scheme.is_dynamic else x,
             call.table,
             call.weights,
-            *weights,
-            *scales[:2],
+            weights[0],
+            weights[1],
+            scales[0],
+            scales[1],
             scheme.dynamic_scale(x) if scheme.is_dynamic else self.input_scale,
-            scales[2],
+            middle_scale,
             activation=call.activation,
             experts_min=experts_min,
             full_scale=scheme.fmt.full_scale,
@@ -221,7 +223,7 @@ class FP8Experts(nn.Module):
 
     def pack(self) -> None:
         """Have the backend in use know the scales that are constants."""
-        packing = ops.packing_for(self.down_proj.device)
+        packing = ops.packing_for(self.stacks()[-1].device)
         if packing is not None and packing.constants:
             if self.input_scale is not None:
                 ops.keep_inverse(self.input_scale)
@@ -252,30 +254,37 @@ class FP8Experts(nn.Module):
         """The scales by name, and those of all weights together as `weight_scale`."""
         return self.scales() | {"weight_scale": torch.cat([scale.flatten() for scale in self.stack_scales()])}
 
-    def stacks(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both stacks of codes, `[E, out, in]`."""
-        return self._parameters[self.upper], self.down_proj  # type: ignore[return-value]
+    def stacks(self) -> tuple[torch.Tensor, ...]:
+        """The stacks of codes, `[E, out, in]`, that of the down projections last."""
+        return tuple(self._parameters[name] for name in self.stack_names)  # type: ignore[misc]
 
-    def stack_scales(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def stack_scales(self) -> tuple[torch.Tensor, ...]:
         """Their scales."""
-        return self._parameters[f"{self.upper}_scale"], self.down_proj_scale  # type: ignore[return-value]
+        return tuple(self._parameters[f"{name}_scale"] for name in self.stack_names)  # type: ignore[misc]
 
     def pieces(self) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
         """Of each expert the weights that have scales of their own, the last of them its down projection: codes
-        `[out, in]` and scale, `(1,)` or `(out, 1)`, as parts of the stacks."""
-        (upper, down), (upper_scale, down_scale) = self.stacks(), self.stack_scales()
-        for place in range(len(self.numbers)):
-            above = zip(upper[place].chunk(self.halves), upper_scale[place].chunk(self.halves), strict=True)
-            pairs = [*above, (down[place], down_scale[place])]
-            yield [(codes, scale.reshape(1) if scale.numel() == 1 else scale) for codes, scale in pairs]
+        `[out, in]` and scale, `(1,)`, `(out, 1)` or by blocks, as parts of the stacks."""
+        yield from map(self.pieces_of, range(len(self.numbers)))
+
+    def pieces_of(self, place: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Those of one expert."""
+        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for stack, scales, count in zip(self.stacks(), self.stack_scales(), self.halves.values(), strict=True):
+            pairs += zip(stack[place].chunk(count), scales[place].chunk(count), strict=True)
+        return [(codes, scale.reshape(scale_shape(codes.shape, self.scheme.weight))) for codes, scale in pairs]
 
     def set_pieces(self, experts: Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]]) -> None:
         """Take what `pieces` gives of all experts."""
-        above, below = stacked([pieces[:-1] for pieces in experts]), stacked([pieces[-1:] for pieces in experts])
-        self.set_weights(*above, *below)
+        tensors: list[torch.Tensor] = []
+        first = 0
+        for count in self.halves.values():
+            tensors += stacked([pieces[first : first + count] for pieces in experts])
+            first += count
+        self.set_weights(*tensors)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        """The name of each weight, as `3.w1`, its codes `[out, in]`, and its scale, `(1,)` or `(out, 1)`."""
+        """The name of each weight, as `3.w1`, its codes `[out, in]`, and its scale."""
         if not self.is_stacked:
             for number in self.numbers:
                 for part in self.parts:
@@ -332,11 +341,11 @@ class FP8Experts(nn.Module):
         missing_keys += [name for name in own if name not in given]
         unexpected_keys += [name for name in given if name not in own] if strict else []
         taken = {name: tensor for name, tensor in given.items() if name in own}
-        wrong = [text for name, tensor in taken.items() if (text := _misfit(name, tensor, own[name], self.scheme.fmt))]
+        wrong = [text for name, tensor in taken.items() if (text := misfit(name, tensor, own[name], self.scheme.fmt))]
         error_msgs += wrong
         with torch.no_grad():
             for name, tensor in {} if wrong else taken.items():  # type: ignore[attr-defined]
-                _bytes(own[name]).copy_(_bytes(tensor).reshape(own[name].shape))
+                as_bytes(own[name]).copy_(as_bytes(tensor).reshape(own[name].shape))
         self.pack()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -348,52 +357,3 @@ class FP8Experts(nn.Module):
     def extra_repr(self) -> str:
         fmt = self.scheme.fmt
         return f"{len(self.numbers)} experts, {fmt.name} on {fmt.target}, activations {self.scheme.activations}"
-
-
-def stacked(experts: Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """One stack of what several experts have: of each one or two weights, which come below each other.
-
-    Args:
-        experts: codes `[out, in]` and scale, `(1,)` or `(out, 1)`, of each weight of each expert.
-
-    Returns:
-        codes `[E, outs, in]`, and their scale `(E, 1, 1)`, `(E, 2, 1)` or `(E, outs, 1)`.
-    """
-    codes = torch.stack([torch.cat([_bytes(each) for each, _ in expert]) for expert in experts])
-    scales = torch.stack([torch.cat([scale.reshape(-1, 1) for _, scale in expert]) for expert in experts])
-    return codes.view(experts[0][0][0].dtype), scales
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """FP8 codes as bytes, as not every device has every operator for FP8; others as they are."""
-    return tensor.view(torch.uint8) if is_fp8(tensor.dtype) else tensor
-
-
-def _misfit(name: str, tensor: torch.Tensor, own: torch.Tensor, fmt: NumberFormat) -> str | None:
-    """Why a tensor of a state dict cannot be taken, or None."""
-    stored = stored_weight(own) if is_fp8(own.dtype) else own
-    exact = is_fp8(own.dtype) or name.endswith("_scale")
-    if (exact and tensor.dtype != own.dtype) or tensor.shape not in (stored.shape, own.shape):
-        expected, found = (f"{tuple(each.shape)} in {each.dtype}" for each in (stored, tensor))
-        return f"{name} is {found}, expected {expected}"
-    if is_fp8(own.dtype):
-        if not_finite(tensor):
-            return f"{name} holds codes that are NaN or Inf: it is damaged"
-        wrong = codes_beyond(tensor, fmt)
-        return f"{name} {wrong}: it was made for another target" if wrong else None
-    wrong = unsound(tensor) if name.endswith("_scale") else None
-    return f"{name} {wrong}" if wrong else None
-
-
-def refuse_codes_beyond(name: str, experts: FP8Experts, fmt: NumberFormat) -> None:
-    """Refuse codes that a number format reads as Inf.
-
-    Raises:
-        FP8CheckpointError: names the module and the largest code.
-    """
-    for codes in experts.stacks():
-        if wrong := codes_beyond(codes, fmt):
-            raise FP8CheckpointError(
-                f"{name} {wrong}: the checkpoint was not made for it; pass the target when loading instead of changing "
-                "the checkpoint's configuration"
-            )

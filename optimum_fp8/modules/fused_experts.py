@@ -1,8 +1,4 @@
-"""FP8FusedExperts: the experts of transformers' models, whose weights are stacks of three dimensions, in FP8.
-
-transformers says of the class how they are computed (`@use_experts_implementation`): whether they have a gate, biases
-and a norm behind, and how the weights lie. Only Llama 4's, which it says nothing of, are known by name.
-"""
+"""FP8FusedExperts: the experts of transformers' models, whose weights are stacks of three dimensions, in FP8."""
 
 from __future__ import annotations
 
@@ -16,71 +12,27 @@ from torch import nn
 from .. import ops
 from ..errors import FP8NotAvailableError, FP8StateError
 from ..ops.reference_experts import ACTIVATIONS
-from ..scales import Scheme, inf_as_nan, quantize_weight
+from ..scales import PerBlock, PerChannel, PerTensor, Scheme, inf_as_nan
 from .autocast import autocast
-from .base import of_original_class, own_attributes, shell_of
+from .base import StandsForOriginal, own_attributes, shell_of
+from .expert_tensors import quantized_stack
 from .experts import FP8Experts, Routed
+from .fused_layout import FusedLayout, activation_of, as_stored, gated, known_layout, number_of, stack_of, to_out_in
 
 _DECLARED = "transformers.integrations.moe"
-# Called with all tokens once for each expert, zeros where they do not go there; and what a declaration would say.
-_SORTED = ("Llama4TextExperts",)
-_OF_SORTED = {
-    "has_gate": True,
-    "has_bias": False,
-    "has_post_expert_norm": False,
-    "is_transposed": True,
-    "is_concatenated": True,
-}
-
-
-def is_fused(module: nn.Module) -> bool:
-    """Whether it is known of a module's class how its experts are computed, and that is how they are."""
-    computes: Any = type(module).forward
-    declared = getattr(computes, "__globals__", {}).get("__name__") == _DECLARED
-    known = takes_sorted(module) or (declared and all(hasattr(module, name) for name in _OF_SORTED))
-    return known and "down_proj" in module._parameters
-
-
-def takes_sorted(module: Any) -> bool:
-    """Whether experts are called with `[experts · tokens, hidden]`, all tokens once for each expert."""
-    return type(getattr(module, "origin", module)).__name__ in _SORTED
-
-
-def flag(module: Any, name: str) -> bool:
-    """What is declared of the experts of a module."""
-    return bool(getattr(module, name, _OF_SORTED[name]))
-
-
-def upper_name(module: Any) -> str:
-    """The name of the parameter with the weights that the input is multiplied with."""
-    return "gate_up_proj" if flag(module, "has_gate") else "up_proj"
-
-
-def to_out_in(module: Any, stack: torch.Tensor) -> torch.Tensor:
-    """A stack of weights as `[E, out, in]`, and the other way round."""
-    return stack.transpose(1, 2) if flag(module, "is_transposed") else stack
-
-
-def gated(module: Any, product: torch.Tensor) -> torch.Tensor:
-    """What goes into the last product, `[N, inner]`, of what came out of the first."""
-    result: torch.Tensor
-    if takes_sorted(module):
-        gate, up = product.chunk(2, dim=-1)
-        result = up * module.act_fn(gate)
-    else:
-        result = module._apply_gate(product) if flag(module, "has_gate") else module.act_fn(product)
-    return result
 
 
 def intermediate(module: Any, rows: torch.Tensor, expert: int) -> torch.Tensor:
     """What goes into the last product of one expert, for rows `[N, hidden]` and a module in high precision."""
-    upper = upper_name(module)
-    weight = to_out_in(module, module._parameters[upper])[expert]
-    bias = module._parameters[f"{upper}_bias"][expert] if flag(module, "has_bias") else None
-    return gated(module, F.linear(rows.to(weight.dtype), weight, bias))
+    layout, products = known_layout(module), []
+    for name in layout.upper:
+        weight = to_out_in(module, name, stack_of(module, name))[expert]
+        bias = module._parameters[f"{name}_bias"][expert] if layout.has_bias else None
+        products.append(F.linear(rows.to(weight.dtype), weight, bias))
+    return gated(module, torch.cat(products, dim=-1))
 
 
-class FP8FusedExperts(FP8Experts):
+class FP8FusedExperts(StandsForOriginal, FP8Experts):
     """Experts in FP8 in the place of a module of transformers, with its attributes, methods, norm and biases.
 
     The rows of `gate_up_proj` keep the order that the module's own gate expects, and so do its biases.
@@ -92,33 +44,44 @@ class FP8FusedExperts(FP8Experts):
 
     Attributes:
         origin: the module this one stands for, without its parameters.
+        layout: how it keeps its stacks, and how it is called.
         activation: of the operator that computes them, see `ops.experts`; None: they are computed in steps.
     """
 
     origin: Any
+    layout: FusedLayout
     activation: str | None
 
     def __init__(self, origin: Any, parts: Sequence[str], scheme: Scheme):
-        weight, upper = origin.down_proj, upper_name(origin)
-        halves = 2 if flag(origin, "has_gate") and flag(origin, "is_concatenated") else 1
-        numbers = range(weight.shape[0])
-        super().__init__(parts, numbers, scheme, weight.dtype, upper=upper, halves=halves)
+        layout = known_layout(origin)
+        dtype: torch.dtype = stack_of(origin, layout.down).dtype
+        super().__init__(parts, range(number_of(origin)), scheme, dtype, halves=layout.halves)
         self.__dict__.update({name: value for name, value in own_attributes(origin).items() if name not in vars(self)})
         self._buffers, self._modules = dict(origin._buffers), dict(origin._modules)
         self._non_persistent_buffers_set = set(origin._non_persistent_buffers_set)
-        self.__dict__["origin"] = shell_of(origin)  # not a submodule
+        self.__dict__ |= {"origin": shell_of(origin), "layout": layout}  # not a submodule
+        if layout.holder:
+            del self._modules[layout.holder]
+            holder = shell_of(origin._modules[layout.holder])
+            self.origin._modules = {**origin._modules, layout.holder: holder}
+        # Parameters are longer where some experts compute nothing.
+        self.__dict__["stored_counts"] = {name: len(stack_of(origin, name)) for name in layout.upper if layout.count}
         self.__dict__["activation"] = _activation_of(origin)
-        for name in biases_of(origin):
+        for name in layout.biases:
             self.register_parameter(name, origin._parameters[name])
 
     def __getattr__(self, name: str) -> Any:
-        """What the original's class has: its methods and properties, of this module."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            for found in of_original_class(self, name):
-                return found
-            raise
+        layout = self.__dict__.get("layout")
+        if layout is not None and layout.holder and name == layout.holder:
+            return PartOfExperts(self, name)
+        return super().__getattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Take a parameter, also one in the part that held it, whose name torch would refuse for its dot."""
+        if "." in name and name in self._parameters:
+            self._parameters[name] = param
+        else:
+            super().register_parameter(name, param)
 
     def quantized(self, name: str, stack: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes `[E, out, in]` and scales of one of the stacks, given as the module stores it; one expert at a time.
@@ -126,18 +89,7 @@ class FP8FusedExperts(FP8Experts):
         Raises:
             FP8ScaleError: a weight that has no sound scale.
         """
-        scheme, halves = self.scheme, self.halves if name == self.upper else 1
-        stack = to_out_in(self, stack.detach())
-        codes = torch.empty(stack.shape, dtype=scheme.fmt.dtype, device=stack.device)
-        scales = []
-        for expert, out in zip(stack, codes, strict=True):
-            rows = []
-            for weight, place in zip(expert.chunk(halves), out.chunk(halves), strict=True):
-                made, scale, _ = quantize_weight(weight.contiguous(), scheme.weight, scheme.fmt, scheme.hp_dtype)
-                place.view(torch.uint8).copy_(made.view(torch.uint8))
-                rows.append(scale.reshape(-1, 1))
-            scales.append(torch.cat(rows))
-        return codes, torch.stack(scales)
+        return quantized_stack(to_out_in(self, name, stack.detach()), self.halves[name], self.scheme)
 
     def restored(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The original module, with the dequantized weights in `dtype` (by default `high_precision`)."""
@@ -145,28 +97,34 @@ class FP8FusedExperts(FP8Experts):
         module, dtype = shell_of(self.origin), dtype or self.high_precision
         module.__dict__.update({name: vars(self)[name] for name in own_attributes(module) if name in vars(self)})
         module._buffers, module._modules = self._buffers, self._modules
-        for index, name in enumerate(self.stack_names):
-            values = torch.stack([self._dequantized(expert, dtype)[index] for expert in self.numbers])
-            module._parameters[name] = nn.Parameter(to_out_in(module, values).contiguous())
-        for name in biases_of(module):
+        holder = module
+        if self.layout.holder:
+            holder = shell_of(self.origin._modules[self.layout.holder])
+            module._modules = {**self._modules, self.layout.holder: holder}
+        for name in self.stack_names:
+            values = torch.stack([self._dequantized(name, expert, dtype) for expert in self.numbers])
+            stored = as_stored(self, name, values, self.stored_counts.get(name, 0))
+            holder._parameters[name.rpartition(".")[2]] = nn.Parameter(stored)
+        for name in self.layout.biases:
             module._parameters[name] = self._parameters[name]
         return module
 
-    def _dequantized(self, expert: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both weights of an expert in high precision, `[out, in]`."""
-        values = []
-        for stack, scales, halves in zip(self.stacks(), self.stack_scales(), (self.halves, 1), strict=True):
-            halved = zip(stack[expert].chunk(halves), scales[expert].chunk(halves), strict=True)
-            pieces = [(codes, scale.reshape(1) if scale.numel() == 1 else scale) for codes, scale in halved]
-            values.append(torch.cat([ops.cast_from_fp8(codes, scale, dtype) for codes, scale in pieces]))
-        return values[0], values[1]
+    def _dequantized(self, name: str, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        """One weight of an expert in high precision, `[out, in]`."""
+        place = self.stack_names.index(name)
+        first = sum(list(self.halves.values())[:place])
+        pieces = self.pieces_of(expert)[first : first + self.halves[name]]
+        return torch.cat([ops.cast_from_fp8(codes, scale, dtype) for codes, scale in pieces])
 
     # --- computing ------------------------------------------------------------------------------------------------
 
     def intermediate(self, rows: torch.Tensor, expert: int) -> torch.Tensor:
         """What goes into the last product of one expert, unrounded, for rows `[N, hidden]` that are not rounded."""
-        bias = self._parameters[f"{self.upper}_bias"][expert] if flag(self, "has_bias") else None  # type: ignore[index]
-        return gated(self, F.linear(rows, self._dequantized(expert, rows.dtype)[0], bias))
+        products = []
+        for name in self.layout.upper:
+            bias = self._parameters[f"{name}_bias"][expert] if self.layout.has_bias else None  # type: ignore[index]
+            products.append(F.linear(rows, self._dequantized(name, expert, rows.dtype), bias))
+        return gated(self, torch.cat(products, dim=-1))
 
     def forward(  # type: ignore[override]
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -174,23 +132,33 @@ class FP8FusedExperts(FP8Experts):
         """The sum over the experts of each token.
 
         Args:
-            hidden_states: `[tokens, hidden]`.
-            top_k_index: `[tokens, k]`, integers: the experts of each token; others than there are contribute nothing.
+            hidden_states: `[…, hidden]`.
+            top_k_index: `[tokens, k]`, integers: the experts of each token; others than there are contribute nothing,
+                or what they are given, where the class says so.
             top_k_weights: `[tokens, k]`, of the router.
 
         Returns:
-            `[tokens, hidden]`, in the dtype of what comes in.
+            the shape and dtype of what comes in.
         """
         self._check_there(hidden_states)
-        x = autocast(hidden_states)
-        if self.activation is not None:
-            result = super().forward(Routed(x, top_k_index, top_k_weights, self.activation))
+        x = autocast(hidden_states).reshape(-1, hidden_states.shape[-1])
+        if self.is_one_operator:
+            result = super().forward(Routed(x, top_k_index, top_k_weights, self.activation or ""))
         else:
             result = self._in_steps(x, top_k_index, top_k_weights)
-        return result.to(hidden_states.dtype)
+        if self.layout.identity:
+            kept = torch.where(top_k_index >= len(self.numbers), top_k_weights, 0)
+            result = result + (x * kept.sum(dim=-1, keepdim=True)).to(result.dtype)
+        return result.to(hidden_states.dtype).view(hidden_states.shape)
+
+    @property
+    def is_one_operator(self) -> bool:
+        """Whether one operator computes all of it, which takes scales by tensors, channels and tokens."""
+        plain = isinstance(self.scheme.weight.granularity, (PerTensor, PerChannel))
+        return self.activation is not None and plain and self.scheme.input.granularity.group <= 0
 
     def _check_there(self, x: torch.Tensor) -> None:
-        if not self.is_stacked or (self.down_proj.is_meta and not x.is_meta):
+        if not self.is_stacked or (self.stacks()[-1].is_meta and not x.is_meta):
             raise FP8StateError(
                 f"{self.name}: the weights of FP8 experts are offloaded, were never loaded, or are no FP8 codes any "
                 "more: load the model without offloading"
@@ -208,10 +176,11 @@ class FP8FusedExperts(FP8Experts):
 
     def _rows(self, rows: torch.Tensor, experts: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
         """What the experts of the rows `[N, hidden]` make of them; `scale` is that of the rows."""
-        middle = gated(self, self._product(self.upper, rows, experts, scale))
+        products = [self._product(name, rows, experts, scale) for name in self.layout.upper]
+        middle = gated(self, torch.cat(products, dim=-1) if len(products) > 1 else products[0])
         middle_scale = self.scheme.dynamic_scale(middle) if self.scheme.is_dynamic else self.intermediate_scale
-        output = self._product("down_proj", middle, experts, middle_scale)
-        return self.post_expert_norm(output) if flag(self, "has_post_expert_norm") else output
+        output = self._product(self.layout.down, middle, experts, middle_scale)
+        return self.post_expert_norm(output) if self.layout.has_post_expert_norm else output
 
     def _product(
         self, name: str, rows: torch.Tensor, experts: torch.Tensor, scale: torch.Tensor | None
@@ -222,9 +191,9 @@ class FP8FusedExperts(FP8Experts):
                 inf_as_nan(rows) if self.scheme.is_dynamic else rows,
                 experts,
                 parameters[name],
-                parameters[f"{name}_scale"],
+                self._scale_for_operator(name),
                 scale,
-                parameters[f"{name}_bias"] if flag(self, "has_bias") else None,
+                parameters[f"{name}_bias"] if self.layout.has_bias else None,
                 full_scale=self.scheme.fmt.full_scale,
                 arithmetic=self.scheme.arithmetic,
                 record=self.record,
@@ -236,8 +205,17 @@ class FP8FusedExperts(FP8Experts):
                 "biases or a norm of their own, which no single operator for experts has: put them on the blocklist"
             ) from None
 
+    def _scale_for_operator(self, name: str) -> torch.Tensor:
+        """The scale of a stack. Two blocks below each other, which the operator would read as halves, go by outputs."""
+        scale, granularity = self._parameters[f"{name}_scale"], self.scheme.weight.granularity
+        assert scale is not None
+        if isinstance(granularity, PerBlock) and scale.shape[1:] == (2, 1):
+            out = self._parameters[name].shape[1]  # type: ignore[union-attr]
+            return scale.repeat_interleave(granularity.rows, dim=1)[:, :out]
+        return scale
+
     def extra_repr(self) -> str:
-        way = f"one operator, {self.activation}" if self.activation is not None else "in steps"
+        way = f"one operator, {self.activation}" if self.is_one_operator else "in steps"
         return f"{super().extra_repr()}, {way}"
 
 
@@ -259,26 +237,72 @@ class FP8SortedExperts(FP8FusedExperts):
         return self._rows(x, experts, self.scheme.dynamic_scale(x) if self.scheme.is_dynamic else self.input_scale)
 
 
+class FP8SizedExperts(FP8FusedExperts):
+    """One product with the weights of experts, called with rows that are sorted by expert."""
+
+    @property
+    def static_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"input_scale": (1,)}
+
+    def forward(self, inputs: torch.Tensor, expert_size: Sequence[int]) -> torch.Tensor:  # type: ignore[override]
+        """What each expert makes of its rows.
+
+        Args:
+            inputs: `[rows, in]`, those of the first expert first.
+            expert_size: how many rows belong to each.
+
+        Returns:
+            `[rows, out]`, in the dtype of what comes in.
+        """
+        self._check_there(inputs)
+        x = autocast(inputs)
+        sizes = torch.as_tensor(expert_size, device=x.device)
+        experts = torch.arange(len(self.numbers), device=x.device).repeat_interleave(sizes)
+        scale = self.scheme.dynamic_scale(x) if self.scheme.is_dynamic else self.input_scale
+        return self._product(self.layout.down, x, experts, scale).to(inputs.dtype)
+
+
+class PartOfExperts(nn.Module):
+    """What stands for the part of a module that held its stacks, for code that brings parameters by their names."""
+
+    experts: FP8FusedExperts
+    prefix: str
+
+    def __init__(self, experts: FP8FusedExperts, name: str):
+        super().__init__()
+        self.__dict__ |= {"experts": experts, "prefix": f"{name}."}
+        mine = experts._parameters.items()
+        self.__dict__["_parameters"] = {
+            key[len(self.prefix) :]: each for key, each in mine if key.startswith(self.prefix)
+        }
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if f"{self.prefix}{name}" in self.experts._parameters:
+            self.experts._parameters[f"{self.prefix}{name}"] = value
+        super().__setattr__(name, value)
+
+
+_CALLED = {"routed": FP8FusedExperts, "sorted": FP8SortedExperts, "sized": FP8SizedExperts}
+
+
 def fp8_experts(origin: Any, parts: Sequence[str], scheme: Scheme) -> FP8FusedExperts:
     """The FP8 module for the place of one in high precision."""
-    return (FP8SortedExperts if takes_sorted(origin) else FP8FusedExperts)(origin, parts, scheme)
-
-
-def biases_of(origin: Any) -> list[str]:
-    """The names of the biases of a module's stacks."""
-    return [f"{upper_name(origin)}_bias", "down_proj_bias"] if flag(origin, "has_bias") else []
+    return _CALLED[known_layout(origin).called](origin, parts, scheme)
 
 
 def _activation_of(origin: Any) -> str | None:
     """The activation with which one operator computes what a module does; None: there is none that does."""
-    if takes_sorted(origin):
+    layout = known_layout(origin)
+    if layout.called != "routed" or layout.upper != ("gate_up_proj",) or not layout.is_concatenated:
         return None
-    gate: Callable[..., Any] = type(origin)._apply_gate
-    own_gate = gate.__globals__.get("__name__") != _DECLARED  # type: ignore[attr-defined]
-    rest = flag(origin, "has_bias") or flag(origin, "has_post_expert_norm") or not flag(origin, "is_concatenated")
-    if not flag(origin, "has_gate") or own_gate or rest or list(getattr(origin.act_fn, "parameters", list)()):
+    gate: Callable[..., Any] | None = getattr(type(origin), "_apply_gate", None)
+    own_gate = gate is not None and gate.__globals__.get("__name__") != _DECLARED  # type: ignore[attr-defined]
+    if own_gate or layout.has_bias or layout.has_post_expert_norm:
+        return None
+    act = activation_of(origin)
+    if list(getattr(act, "parameters", list)()):
         return None
     values = torch.linspace(-8, 8, 257, device="cpu")
     with torch.no_grad():
-        found = origin.act_fn(values)
+        found = act(values)
         return next((name for name, known in ACTIVATIONS.items() if torch.equal(known(values), found)), None)

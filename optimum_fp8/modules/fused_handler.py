@@ -13,20 +13,13 @@ from ..errors import FP8NotAvailableError, FP8ScaleError
 from ..formats import NumberFormat, holds_codes
 from ..measure import Observers
 from ..measure.inc.names import INTERMEDIATE
-from ..scales import PerChannel, PerTensor, PerToken, Scheme, always_fits
+from ..scales import Scheme, always_fits
 from .expert_names import parts_of_experts
 from .expert_ranges import static_scales, warn_of_unreached, why_missing
-from .experts import SCALES, refuse_codes_beyond
-from .fused_experts import (
-    FP8FusedExperts,
-    biases_of,
-    fp8_experts,
-    intermediate,
-    is_fused,
-    takes_sorted,
-    to_out_in,
-    upper_name,
-)
+from .expert_tensors import refuse_codes_beyond
+from .experts import SCALES
+from .fused_experts import FP8FusedExperts, fp8_experts, intermediate
+from .fused_layout import is_fused, known_layout, number_of, stack_of, takes_sorted, to_out_in, weight_of
 from .handler import (
     Conversion,
     FitWeight,
@@ -54,44 +47,59 @@ class FusedExpertsHandler(ModuleHandler):
         return is_fused(module)
 
     def refusal(self, module: Any, scheme: Scheme, around: Surroundings) -> Why | None:
-        known = {*(stacks := (upper_name(module), "down_proj")), *biases_of(module)}
-        weights = [module._parameters.get(name) for name in stacks]
+        layout, holder = known_layout(module), module
+        weights = [weight_of(module, name) for name in layout.stacks]
+        holder = module.get_submodule(layout.holder) if layout.holder else module
         if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
             return Why(Reason.UNFIT, "its forward was replaced")
         if codes := next((each for each in weights if each is not None and holds_codes(each.dtype)), None):
             return Why(Reason.CODES, f"its weight is {codes.dtype}")
-        if not all(each is not None and each.ndim == 3 and each.is_floating_point() for each in weights):
-            return Why(Reason.UNFIT, f"{' and '.join(stacks)} are not stacks of floating-point matrices")
-        if len({each.shape[0] for each in weights if each is not None}) > 1:
+        dimensions = 2 if layout.flat else 3
+        if not all(each is not None and each.ndim == dimensions and each.is_floating_point() for each in weights):
+            return Why(Reason.UNFIT, f"{' and '.join(layout.stacks)} are not stacks of floating-point matrices")
+        stacks = [to_out_in(module, name, each) for name, each in zip(layout.stacks, weights, strict=True)]
+        if len({each.shape[0] for each in stacks}) > 1:
             return Why(Reason.UNFIT, "its stacks do not have the same number of experts")
-        if rest := [name for name in module._parameters if name not in known]:
+        known = {name.rpartition(".")[2] for name in (*layout.stacks, *layout.biases)}
+        if rest := [name for name in holder._parameters if name not in known]:
             return Why(Reason.UNFIT, f"it has {rest[0]!r} beside its weights and biases")
-        if not isinstance(scheme.weight.granularity, (PerTensor, PerChannel)):
-            return Why(Reason.UNFIT, f"the weights of experts cannot be scaled {scheme.weight.granularity}")
-        if not isinstance(scheme.input.granularity, (PerTensor, PerToken)):
-            return Why(Reason.UNFIT, f"what goes into experts cannot be scaled {scheme.input.granularity}")
+        rows = getattr(scheme.weight.granularity, "rows", 1)
+        for (name, halves), stack in zip(layout.halves.items(), stacks, strict=True):
+            if halves > 1 and (stack.shape[1] // halves) % rows:
+                text = f"its gate ends within a block: {name} has {stack.shape[1] // halves} rows of each, scales are "
+                return Why(Reason.UNFIT, f"{text}{scheme.weight.granularity}")
         return None
 
     # --- measuring ------------------------------------------------------------------------------------------------
 
     def observe(self, target: Target, observers: Observers) -> None:
         if target.scheme.needs_ranges:
-            hook = partial(_observe_intermediates, observers, target.name)
+            see = _observe_intermediates if known_layout(target.module).upper else _count_rows
+            hook = partial(see, observers, target.name)
             observers.add(target.module.register_forward_pre_hook(hook, with_kwargs=True))
             observers.add_tokens(target.name)
             observers.attach(target.name, target.module)
 
     def missing(self, target: Target) -> Why | None:
-        return why_missing(target, _numbers(target.module))
+        if known_layout(target.module).upper:
+            return why_missing(target, _numbers(target.module))
+        reached = not target.scheme.needs_ranges or "input" in target.ranges.kinds
+        return None if reached else Why(Reason.NEVER_REACHED)
 
     # --- converting -----------------------------------------------------------------------------------------------
 
     def scales_for(self, target: Target) -> dict[str, torch.Tensor]:
-        return static_scales(target, _numbers(target.module))
+        if known_layout(target.module).upper:
+            return static_scales(target, _numbers(target.module))
+        scheme = target.scheme
+        if not scheme.is_static:
+            return {}
+        return {"input_scale": target.static_scale("input") if scheme.needs_ranges else scheme.static_scale(0.0)}
 
     def convert(self, target: Target, model: nn.Module, quantize: Quantize) -> Conversion:
         module, scheme, scales = target.module, target.scheme, self.scales_for(target)
-        warn_of_unreached(target, _numbers(module))
+        if known_layout(module).upper:
+            warn_of_unreached(target, _numbers(module))
         if isinstance(module, FP8FusedExperts):  # its weights became FP8 while loading
             before = (module.scheme, {name: scale for name, scale in module.held().items() if name in SCALES})
             return Conversion(apply=lambda: module.set_scheme(scheme, scales), undo=lambda: module.set_scheme(*before))
@@ -99,7 +107,7 @@ class FusedExpertsHandler(ModuleHandler):
         stacks: list[torch.Tensor] = []
         for name in made.stack_names:
             try:
-                stacks += made.quantized(name, module._parameters[name])
+                stacks += made.quantized(name, stack_of(module, name))
             except FP8ScaleError as error:
                 raise FP8ScaleError(f"{target.name}.{name}: {error}") from None
         made.set_weights(*stacks)
@@ -109,7 +117,9 @@ class FusedExpertsHandler(ModuleHandler):
     def empty(self, target: Target) -> FP8FusedExperts:
         """FP8 experts for the place of the target's, without weights and scales."""
         module = target.module
-        made = fp8_experts(module, parts_of_experts(target.model, target.name, upper_name(module)), target.scheme)
+        made = fp8_experts(
+            module, parts_of_experts(target.model, target.name, known_layout(module).stacks), target.scheme
+        )
         made.name = target.name
         return made
 
@@ -128,14 +138,15 @@ class FusedExpertsHandler(ModuleHandler):
 
     def expect(self, target: Target, saved: Mapping[str, tuple[int, ...]] | None) -> nn.Module | None:
         made, module = self.empty(target), target.module
-        stacks = [to_out_in(module, module._parameters[name]) for name in made.stack_names]
-        upper, down = ((stack.shape[1], stack.shape[2]) for stack in stacks)
+        stacks = [to_out_in(module, name, stack_of(module, name)) for name in made.stack_names]
+        shapes = [(stack.shape[1], stack.shape[2]) for stack in stacks]
         if saved is None:  # tensors of checkpoints are cast to the dtype of what they are for: not to FP8 unscaled
-            made.expect_stacks((upper, down), torch.float32)
+            made.expect_stacks(shapes, torch.float32)
         elif made.parts:
-            made.expect([*[(upper[0] // made.halves, upper[1])] * made.halves, down])
+            pieces = [((out // n, size), n) for (out, size), n in zip(shapes, made.halves.values(), strict=True)]
+            made.expect([shape for shape, count in pieces for _ in range(count)])
         else:
-            made.expect((upper, down))
+            made.expect(shapes)
         return made
 
     def loaded(self, target: Target) -> None:
@@ -163,9 +174,9 @@ class FusedExpertsHandler(ModuleHandler):
         module, fmt = target.module, target.scheme.fmt
         module.stack()
         if fmt == made_for or always_fits(target.scheme.weight, made_for, fmt):
-            refuse_codes_beyond(target.name, module, fmt)
+            refuse_codes_beyond(target.name, module.stacks(), fmt)
             return
-        if module.down_proj.is_meta:
+        if module.stacks()[-1].is_meta:
             raise FP8NotAvailableError(f"{target.name}: changing the target to {fmt.target} cannot be offloaded")
         module.set_pieces(
             [[fit(frozen(codes), frozen(scale), target.scheme) for codes, scale in each] for each in module.pieces()]
@@ -190,7 +201,7 @@ def _observe_intermediates(
     if takes_sorted(module):
         of_experts = _rows_of_experts(observers, given[0], len(numbers))
     else:
-        hidden, table = observers.rows_of(given[0]), observers.rows_of(given[1])
+        hidden, table = observers.rows_of(given[0]).flatten(0, -2), observers.rows_of(given[1])
         of_experts = [hidden[(table == number).any(dim=1)] for number in numbers]
     for number, rows in zip(numbers, of_experts, strict=True):
         if observers.all_experts:
@@ -203,6 +214,12 @@ def _observe_intermediates(
     observers.add_tokens(name, torch.tensor(counts, dtype=torch.int64, device=given[0].device))
 
 
+def _count_rows(observers: Observers, name: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Count the rows that are sorted by expert; those of padding are among them."""
+    rows, sizes = (*args, *kwargs.values())
+    observers.add_tokens(name, torch.as_tensor(sizes, dtype=torch.int64, device=rows.device))
+
+
 def _rows_of_experts(observers: Observers, hidden: torch.Tensor, count: int) -> list[torch.Tensor]:
     """The rows of each expert, of `[experts · tokens, hidden]`, that are not zeros."""
     size = hidden.shape[-1]
@@ -211,7 +228,7 @@ def _rows_of_experts(observers: Observers, hidden: torch.Tensor, count: int) -> 
 
 
 def _numbers(module: Any) -> range:
-    return range(module.numbers.stop if isinstance(module, FP8FusedExperts) else module.down_proj.shape[0])
+    return range(module.numbers.stop if isinstance(module, FP8FusedExperts) else number_of(module))
 
 
 register_handler(FusedExpertsHandler())

@@ -35,7 +35,8 @@ from .expert_layouts import (
     weight_of,
 )
 from .expert_ranges import static_scales, warn_of_unreached, why_missing
-from .experts import SCALES, FP8Experts, Routed, refuse_codes_beyond, stacked
+from .expert_tensors import refuse_codes_beyond, stacked
+from .experts import SCALES, FP8Experts, Routed
 from .handler import (
     Conversion,
     FitWeight,
@@ -194,7 +195,7 @@ class ExpertsHandler(ModuleHandler):
         assert experts is not None
         experts.stack()
         if fmt.full_scale >= made_for.full_scale:
-            refuse_codes_beyond(target.name, experts, fmt)
+            refuse_codes_beyond(target.name, experts.stacks(), fmt)
             return
         two = torch.full((1,), 2.0, device=experts.down_proj.device)
         gate_up, down = (ops.cast_to_fp8(codes, two, fmt.dtype, fmt.full_scale) for codes in experts.stacks())

@@ -149,6 +149,7 @@ class Row:
         cached: layers of caches that became FP8 for it.
         cache_refused: why others stayed in high precision, with counts.
         high_precision: the dtype that its FP8 codes had, if it holds any.
+        remark: what of it is not as its configuration says, and why.
     """
 
     activations: str
@@ -158,6 +159,7 @@ class Row:
     cached: int = 0
     cache_refused: dict[str, int] = field(default_factory=dict)
     high_precision: torch.dtype | None = None
+    remark: str = ""
 
 
 @dataclass(frozen=True)
@@ -371,10 +373,11 @@ def pack_all(model: nn.Module) -> None:
 
 
 def converted_modules(model: nn.Module) -> dict[str, tuple[Any, ModuleHandler]]:
-    """Every converted module with its handler, by qualified name."""
-    return _without_parts(
-        {name: (module, handler) for handler in _handlers for name, module in handler.converted(model).items()}
-    )
+    """Every converted module with its handler, by qualified name; of several, that which was registered last."""
+    found = {
+        name: (each, handler) for handler in reversed(_handlers) for name, each in handler.converted(model).items()
+    }
+    return _without_parts(found)
 
 
 def _without_parts(found: dict[str, tuple[Any, ModuleHandler]]) -> dict[str, tuple[Any, ModuleHandler]]:

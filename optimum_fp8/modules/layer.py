@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from ..measure import Observers
 from ..scales import Scheme, always_fits
 from .base import FP8Module
 from .handler import (
+    Change,
     Conversion,
     Family,
     FitWeight,
@@ -27,6 +28,7 @@ from .handler import (
     spoken_type,
 )
 from .weight import frozen
+from .weight_norm import take_hooks, with_weight_norm, without_weight_norm
 
 LAYERS = Family(
     "layers",
@@ -47,6 +49,7 @@ class LayerHandler(ModuleHandler):
     """
 
     family = LAYERS
+    scales_beside: tuple[str, ...] = ()  # buffers that are no scales of a quantized weight, though they are called so
 
     def __init__(
         self,
@@ -73,10 +76,19 @@ class LayerHandler(ModuleHandler):
         """The class of this kind that a module is an instance of; None if it is of another kind."""
         return next((base for base in self.classes if isinstance(module, base)), None)
 
+    def plain(self, module: Any) -> Any:
+        """What has the one weight that is quantized: the module, or a plain layer that equals it in inference."""
+        return without_weight_norm(module)
+
+    def unplain(self, layer: nn.Module) -> nn.Module:
+        """What goes into the place of an FP8 module, given its plain layer."""
+        return with_weight_norm(layer)
+
     def refusal(self, module: Any, scheme: Scheme, around: Surroundings) -> Why | None:
+        module = self.plain(module)
         base: Any = self.base_of(module)
         weight = module._parameters.get("weight")
-        if type(module).forward is not base.forward and type(module).__name__ not in self.equivalents:
+        if not self.computes_just_that(module, base):
             return Why(Reason.UNFIT, f"{type(module).__name__} has a forward of its own")
         if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
             return Why(Reason.UNFIT, "its forward was replaced")
@@ -84,7 +96,7 @@ class LayerHandler(ModuleHandler):
             return Why(Reason.UNFIT, "its weight is parametrized")
         if isinstance(weight, torch.Tensor) and holds_codes(weight.dtype):
             return Why(Reason.CODES, f"its weight is {weight.dtype}")
-        if scales := [name for name in module._buffers if "scale" in name]:
+        if scales := [name for name in module._buffers if "scale" in name and name not in self.scales_beside]:
             return Why(Reason.UNFIT, f"it has {scales[0]!r} beside its weight")
         if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.numel() == 0:
             found = f"({tuple(weight.shape)}, {weight.dtype})" if isinstance(weight, torch.Tensor) else f"({weight})"
@@ -96,9 +108,13 @@ class LayerHandler(ModuleHandler):
             return Why(Reason.UNFIT, f"its weight of {weight.ndim} dimensions cannot be scaled {granularity}")
         return None
 
+    def computes_just_that(self, module: Any, base: Any) -> bool:
+        """Whether a module's forward computes what that of the class `base` does, or is known to the FP8 module."""
+        return type(module).forward is base.forward or type(module).__name__ in self.equivalents
+
     def observe(self, target: Target, observers: Observers) -> None:
         if not isinstance(target.module, FP8Module):
-            observers.attach_weight(target.name, target.module, self.fp8_class.to_out_in)
+            observers.attach_weight(target.name, target.module, lambda module: self.to_out_in(self.plain(module)))
         if target.scheme.needs_ranges:
             observers.attach(target.name, target.module)
 
@@ -114,12 +130,17 @@ class LayerHandler(ModuleHandler):
                 apply=lambda: module.set_scheme(scheme, input_scale), undo=lambda: module.set_scheme(*before)
             )
         made = self.empty(target)
+        plain = self.plain(module)
         try:
-            made.set_weight(*quantize(module.weight, made.to_out_in(module.weight.detach()), scheme))
+            made.set_weight(*quantize(plain.weight, self.to_out_in(plain), scheme))
         except FP8ScaleError as error:
             raise FP8ScaleError(f"{target.name}: {error}") from None
         made.set_scheme(scheme, input_scale)
         return Conversion(made)
+
+    def to_out_in(self, layer: Any) -> torch.Tensor:
+        """The weight of a plain layer with output channels first."""
+        return self.fp8_class.to_out_in(layer, layer.weight.detach())
 
     def empty(self, target: Target) -> FP8Module:
         """An FP8 module for the place of the target's; its weight and scales are not set yet.
@@ -127,8 +148,9 @@ class LayerHandler(ModuleHandler):
         Raises:
             FP8StateError: the module's bias does not fit its weight.
         """
-        made = self.fp8_class(target.module, target.scheme)  # type: ignore[call-arg, arg-type]
-        made.name = target.name
+        plain = self.plain(target.module)
+        made = self.fp8_class(plain, target.scheme)  # type: ignore[call-arg, arg-type]
+        made.name, made.derived = target.name, plain is not target.module
         made.check_bias()
         return made
 
@@ -140,9 +162,14 @@ class LayerHandler(ModuleHandler):
         return self.base_of(module.origin) is not None
 
     def restore(self, module: Any, dtype: torch.dtype | None = None) -> nn.Module | None:
-        return module.restored(dtype)
+        return self.unplain(module.restored(dtype))
+
+    def around(self, model: nn.Module, modules: Mapping[str, nn.Module], others: Iterable[nn.Module]) -> list[Change]:
+        return take_hooks(module for module in modules.values() if isinstance(module, FP8Module))
 
     def expect(self, target: Target, saved: Mapping[str, tuple[int, ...]] | None) -> nn.Module | None:
+        if saved is None and self.plain(target.module) is not target.module:
+            return None  # its weight is there when all that it follows from has been loaded
         made = self.empty(target)
         if saved is None:
             # Checkpoint tensors may be cast to the dtype of the parameter they are for: not to FP8 before scaling.

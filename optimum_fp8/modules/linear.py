@@ -65,8 +65,7 @@ class FP8Conv1D(FP8Linear):
 
     stores_in_out = True
 
-    @staticmethod
-    def to_out_in(weight: torch.Tensor) -> torch.Tensor:
+    def to_out_in(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.t() if weight.ndim == 2 else weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from .casts import cast_from_fp8, cast_to_fp8, cast_to_fp8_by_range, dynamic_sca
 from .constants import constant_of, inverse_of, keep_inverse, mark_constant, mark_constants, part_of
 from .conv import conv
 from .dispatch import Kernel, backend, backends, missing, register_kernel, why_reference
+from .embedding import embedding
 from .experts import experts
 from .grouped_linear import grouped_linear
 from .linear import linear
@@ -44,6 +45,7 @@ __all__ = [
     "conv",
     "cpu",
     "dynamic_scale",
+    "embedding",
     "experts",
     "grouped_linear",
     "histogram",

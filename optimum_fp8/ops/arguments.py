@@ -93,6 +93,15 @@ class ConvCall(NamedTuple):
     arithmetic: str
 
 
+class EmbeddingCall(NamedTuple):
+    """Of `embedding`."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    weight_scale: torch.Tensor
+    dtype: torch.dtype
+
+
 class MatmulCall(NamedTuple):
     """Of `matmul`."""
 

@@ -33,9 +33,9 @@ def conv(
 
     Args:
         x: `[N, C, …]` or `[C, …]`, bfloat16, float16 or float32.
-        weight: FP8, as torch stores it: `[out, C / groups, k…]`, or `[C, out / groups, k…]` where it is transposed.
-        weight_scale: float32, `(1,)` or along the weight's output channels: `(out, 1, …)`, or `(1, out / groups, 1, …)`
-            where it is transposed (channels at the same place in their groups share a scale).
+        weight: FP8, `[out, C / groups, k…]`, of a transposed convolution too (torch stores that as
+            `[C, out / groups, k…]`).
+        weight_scale: float32, `(1,)` or `(out, 1, …)`, one for each output channel.
         input_scale: float32 `(1,)`, or None (weight-only).
         bias: `(out,)` or None.
         stride, padding, dilation: one value for each spatial dimension.

@@ -1,7 +1,7 @@
 """How an operator is declared: to torch (schema, fake kernel, no gradient) and to the dispatch (its reference).
 
 An operator's schema, fake kernel and public function stand side by side in `casts.py`, `linear.py`, `conv.py`,
-`attention.py`, `experts.py` and `grouped_linear.py`.
+`embedding.py`, `attention.py`, `experts.py` and `grouped_linear.py`.
 """
 
 from __future__ import annotations

@@ -15,6 +15,8 @@ import torch
 
 from ..errors import FP8NotAvailableError
 from .casts import cast_from_fp8
+from .embedding import embedding
+from .records import record_of
 
 _aten = torch.ops.aten
 _VIEWS = {
@@ -82,6 +84,8 @@ class FP8Tensor(torch.Tensor):
             views = _view(func, args[0], args[1:], kwargs)
             if views is not None:
                 return views
+        if func is _aten.embedding.default and (table := args[0]).codes.ndim == 2 and _is_of_rows(table.scale, table):
+            return embedding(args[1], table.codes, table.scale, table.dtype, record=record_of([table.codes]))
         for position, name in _written(func):
             argument = args[position] if position < len(args) else kwargs.get(name)
             several = argument if isinstance(argument, (list, tuple)) else [argument]
@@ -123,6 +127,10 @@ class FP8Tensor(torch.Tensor):
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Any], dtype: torch.dtype, size: Any, stride: Any) -> FP8Tensor:
         return FP8Tensor(inner["codes"], inner["scale"], dtype)
+
+
+def _is_of_rows(scale: torch.Tensor, table: torch.Tensor) -> bool:
+    return scale.numel() == 1 or scale.shape == (table.shape[0], 1)
 
 
 def _ordinary(argument: Any) -> Any:

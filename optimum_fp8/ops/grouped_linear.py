@@ -30,7 +30,8 @@ def grouped_linear(
             parallelism they are another process's) give zeros.
         weight: `[E, out, in]`, FP8.
         weight_scale: float32, one an expert `(E, 1, 1)`, one for each half of its rows, gate and up, `(E, 2, 1)`, one
-            an output `(E, out, 1)`, or by blocks `(E, ⌈out/128⌉, ⌈in/128⌉)`. `(E, 2, 1)` are halves.
+            an output `(E, out, 1)`, by blocks `(E, ⌈out/128⌉, ⌈in/128⌉)`, or by groups along the input
+            `(E, out, ⌈in/g⌉)` with g of 128 or 32. `(E, 2, 1)` are halves.
         input_scale: float32, `(1,)`, one an expert `(E, 1, 1)`, one a row `(N, 1)`, or by groups along the input
             `(N, ⌈in/g⌉)` with g of 128 or 32; None leaves `x` in high precision (weight-only).
         bias: `[E, out]` or None.

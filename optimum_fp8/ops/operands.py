@@ -126,6 +126,20 @@ def _layouts(x: torch.Tensor) -> str:
     return f"(1,), ({', '.join(map(str, (*leading, out)))}, 1), by blocks of {BLOCK} {blocks}, or by groups {groups}"
 
 
+def in_out_swapped(weight: torch.Tensor, groups: int) -> torch.Tensor:
+    """A transposed convolution's weight `[out, in / groups, k…]` as torch stores it, `[in, out / groups, k…]`, and the
+    other way round; a view where there is one group."""
+    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def channels_last_of(weight: torch.Tensor) -> torch.memory_format | None:
+    """The memory format of a weight whose channels lie side by side, which outputs follow; None of any other."""
+    form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.ndim)
+    if form is None or weight.is_contiguous() or not weight.is_contiguous(memory_format=form):
+        return None
+    return form
+
+
 def refuse_absent(op: str, names: Sequence[str], arguments: Sequence[Any]) -> None:
     """Refuse a call in which the values of some tensors are not there (device "meta") and those of others are: its
     result would be what happens to stand in memory.

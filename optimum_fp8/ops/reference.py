@@ -23,14 +23,16 @@ import torch.nn.functional as F
 from ..errors import FP8ConfigError, FP8OperandError, FP8ScaleError, nearest
 from ..formats import FP8_DTYPES, is_fp8, number_format
 from ..rounding import scale_from_maxabs
-from .arguments import ConvCall, LinearCall, Product
+from .arguments import ConvCall, EmbeddingCall, LinearCall, Product
 from .operands import (
     BIN_SHIFT,
     BINS,
     broadcast_scale,
+    channels_last_of,
     check_weight_scale,
     group_of,
     group_shape,
+    in_out_swapped,
     is_along_input,
     is_per_channel,
 )
@@ -127,26 +129,56 @@ def conv(call: ConvCall) -> torch.Tensor:
     def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return convolve(call, x, weight, bias)
 
-    return _apply(product, call, channel_scale(call), lambda per_channel: along_channels(call, per_channel))
+    return _apply(product, call, call.weight_scale, lambda per_channel: along_channels(call, per_channel))
 
 
 def convolve(call: ConvCall, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """torch's own convolution of `x` and `weight` with the geometry of `call`."""
+    """torch's own convolution of `x` and `weight`, `[out, in / groups, k…]`, with the geometry of `call`."""
+    if call.transposed:
+        form = channels_last_of(weight) or torch.contiguous_format
+        weight = in_out_swapped(weight, call.groups).contiguous(memory_format=form)
     batched = x if x.ndim == weight.ndim else x.unsqueeze(0)
     geometry = (call.stride, call.padding, call.dilation, call.transposed, call.output_padding, call.groups)
     result = torch.convolution(batched, weight, bias, *geometry)
     return result if x.ndim == weight.ndim else result.squeeze(0)
 
 
-def channel_scale(call: ConvCall) -> torch.Tensor:
-    """The weight's scale for each output channel, `(1,)` or `(out,)`: groups of a transposed convolution share it."""
-    scale = call.weight_scale.reshape(-1)
-    return scale.repeat(call.groups) if call.transposed and scale.numel() > 1 else scale
-
-
 def along_channels(call: ConvCall, per_channel: torch.Tensor) -> torch.Tensor:
-    """`(1,)` or `(out,)` laid along the output's channels."""
+    """One value, or one for each output channel, laid along the output's channels."""
     return per_channel.reshape(-1, *[1] * (call.weight.ndim - 2))
+
+
+def embedding(call: EmbeddingCall) -> torch.Tensor:
+    check_embedding(call)
+    codes, scale = rows_of(call)
+    return cast_from_fp8(codes, scale, call.dtype).reshape(*call.x.shape, call.weight.shape[1])
+
+
+def rows_of(call: EmbeddingCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """The codes `[n, size]` that an embedding asks for, and their scale, `(1,)` or `(n, 1)`."""
+    places, scale = call.x.flatten(), call.weight_scale
+    codes = F.embedding(places, call.weight.view(torch.uint8)).view(call.weight.dtype)
+    return codes, scale.reshape(1) if scale.numel() == 1 else F.embedding(places, scale)
+
+
+def check_embedding(call: EmbeddingCall) -> None:
+    """Refuse operands of an embedding that do not belong together.
+
+    Raises:
+        FP8OperandError: names what was found and expected.
+        FP8ScaleError: the scale does not fit the table.
+    """
+    x, weight, scale = call.x, call.weight, call.weight_scale
+    if x.dtype not in (torch.int64, torch.int32) or not is_fp8(weight.dtype) or weight.ndim != 2:
+        raise FP8OperandError(
+            f"embedding: indices in {x.dtype} and a table of shape {tuple(weight.shape)} in {weight.dtype}: expected "
+            "int64 or int32, and (rows, size) in FP8"
+        )
+    if scale.numel() != 1 and scale.shape != (weight.shape[0], 1):
+        raise FP8ScaleError(
+            f"embedding: a scale of shape {tuple(scale.shape)} for a table of shape {tuple(weight.shape)}: expected "
+            f"(1,) or ({weight.shape[0]}, 1), one for each row"
+        )
 
 
 def _check_dtypes(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
@@ -195,9 +227,9 @@ def check_conv(call: ConvCall) -> None:
         FP8OperandError: names what was found and expected.
         FP8ScaleError: a scale does not fit the weight, or the input's is not one for all.
     """
-    x, weight, transposed = call.x, call.weight, call.transposed
+    x, weight = call.x, call.weight
     _check_dtypes("conv", x, weight)
-    channels = weight.shape[0] if transposed else weight.shape[1] * call.groups if weight.ndim > 1 else 0
+    channels = weight.shape[1] * call.groups if weight.ndim > 1 else 0
     if (
         not 3 <= weight.ndim <= 5
         or x.ndim not in (weight.ndim - 1, weight.ndim)
@@ -207,13 +239,12 @@ def check_conv(call: ConvCall) -> None:
             f"conv: an input of shape {tuple(x.shape)} and a weight of shape {tuple(weight.shape)} in {call.groups} "
             f"groups: expected (N, C, …) or (C, …) with {channels} channels, and a weight of 1 to 3 spatial dimensions"
         )
-    _check_bias("conv", call.bias, weight, weight.shape[1] * call.groups if transposed else weight.shape[0])
-    scale, ones = call.weight_scale, (1,) * (weight.ndim - 2)
-    wanted = (1, weight.shape[1], *ones) if transposed else (weight.shape[0], 1, *ones)
-    if scale.numel() != 1 and scale.shape != wanted and (transposed or not is_per_channel(scale, weight)):
+    _check_bias("conv", call.bias, weight, weight.shape[0])
+    scale = call.weight_scale
+    if scale.numel() != 1 and not is_per_channel(scale, weight):
         raise FP8ScaleError(
             f"conv: a scale of shape {tuple(scale.shape)} does not fit a weight of shape {tuple(weight.shape)}: "
-            f"expected (1,) or {wanted}, one for each output channel"
+            f"expected (1,) or {(weight.shape[0], *[1] * (weight.ndim - 1))}, one for each output channel"
         )
     if call.input_scale is not None and call.input_scale.numel() != 1:
         raise FP8ScaleError(f"conv: an input scale of shape {tuple(call.input_scale.shape)}: expected (1,)")

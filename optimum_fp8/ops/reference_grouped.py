@@ -7,7 +7,7 @@ import torch
 from ..errors import FP8ConfigError, FP8OperandError, FP8ScaleError, nearest
 from ..formats import is_fp8
 from .arguments import GroupedLinearCall, LinearCall
-from .operands import BLOCK, group_of, parts
+from .operands import BLOCK, GROUPS, group_of, parts
 from .reference import ARITHMETICS, linear
 
 
@@ -96,12 +96,13 @@ def _check_operands(call: GroupedLinearCall) -> None:
 def _check_weight_scale(call: GroupedLinearCall) -> None:
     (count, out, size), shape = call.weight.shape, tuple(call.weight_scale.shape)
     blocks = (count, parts(out, BLOCK), parts(size, BLOCK))
-    if shape not in ((count, 1, 1), (count, out, 1), blocks) and not is_by_halves(call):
+    groups = [(count, out, parts(size, group)) for group in GROUPS]
+    if shape not in ((count, 1, 1), (count, out, 1), blocks, *groups) and not is_by_halves(call):
         halves = f", for each half {(count, 2, 1)}" if out % 2 == 0 else ""
         raise FP8ScaleError(
             f"grouped_linear: weight scales of shape {shape} for weights of shape {tuple(call.weight.shape)}: expected "
-            f"one for each expert {(count, 1, 1)}{halves}, for each output {(count, out, 1)}, or by blocks of {BLOCK} "
-            f"{blocks}"
+            f"one for each expert {(count, 1, 1)}{halves}, for each output {(count, out, 1)}, by blocks of {BLOCK} "
+            f"{blocks}, or for each {' or '.join(map(str, GROUPS))} values of an output {' or '.join(map(str, groups))}"
         )
 
 

@@ -10,10 +10,10 @@ from typing import Any
 from torch import nn
 
 from .. import ops
-from ..errors import FP8StateError
-from ..lifecycle import Phase, state_of, unwrapped
+from ..config import FP8Config
+from ..lifecycle import Phase, refuse_no_module, state_of, unwrapped
 from ..modules.handler import Reason, converted_modules, find_all
-from ..selection import type_names
+from ..selection import of_kinds_asked_for, schemes_of, type_names
 from .attention import AttentionReport, attention_lines, attention_report, lists_lines
 from .modules import ModuleReport, OtherReport, module_lines, module_report, tokens_line
 from .size import Size, size_of
@@ -113,8 +113,7 @@ class QuantizationReport:
 
 def quantization_report(model: nn.Module) -> QuantizationReport:
     """Report on every candidate module of `model`, quantized or not; calls are counted since the conversion."""
-    if not isinstance(model, nn.Module):
-        raise FP8StateError(f"quantization_report: expected a torch.nn.Module, found {type(model).__name__}")
+    refuse_no_module(model, "quantization_report")
     model = unwrapped(model)
     state, size = state_of(model), size_of(model)
     if state is None:
@@ -140,7 +139,8 @@ def quantization_report(model: nn.Module) -> QuantizationReport:
 def _without_state(model: nn.Module, size: Size) -> QuantizationReport:
     """A model that nothing was done to, or a part of one."""
     converted = {name: entry for name, entry in converted_modules(model).items() if entry[1].family.replaced}
-    found = {name: entry for name, entry in find_all(model).items() if entry[1].family.replaced} | converted
+    found = {name: entry for name, entry in find_all(model).items() if entry[1].family.replaced}
+    found = of_kinds_asked_for(found, schemes_of(model, found, FP8Config())) | converted
     held, rows = _held_by(found, size.held), []
     for name, _ in model.named_modules():
         if name in found:

@@ -32,6 +32,7 @@ class Scheme:
         caches: whether keys and values are stored in FP8.
         caches_windows: whether they are where attention has a sliding window.
         fp8_all_reduce: whether processes that split a layer by rows add up its results of new tokens in FP8.
+        embeddings: whether tables of embeddings are stored in FP8.
         constant_scales: whether static scales are handed to operators as numbers, where a backend takes them.
     """
 
@@ -48,6 +49,7 @@ class Scheme:
     caches: bool = False
     caches_windows: bool = True
     fp8_all_reduce: bool = False
+    embeddings: bool = False
     constant_scales: bool = True
 
     @property

@@ -1,11 +1,12 @@
 """Which modules are quantized and how each of them, and why each of the others is not."""
 
 from .decision import Decision, leave_out, with_limits
+from .default_skips import default_skips
+from .diffusion_ends import is_of_diffusers
 from .schemes import scheme_for
 from .select import (
     all_names,
     config_names,
-    default_skips,
     limited,
     matches_name,
     names_in_checkpoint,
@@ -22,6 +23,7 @@ __all__ = [
     "all_names",
     "config_names",
     "default_skips",
+    "is_of_diffusers",
     "leave_out",
     "limited",
     "matches_name",

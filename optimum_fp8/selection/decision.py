@@ -12,7 +12,12 @@ from ..modules.handler import ModuleHandler, Reason, Why
 from ..scales import Scheme
 
 # Fields of a scheme that a module may not have as asked, and the keys that ask for them.
-_KEYS = {"rounds_attention": "attention", "caches": "kv_cache", "dataflow": "attention_dataflow"}
+_KEYS = {
+    "rounds_attention": "attention",
+    "caches": "kv_cache",
+    "dataflow": "attention_dataflow",
+    "activations": "activation_scheme",
+}
 
 
 @dataclass(frozen=True)

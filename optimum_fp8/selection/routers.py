@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 from torch import nn
 
 from ..measure.experts import number_of_experts
 from ..modules.expert_layouts import layout_of
-from ..modules.fused_experts import FP8FusedExperts, is_fused
+from ..modules.fused_experts import FP8FusedExperts
+from ..modules.fused_layout import is_fused
+
+logger = logging.getLogger(__name__)
 
 
 def routers(model: nn.Module) -> set[nn.Module]:
@@ -26,6 +30,23 @@ def routers(model: nn.Module) -> set[nn.Module]:
             outputs = {*counts.values(), *([1] if child in layers else [])}
             found.update(layer for layer in layers if layer.out_features in outputs)
     return found
+
+
+def warn_of_bare_routers(model: nn.Module) -> None:
+    """Say which modules beside experts hold the router's weight as a bare parameter, and so are no layers."""
+    names = []
+    for name, block in model.named_modules():
+        counts = dict(_experts_in(block))
+        for own, child in block.named_children() if counts else ():
+            weight = None if isinstance(child, nn.Linear) else child._parameters.get("weight")
+            if weight is not None and weight.ndim == 2 and weight.shape[0] in counts.values():
+                names.append(f"{name}.{own}" if name else own)
+    if names:
+        logger.warning(
+            "quantize_routers=True does nothing for %d routers that hold a bare parameter instead of a Linear: they "
+            "stay in high precision (%s%s)",
+            *(len(names), ", ".join(names[:4]), ", …" if len(names) > 4 else ""),
+        )
 
 
 def _experts_in(block: nn.Module) -> Iterator[tuple[nn.Module, int]]:

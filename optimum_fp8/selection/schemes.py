@@ -43,5 +43,6 @@ def scheme_for(
         caches=own.kv_cache,
         caches_windows=own.kv_cache_skip != "sliding",
         fp8_all_reduce=own.row_parallel_linear_allreduce_quantization,
+        embeddings=own.quantize_embeddings,
         constant_scales=own.scale_format == "scalar",
     )

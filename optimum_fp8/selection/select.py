@@ -8,19 +8,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import transformers
 from torch import nn
-from transformers.quantizers import HfQuantizer
 
 from ..config import FP8Config
 from ..config.inc import INC_TYPES_NOT_THERE
 from ..errors import FP8SelectionError, nearest
+from ..modules.fused_layout import layout_of
 from ..modules.handler import ModuleHandler, Reason, Surroundings, Why, find_all, handlers
 from ..scales import Scheme
 from .decision import Decision
+from .default_skips import default_skips
+from .diffusion_ends import diffusion_ends
 from .idle import warn_of_idle_entries
 from .operations import allowlist_tells, helper_names, limits_by_lists
-from .routers import routers
+from .routers import routers, warn_of_bare_routers
 from .schemes import scheme_for
 from .weight_reads import first_modules, read_by_owner
 
@@ -47,6 +48,8 @@ def select(model: nn.Module, config: FP8Config, implementations: Mapping[int, st
     known, found = found, of_kinds_asked_for(found, schemes)
     skipped, unfit, aliases = _skipped(model, config, found), _unfit_modules(model), all_names(model)
     routing = set() if config.quantize_routers else routers(model)
+    if config.quantize_routers:
+        warn_of_bare_routers(model)
     decisions = []
     for name, (module, handler) in found.items():
         names = aliases[module]
@@ -135,9 +138,11 @@ def config_names(model: nn.Module, found: Mapping[str, tuple[Any, ModuleHandler]
 
 
 def type_names(module: Any) -> tuple[str, ...]:
-    """All names of a module's class, or of the class it stands for: "Linear", "torch.nn.Linear", the full path."""
+    """All names of a module's class, or of the class it stands for: "Linear", "torch.nn.Linear", the full path; of
+    stacked experts of transformers "FusedMoE" as well, which is what lists made for other libraries call them."""
     cls = type(getattr(module, "origin", module))
-    return (cls.__name__, f"torch.nn.{cls.__name__}", f"{cls.__module__}.{cls.__qualname__}")
+    names = (cls.__name__, f"torch.nn.{cls.__name__}", f"{cls.__module__}.{cls.__qualname__}")
+    return names if layout_of(module) is None else (*names, "FusedMoE")
 
 
 def reschemed(
@@ -189,29 +194,13 @@ def _warn_of_nothing_found(model: nn.Module, decisions: list[Decision], config: 
             logger.warning("%s has no %s that are known: %s do nothing", type(model).__name__, family.noun, family.keys)
 
 
-def _skipped(model: nn.Module, config: FP8Config, found: Iterable[str]) -> set[str]:
+def _skipped(model: nn.Module, config: FP8Config, found: Iterable[str]) -> dict[str, Why]:
+    """The layers that stay in high precision by default, by name, and why."""
+    ends = {} if config.quantize_lm_head else diffusion_ends(model)
     heads = [] if config.quantize_lm_head else default_skips(model)
     precise = [name for name in found if any(matches_name(re.escape(key), name) for key in _precision_skips(model))]
-    return {*heads, *precise}
-
-
-def default_skips(model: nn.Module) -> list[str]:
-    """Names of transformers' defaults, for each of its models inside: output head, tied modules and last module."""
-    skips: list[str] = []
-    for prefix, part in _outermost_models(model):
-        keys = [key.removesuffix(".bias") for key in HfQuantizer.get_modules_to_not_convert(part)]
-        skips += [f"{prefix}.{key}" if prefix else key for key in keys]
-    return skips
-
-
-def _outermost_models(model: nn.Module) -> list[tuple[str, transformers.PreTrainedModel]]:
-    """transformers models that are not part of another, by name."""
-    found: list[tuple[str, transformers.PreTrainedModel]] = []
-    for name, part in model.named_modules():
-        inside = any(prefix == "" or name.startswith(f"{prefix}.") for prefix, _ in found)
-        if isinstance(part, transformers.PreTrainedModel) and not inside:
-            found.append((name, part))
-    return found
+    kept = dict.fromkeys([*heads, *precise], "")
+    return {name: Why(Reason.KEPT, text) for name, text in (kept | ends).items()}
 
 
 def matches_name(entry: str, name: str) -> bool:
@@ -269,11 +258,11 @@ def _listed(names: list[str], module: nn.Module, config: FP8Config) -> Why | Non
 
 
 def _left_out(
-    names: list[str], module: nn.Module, config: FP8Config, skipped: set[str], routing: set[nn.Module]
+    names: list[str], module: nn.Module, config: FP8Config, skipped: Mapping[str, Why], routing: set[nn.Module]
 ) -> Why | None:
     """Why the defaults, or an allowlist, leave out a layer with these names, or None."""
-    if skipped.intersection(names):
-        return Why(Reason.KEPT)
+    if (kept := next((skipped[name] for name in names if name in skipped), None)) is not None:
+        return kept
     if module in routing:
         return Why(Reason.ROUTES)
     return _not_allowed(names, module, config)

@@ -2,8 +2,8 @@
 
 Foreign code sees the values of an FP8 module's weight, so that reading it computes right, but it dequantizes the whole
 weight each time. Which weights are multiplied by in every forward pass is found in the source of the classes around
-them; what syntax cannot tell costs time, not correctness. A transformers model also takes the dtype of its first
-parameter for its own.
+them; what syntax cannot tell costs time, not correctness. Models of transformers and diffusers also take the dtype of
+their first parameter for their own.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ _HARMLESS = {"shape", "device", "dtype", "requires_grad", "ndim", "size", "numel
 
 class Read(NamedTuple):
     """`….<holder>.weight` is read, if all attributes of the reading object that are named in `guards` are true, and, if
-    it is not `certain`, only under conditions that are known when it runs."""
+    it is not `certain`, only under conditions that are known when it runs; or it is `written` into, be it once."""
 
     holder: str
     guards: frozenset[str] = frozenset()
     certain: bool = True
+    written: bool = False
 
 
 def read_by_owner(model: nn.Module, *, certain: bool = True) -> set[str]:
@@ -55,12 +56,14 @@ def read_by_owner(model: nn.Module, *, certain: bool = True) -> set[str]:
 
 
 def first_modules(model: nn.Module) -> set[nn.Module]:
-    """Modules without bias whose weight is the first parameter of a transformers model, and so tells its dtype."""
+    """Modules without bias whose weight is the first parameter of a model that takes its `dtype` from it, as those of
+    transformers and diffusers do."""
     first: set[nn.Module] = set()
     for part in model.modules():
-        if isinstance(part, transformers.PreTrainedModel):
+        if isinstance(getattr(type(part), "dtype", None), property):
             owner = next((module for module in part.modules() if _has_own_floats(module)), None)
-            if owner is not None and getattr(owner, "bias", None) is None:
+            tells = isinstance(owner, (nn.Embedding, nn.EmbeddingBag))  # which in FP8 still tell the dtype
+            if owner is not None and not tells and getattr(owner, "bias", None) is None:
                 first.add(owner)
     return first
 
@@ -107,8 +110,13 @@ class _Search:
                 yield from self._reads_in([node.test], given)
                 yield from self._reads_of_branches(node, given)
                 continue
+            if _asks_for_the_class(node):
+                continue
             if isinstance(node, ast.Attribute):
                 if node.attr in _HARMLESS:
+                    continue
+                if _in_place(node) and (holder := _holder(node.value, given)) is not None:
+                    yield Read(holder, written=True)
                     continue
                 if (holder := _holder(node, given)) is not None:
                     yield Read(holder)
@@ -135,13 +143,14 @@ class _Search:
         both = {read.holder for read in branches[0]} & {read.holder for read in branches[1]}
         required = _required(node.test)
         for read in branches[0]:
-            if read.holder in both:
+            if read.holder in both or read.written:
                 yield read
             elif required is None:
                 yield read._replace(certain=False)
             else:
                 yield read._replace(guards=read.guards | required)
-        yield from (read if read.holder in both else read._replace(certain=False) for read in branches[1])
+        for read in branches[1]:
+            yield read if read.holder in both or read.written else read._replace(certain=False)
 
 
 def _required(test: ast.expr) -> frozenset[str] | None:
@@ -155,9 +164,19 @@ def _is_self(node: ast.expr) -> bool:
     return isinstance(node, ast.Name) and node.id == "self"
 
 
-def _holder(node: ast.Attribute, given: dict[str, str]) -> str | None:
+def _asks_for_the_class(node: ast.AST) -> bool:
+    """`isinstance(self.X.weight, …)`, which needs none of its values."""
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance"
+
+
+def _in_place(node: ast.Attribute) -> bool:
+    """`….mul_` and its like."""
+    return node.attr.endswith("_") and not node.attr.startswith("_")
+
+
+def _holder(node: ast.expr, given: dict[str, str]) -> str | None:
     """X of `….X.weight` and `….X[i].weight`, and of `p.weight` where the parameter p is given X."""
-    if node.attr != "weight" or not isinstance(node.ctx, ast.Load):
+    if not isinstance(node, ast.Attribute) or node.attr != "weight" or not isinstance(node.ctx, ast.Load):
         return None
     holder = node.value.value if isinstance(node.value, ast.Subscript) else node.value
     if isinstance(holder, ast.Name):

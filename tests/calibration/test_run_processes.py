@@ -91,6 +91,7 @@ def parts(checkpoint: Path) -> tuple[object, bytes]:
     return json.loads(data[8:end]), data[end:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_any_number_of_processes_gives_the_same_bytes(folder, count):
     one, many = ran(folder, 1), ran(folder, count)
@@ -141,7 +142,7 @@ if count > 1:
     parallelize_module(parallel.model.layers[0].mlp, mesh, {"up_proj": ColwiseParallel()})
     refused(lambda: prepare(parallel, config()), "tensor parallelism")
     refused(lambda: AutoModelForCausalLM.from_pretrained("../llama", quantization_config=config(), tp_plan="auto"),
-            "spreads over processes")
+            "spreads this model over processes")
 """
 )
 
@@ -262,6 +263,7 @@ calibrate(prepare(model, config()))
     assert "index out of range" in second.output and "FP8CalibrationError" in first.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before, after", [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_another_number_of_processes_goes_on(folder, before, after):
     results = folder / f"resumed{before}{after}"

@@ -46,6 +46,7 @@ HF_DEFAULTS = {
     "text_column": "text",
     "modules_to_not_convert": None,
     "quantize_lm_head": False,
+    "quantize_embeddings": False,
     "dequantize": False,
 }
 
@@ -222,6 +223,7 @@ VALID = {
     "text_column": st.text(min_size=1, max_size=5),
     "modules_to_not_convert": st.none() | name_lists,
     "quantize_lm_head": st.booleans(),
+    "quantize_embeddings": st.booleans(),
     "softmax_backoff": backoffs,
     "overrides": st.dictionaries(
         st.sampled_from(["mlp", "attn", "z"]), st.fixed_dictionaries({}, optional={"input_backoff": backoffs})

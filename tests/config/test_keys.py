@@ -7,7 +7,6 @@ import inspect
 import re
 import subprocess
 import sys
-from argparse import ArgumentParser
 from pathlib import Path
 from typing import get_type_hints
 
@@ -15,7 +14,7 @@ import pytest
 
 import optimum_fp8
 from optimum_fp8 import FP8Config
-from optimum_fp8.config.keys import KEYS, ConfigKeys, add_flags, given_flags, markdown_table
+from optimum_fp8.config.keys import KEYS, ConfigKeys, markdown_table
 from optimum_fp8.formats import FP8_DTYPES, HP_DTYPES, TARGETS
 
 PACKAGE = Path(optimum_fp8.__file__).parent
@@ -117,6 +116,7 @@ def test_modules_differ_in_these_keys():
         "use_qdq",
         "row_parallel_linear_allreduce_quantization",
         "activation_scheme",
+        "quantize_embeddings",
         "attention",
         "kv_cache",
         "kv_cache_skip",
@@ -136,53 +136,3 @@ def test_choices_are_those_of_the_number_formats():
 def test_the_documentation_has_the_table_as_it_is():
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert markdown_table() in page.split("\n\n"), f"docs/configuration.md must contain:\n\n{markdown_table()}"
-
-
-# --- flags --------------------------------------------------------------------------------------------------------
-
-SAID = {
-    "fp8_config": (["e5m2"], "e5m2"),
-    "allowlist": (['{"names": ["mlp"]}'], {"names": ["mlp"]}),
-    "scale_method": (['{"default": "maxabs_hw"}'], {"default": "maxabs_hw"}),
-    "input_backoff": (["0.5"], 0.5),
-    "num_calibration_samples": (["4"], 4),
-    "modules_to_not_convert": (["a", "b"], ["a", "b"]),
-    "decode_steps": (["0"], 0),
-    "overrides": (['{"mlp": {"use_qdq": true}}'], {"mlp": {"use_qdq": True}}),
-    "use_qdq": ([], True),
-}
-
-
-@pytest.fixture
-def parser():
-    parser = ArgumentParser()
-    add_flags(parser)
-    return parser
-
-
-def test_every_key_that_can_be_said_has_a_flag(parser):
-    flags = {action.dest for action in parser._actions} - {"help"}
-    assert set(KEYS) - flags == {"dequantize", "format_version", "model_class"}
-    assert given_flags(parser.parse_args([])) == {}
-    assert parser.format_help()
-
-
-@pytest.mark.parametrize("name", SAID)
-def test_flags_say_values(parser, name):
-    arguments, value = SAID[name]
-    given = given_flags(parser.parse_args([KEYS[name].flag, *arguments]))
-    assert given == {name: value}
-    FP8Config(**given)
-
-
-def test_a_flag_may_switch_off(parser):
-    assert given_flags(parser.parse_args(["--no-attention", "--scale-method", "maxabs_pow2"])) == {
-        "attention": False,
-        "scale_method": "maxabs_pow2",
-    }
-
-
-def test_bad_json_is_a_usage_error(parser, capsys):
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--overrides", "{mlp}"])
-    assert "is not JSON" in capsys.readouterr().err

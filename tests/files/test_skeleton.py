@@ -10,17 +10,22 @@ import torch
 import transformers as hf
 from files.conftest import CHANNELS, DYNAMIC, WEIGHT_ONLY, records, said, tensors
 from hf.conftest import llama
+from moe_models import tiny_moe
 from tiny_models import tiny_bert, tiny_gpt2
 
 from optimum_fp8 import FP8Config, quantize_files
 from optimum_fp8.errors import FP8CheckpointError
 from optimum_fp8.modules import fp8_modules
+from optimum_fp8.modules.fused_experts import FP8FusedExperts
 from optimum_fp8.scales import PerBlock, PerGroup, ScaleMethod, ScaleRule, register_method
 
 TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXT |= {"num_key_value_heads": 2, "vocab_size": 64}
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION |= {"image_size": 32, "patch_size": 16}
+
+
+UNIT = {"activation_scheme": "static", "scale_method": "unit_scale"}
 
 
 def moe():
@@ -59,8 +64,6 @@ def both(source, tmp_path, model_class, options, **more):
 )
 def test_equal_to_the_model_to_the_bit(save, tmp_path, name, options):
     model = MODELS[name]()
-    if name == "qwen3_moe":  # whose stacks take the model
-        options = options | {"blocklist": {"names": ["experts$"]}}
     source = save(copy.deepcopy(model), max_shard_size="30KB")
     expected, found = both(source, tmp_path, type(model), options, max_shard_size="30KB")
     assert said(found) == said(expected)
@@ -159,17 +162,16 @@ def test_weights_that_loading_puts_together_stay_and_are_named(save, tmp_path, c
     assert float((model(pixels).last_hidden_state - high).detach().norm() / high.detach().norm()) < 0.1
 
 
-def test_stacks_of_experts_stay_and_are_named(save, tmp_path, caplog):
-    source = save(MODELS["qwen3_moe"]())
-    with caplog.at_level(logging.WARNING, "optimum_fp8"):
-        report = quantize_files(source, tmp_path / "fp8", FP8Config(**WEIGHT_ONLY))
-    assert "modules stay in high precision" in caplog.text and "mlp.experts" in caplog.text
-    original, found = tensors(source), tensors(tmp_path / "fp8")
-    experts = [key for key in original if ".experts." in key]
-    assert experts and all(found[key][1:] == original[key][1:] for key in experts)
-    assert any("q_proj" in name for name in report.layers)
-    model, info = hf.Qwen3MoeForCausalLM.from_pretrained(tmp_path / "fp8", output_loading_info=True)
-    assert not any(info.values()) and len(fp8_modules(model)) == len(report.layers)
+@pytest.mark.parametrize("options", [WEIGHT_ONLY, UNIT], ids=["weight_only", "unit_scale"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "dbrx", "jetmoe"])
+def test_experts_are_those_of_the_model_to_the_bit(save, tmp_path, family, options):
+    model = tiny_moe(family)
+    expected, found = both(save(model), tmp_path, type(model), options)
+    assert said(found) == said(expected)
+    one, other = ({key: each[1:] for key, each in tensors(folder).items()} for folder in (found, expected))
+    assert one == other
+    again, info = type(model).from_pretrained(found, output_loading_info=True)
+    assert not any(info.values()) and any(isinstance(module, FP8FusedExperts) for module in again.modules())
 
 
 def test_tensors_that_the_files_lack_are_not_made_up(save, tmp_path):
@@ -179,3 +181,26 @@ def test_tensors_that_the_files_lack_are_not_made_up(save, tmp_path):
     with pytest.raises(FP8CheckpointError, match="holds nothing for lm_head.weight"):
         quantize_files(source, tmp_path / "fp8", FP8Config(**WEIGHT_ONLY))
     assert not (tmp_path / "fp8").exists()
+
+
+@pytest.mark.parametrize("name", ["wav2vec2", "bit"])
+def test_weights_that_follow_from_others_stay_in_high_precision(save, tmp_path, name, caplog):
+    """Weight normalization, and weights that are standardized in every call: that takes the model."""
+    if name == "bit":
+        sizes = {"embedding_size": 32, "hidden_sizes": [32, 64], "depths": [1, 1], "num_groups": 4}
+        model = hf.BitForImageClassification(hf.BitConfig(**sizes))
+        derived = [key for key, module in model.named_modules() if type(module).__name__ == "WeightStandardizedConv2d"]
+        config = FP8Config(**WEIGHT_ONLY, quantize_lm_head=True)
+    else:
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
+        sizes |= {"conv_dim": [16, 16], "conv_stride": [2, 2], "conv_kernel": [3, 3], "num_feat_extract_layers": 2}
+        model = hf.Wav2Vec2Model(hf.Wav2Vec2Config(**sizes, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=4))
+        derived, config = ["encoder.pos_conv_embed.conv"], FP8Config(**WEIGHT_ONLY)
+    source = save(model)
+    quantize_files(source, tmp_path / "fp8", config)
+    count = len(derived) - (name == "bit")  # whose first convolution tells the dtype, and stays anyway
+    assert f"{count} modules stay in high precision" in caplog.text
+    again = type(model).from_pretrained(tmp_path / "fp8")
+    assert fp8_modules(again) and not set(derived) & set(fp8_modules(again))
+    for key in derived:
+        assert torch.equal(again.get_submodule(key).weight.float(), model.get_submodule(key).weight.float())

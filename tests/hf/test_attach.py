@@ -117,7 +117,7 @@ def test_trainer_evaluates_and_predicts_and_refuses_to_train(save, batches, tmp_
 def test_resizing_with_a_head_in_fp8_is_refused_and_nothing_is_changed(save, batches, ids, tied, options):
     model = loaded(save(llama(tied)), batches)
     expected = logits(model, ids)
-    with pytest.raises(FP8NotAvailableError, match="resize_token_embeddings: lm_head is in FP8.*128 outputs"):
+    with pytest.raises(FP8NotAvailableError, match="resize_token_embeddings: lm_head is in FP8.*128 rows"):
         model.resize_token_embeddings(**options)
     assert model.resize_token_embeddings(128) is model.get_input_embeddings()
     assert torch.equal(logits(model, ids), expected)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from anonymous_memory import WATCHED
 from hf.conftest import llama
+from transformers import MixtralConfig, MixtralForCausalLM
 
 MIB = 2**20
 
@@ -46,3 +47,24 @@ def test_peak_while_quantizing(save, method):
     limit = found["model"] + largest + 100 * MIB
     assert found["peak"] <= limit, f"peak {found['peak'] / MIB:.0f} MiB, limit {limit / MIB:.0f} MiB"
     print(f"peak {found['peak'] / MIB:.0f} MiB, FP8 model {found['model'] / MIB:.0f} MiB, limit {limit / MIB:.0f} MiB")
+
+
+def mixture(**options):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    more = {"num_key_value_heads": 4, "vocab_size": 64, "num_local_experts": 8, "num_experts_per_tok": 2}
+    return MixtralForCausalLM(MixtralConfig(**sizes | more | options))
+
+
+@pytest.mark.slow
+def test_peak_while_quantizing_experts(save):
+    """One stack at a time is in high precision, and the weights that it is made of."""
+    big = mixture(hidden_size=512, intermediate_size=1024, num_hidden_layers=6)
+    stack = 2 * max(parameter.numel() for parameter in big.parameters())
+    whole = 2 * sum(parameter.numel() for parameter in big.parameters())
+    folder, small = save(big, torch.bfloat16), save(mixture(), torch.bfloat16, name="small")
+    del big
+    found = json.loads(fresh.TRANSFORMERS.run(SCRIPT, folder, small, "maxabs_hw"))
+    limit = found["model"] + 3 * stack
+    assert limit < 0.9 * whole, "loading all of it in high precision first would show"
+    assert found["peak"] <= limit, f"peak {found['peak'] / MIB:.0f} MiB, limit {limit / MIB:.0f} MiB"
+    print(f"peak {found['peak'] / MIB:.0f} MiB, FP8 model {found['model'] / MIB:.0f} MiB, stack {stack / MIB:.0f} MiB")

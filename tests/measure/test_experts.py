@@ -132,6 +132,11 @@ def test_other_modules_with_such_weights_or_indices_are_not_taken_for_experts():
     model = prepare(Looked(), FP8Config())
     model(torch.ones(2, 6, 4), torch.ones(2, 6, dtype=torch.long))
     assert state_of(model).measurements.tokens_of_experts() == {}
+    in_fp8 = convert(
+        nn.Sequential(nn.Conv1d(4, 4, 2), nn.ConvTranspose1d(4, 4, 2)),
+        FP8Config(target="cuda", activation_scheme="dynamic"),
+    )
+    assert [number_of_experts(each) for each in in_fp8] == [None, None]
 
 
 def test_counts_are_stored_and_merge_by_addition(tmp_path):

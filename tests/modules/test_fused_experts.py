@@ -21,10 +21,12 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.openai_privacy_filter.modeling_openai_privacy_filter import OpenAIPrivacyFilterExperts
+from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
 
 from optimum_fp8 import FP8Config, convert, dequantize, finalize_calibration, ops, prepare, quantization_report
 from optimum_fp8.errors import FP8MeasurementError, FP8NotAvailableError, FP8OperandError
 from optimum_fp8.modules.fused_experts import FP8FusedExperts
+from optimum_fp8.modules.fused_layout import known_layout
 from optimum_fp8.scales import SCALE_METHODS, activation_scale, quantized_weight
 from optimum_fp8.test_utils import gaudi
 
@@ -45,6 +47,7 @@ CLASSES = {
     OpenAIPrivacyFilterExperts: "grouped_linear",  # transposed, biases
     NemotronHExperts: "grouped_linear",  # no gate
     MuseSparkExperts: "grouped_linear",  # a norm behind each expert
+    Step3p7Experts: "grouped_linear",  # a gate of its own, and nothing declared
 }
 CHANNELS = "act_maxabs_hw_weights_pcs_opt_pow2"
 
@@ -99,7 +102,8 @@ def oracle(experts: FP8FusedExperts, original: nn.Module, x, index, weights, met
     A `method` scales activations by their own range, each token for itself.
     """
     upper, down = (values_of(*pair) for pair in zip(experts.stacks(), experts.stack_scales(), strict=True))
-    biased, total = original.has_bias, torch.zeros_like(x)
+    layout = known_layout(original)
+    biased, total = layout.has_bias, torch.zeros_like(x)
     one_operator = CLASSES[type(original)] == "experts"  # which scales what is between by its range alone
 
     def scale_of(values, static, between=False):
@@ -112,13 +116,13 @@ def oracle(experts: FP8FusedExperts, original: nn.Module, x, index, weights, met
     for token in range(len(x)):
         for expert, weight in zip(index[token].tolist(), weights[token], strict=True):
             row = rounded(x[token : token + 1], scale_of(x[token], experts.input_scale))
-            bias = experts._parameters[f"{experts.upper}_bias"][expert] if biased else None
+            bias = experts._parameters[f"{experts.stack_names[0]}_bias"][expert] if biased else None
             product = F.linear(row, upper[expert], bias)
-            middle = original._apply_gate(product) if original.has_gate else original.act_fn(product)
+            middle = original._apply_gate(product) if layout.has_gate else original.act_fn(product)
             static = None if experts.intermediate_scale is None else experts.intermediate_scale[expert, 0]
             middle = rounded(middle, scale_of(middle, static, between=True))
             output = F.linear(middle, down[expert], experts.down_proj_bias[expert] if biased else None)
-            output = original.post_expert_norm(output) if original.has_post_expert_norm else output
+            output = original.post_expert_norm(output) if layout.has_post_expert_norm else output
             total[token] += output[0] * weight
     return total
 
@@ -239,13 +243,14 @@ def test_ranges_are_those_of_the_model_in_high_precision(cls):
     assert torch.equal(block(x, index, weights), original(x, index, weights))
     found = finalize_calibration(block)
     assert found.range("experts", "input") == x.abs().max()
-    upper = original.gate_up_proj if original.has_gate else original.up_proj
+    layout = known_layout(original)
+    upper = getattr(original, layout.upper[0])
     for expert in range(EXPERTS):
         rows = x[(index == expert).any(dim=1)]
-        product = rows @ (upper[expert] if original.is_transposed else upper[expert].T)
-        if original.has_bias:
+        product = rows @ (upper[expert] if layout.transposed else upper[expert].T)
+        if layout.has_bias:
             product = product + original.gate_up_proj_bias[expert]
-        middle = original._apply_gate(product) if original.has_gate else original.act_fn(product)
+        middle = original._apply_gate(product) if layout.has_gate else original.act_fn(product)
         torch.testing.assert_close(found.range("experts", f"intermediate{expert}"), middle.abs().max())
     assert found.tokens_of_experts()["experts"].tolist() == [int((index == e).sum()) for e in range(EXPERTS)]
 
@@ -312,11 +317,14 @@ def test_goes_back_and_is_copied(cls):
         zip(block.experts.stacks(), block.experts.stack_scales(), strict=True)]  # fmt: skip
     copied = copy.deepcopy(block)
     assert torch.equal(copied(x, index, weights), expected)
-    assert copied.experts.num_experts == EXPERTS and copied.experts.has_gate == original.has_gate
+    assert (
+        copied.experts.num_experts == EXPERTS
+        and getattr(copied.experts, "has_gate", True) == known_layout(original).has_gate
+    )
     back = dequantize(block).experts
     assert type(back) is cls and back.state_dict().keys() == original.state_dict().keys()
-    for name, values in zip((copied.experts.upper, "down_proj"), codes, strict=True):
-        stored = back._parameters[name].transpose(1, 2) if original.is_transposed else back._parameters[name]
+    for name, values in zip(copied.experts.stack_names, codes, strict=True):
+        stored = back._parameters[name].mT if known_layout(original).transposed else back._parameters[name]
         torch.testing.assert_close(stored, values)
     assert (back(x, index, weights) - original(x, index, weights)).abs().max() < 0.5
     assert torch.equal(copied(x, index, weights), expected)

@@ -11,7 +11,7 @@ from torch import nn
 
 from optimum_fp8 import FP8Config, convert, dequantize, finalize_calibration, ops, prepare, quantization_report
 from optimum_fp8.checkpoint import checkpoint_of
-from optimum_fp8.errors import FP8MeasurementError, FP8SelectionError
+from optimum_fp8.errors import FP8MeasurementError
 from optimum_fp8.lifecycle import state_of
 from optimum_fp8.modules import (
     FP8Conv,
@@ -115,30 +115,36 @@ class Gain(nn.Module):
         return x * self.gain
 
 
-def conv1d_net():
-    return nn.Sequential(nn.Conv1d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv1d(8, 2, 1), nn.Flatten(), nn.Linear(20, 3))
+class OwnConv(nn.Conv1d):
+    """A class that the package does not know."""
+
+    def forward(self, x):
+        return super().forward(x)
 
 
-def register_conv1d():
-    return register_handler(LayerHandler("conv1d", (nn.Conv1d,), FP8Conv))
+def own_net():
+    return nn.Sequential(OwnConv(4, 8, 3, padding=1), nn.ReLU(), OwnConv(8, 2, 1), nn.Flatten(), nn.Linear(20, 3))
 
 
-# --- convolutions of one dimension --------------------------------------------------------------------------------
+def register_own():
+    return register_handler(LayerHandler("own conv", (OwnConv,), FP8Conv))
+
+
+# --- a layer of another package --------------------------------------------------------------------------------------
 
 
 def test_before_it_is_registered_the_kind_is_left_alone():
-    model = convert(conv1d_net(), FP8Config(activation_scheme="dynamic", **CPU))
-    assert list(fp8_modules(model)) == ["4"] and type(model[0]) is nn.Conv1d
-    with pytest.raises(FP8SelectionError, match="nothing to quantize"):
-        convert(nn.Sequential(nn.Conv1d(4, 8, 3)), FP8Config(activation_scheme="dynamic"))
+    model = convert(own_net(), FP8Config(activation_scheme="dynamic", **CPU))
+    assert list(fp8_modules(model)) == ["4"] and type(model[0]) is OwnConv
+    assert quantization_report(model).modules[0].reason == "OwnConv has a forward of its own"
 
 
 @pytest.mark.core
 @pytest.mark.parametrize("scheme", ["static", "dynamic", "weight_only"])
 def test_a_layer_from_outside_goes_through_every_step(scheme):
-    register_conv1d()
+    register_own()
     torch.manual_seed(1)
-    model, x = conv1d_net(), torch.randn(5, 4, 10)
+    model, x = own_net(), torch.randn(5, 4, 10)
     expected, config = model(x), FP8Config(activation_scheme=scheme, **CPU)
     assert [each.name for each in state_of(prepare(copy.deepcopy(model), config)).decisions if each.selected] == [
         "0",
@@ -157,8 +163,8 @@ def test_a_layer_from_outside_goes_through_every_step(scheme):
     assert model[0].weight.shape == (8, 4, 3) and model[0].activations == scheme
     assert ((model(x) - expected).norm() / expected.norm()).item() < 0.1
     rows = {row.name: row for row in quantization_report(model).modules}
-    assert rows["0"].quantized and rows["0"].type == "Conv1d" and sum(rows["0"].kernels.values()) == 1
-    assert {record.kind for record in checkpoint_of(model).records} == {"conv1d", "linear"}
+    assert rows["0"].quantized and rows["0"].type == "OwnConv" and sum(rows["0"].kernels.values()) == 1
+    assert {record.kind for record in checkpoint_of(model).records} == {"own conv", "linear"}
 
     prepare(other, config)
     other(x * 3)
@@ -167,24 +173,24 @@ def test_a_layer_from_outside_goes_through_every_step(scheme):
     assert torch.equal(other(x), model(x))
     weight = model[0].dequantized_weight(torch.float32)
     dequantize(model)
-    assert type(model[0]) is nn.Conv1d and torch.equal(model[0].weight, weight) and model[0].padding == (1,)
+    assert type(model[0]) is OwnConv and torch.equal(model[0].weight, weight) and model[0].padding == (1,)
 
 
 def test_static_ranges_are_those_of_its_input():
-    register_conv1d()
-    model, x = prepare(conv1d_net(), FP8Config(activation_scheme="static", **CPU)), torch.randn(5, 4, 10)
+    register_own()
+    model, x = prepare(own_net(), FP8Config(activation_scheme="static", **CPU)), torch.randn(5, 4, 10)
     model(x)
     assert finalize_calibration(model).range("0") == x.abs().max()
 
 
 def test_lists_of_the_configuration_know_its_type():
-    register_conv1d()
-    model = convert(conv1d_net(), FP8Config(activation_scheme="dynamic", blocklist={"types": ["Conv1d"]}))
+    register_own()
+    model = convert(own_net(), FP8Config(activation_scheme="dynamic", blocklist={"types": ["OwnConv"]}))
     assert list(fp8_modules(model)) == ["4"]
-    model = convert(conv1d_net(), FP8Config(activation_scheme="dynamic", allowlist={"types": ["torch.nn.Conv1d"]}))
+    model = convert(own_net(), FP8Config(activation_scheme="dynamic", allowlist={"types": ["OwnConv"]}))
     assert list(fp8_modules(model)) == ["0", "2"]
     overrides = {"^0$": {"fp8_config": "E5M2"}}
-    model = convert(conv1d_net(), FP8Config(activation_scheme="dynamic", overrides=overrides))
+    model = convert(own_net(), FP8Config(activation_scheme="dynamic", overrides=overrides))
     assert (model[0].codes.dtype, model[2].codes.dtype) == (torch.float8_e5m2, torch.float8_e4m3fn)
 
 
@@ -266,9 +272,9 @@ def test_a_kind_that_misses_its_ranges_says_so_in_the_words_of_its_family():
 
 def test_the_last_registered_is_asked_first_and_one_of_the_same_kind_is_replaced():
     before = len(handlers())
-    first = register_conv1d()
+    first = register_own()
     assert handlers()[0] is first and len(handlers()) == before + 1
-    second = register_conv1d()
+    second = register_own()
     assert handlers()[0] is second and first not in handlers() and len(handlers()) == before + 1
 
 

@@ -45,7 +45,7 @@ def replaced(module):
 
 
 def parametrized(module):
-    return nn.utils.parametrizations.weight_norm(module)
+    return nn.utils.parametrizations.spectral_norm(module)
 
 
 def empty(module):

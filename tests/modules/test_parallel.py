@@ -133,6 +133,7 @@ assert many.down.weight_shape == (16, 13)
 )
 
 
+@pytest.mark.slow
 def test_processes_compute_what_one_does(tmp_path):
     succeed(LIKE_ONE, 2, tmp_path)
 

@@ -35,7 +35,10 @@ def reach(offset, dilation, stride, count):
 
 
 def convolved(x, weight, stride, padding, dilation, groups, transposed=False, output_padding=None):
-    """Convolution of [N, C, …], one place of the kernel at a time; transposed, each input is spread instead."""
+    """Convolution of [N, C, …], one place of the kernel at a time; transposed, each input is spread instead.
+
+    The weight of a transposed one is as torch stores it, `[C, out / groups, …]`.
+    """
     kernel, dims = weight.shape[2:], len(stride)
     extent = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
     per_group = np.split(weight, groups, axis=0)
@@ -61,6 +64,11 @@ def convolved(x, weight, stride, padding, dilation, groups, transposed=False, ou
     return np.concatenate(found, axis=1)
 
 
+def as_torch_stores(weight, groups):
+    """`[C, out / groups, …]` of a weight `[out, C / groups, …]`, group by group."""
+    return np.concatenate([part.swapaxes(0, 1) for part in np.split(weight, groups, axis=0)], axis=0)
+
+
 def by_hand(x, weight, weight_scale, input_scale, bias, geometry, full_scale, arithmetic):
     """The result, and a bound of its error, as for the linear operator."""
     unbatched, dtype = x.ndim < weight.ndim, x.dtype
@@ -69,6 +77,8 @@ def by_hand(x, weight, weight_scale, input_scale, bias, geometry, full_scale, ar
     if input_scale is not None:
         a = codes_of(x, input_scale, weight.dtype, full_scale) * input_scale.numpy()
     b = as_numpy(weight) * as_numpy(weight_scale)
+    if geometry.get("transposed"):
+        b = as_torch_stores(b, geometry["groups"])
     if arithmetic == "qdq":
         a, b = rounded(a.astype(np.float32), dtype), rounded(b.astype(np.float32), dtype)
     product = convolved(a, b, **geometry)
@@ -202,11 +212,9 @@ GEOMETRIES = [
 
 def laid_out(geometry, dtype=torch.bfloat16, fp8=E4M3, per_channel=True, scale=0.03, unbatched=False, bias=True):
     """Operands for 6 channels in and 12 out, on images of 5, 6, … positions."""
-    dims, groups, transposed = len(geometry["stride"]), geometry["groups"], geometry["transposed"]
-    shape = (6, 12 // groups) if transposed else (12, 6 // groups)
-    weight = (torch.randn(*shape, *[3] * dims) * 20).to(fp8)
-    channels = (1, shape[1]) if transposed else (12, 1)
-    weight_scale = torch.rand((*channels, *[1] * dims) if per_channel else (1,)) * 0.01 + 1e-4
+    dims = len(geometry["stride"])
+    weight = (torch.randn(12, 6 // geometry["groups"], *[3] * dims) * 20).to(fp8)
+    weight_scale = torch.rand((12, 1, *[1] * dims) if per_channel else (1,)) * 0.01 + 1e-4
     x = torch.randn(*(() if unbatched else (2,)), 6, *range(7, 7 + dims)).to(dtype)
     return (
         x,
@@ -228,14 +236,16 @@ def test_one_to_three_dimensions_and_transposed(backend, geometry, arithmetic):
 
 @over(geometry=GEOMETRIES)
 def test_it_is_torchs_convolution_of_the_dequantized_weight(geometry):
-    """Layout of weights and groups are torch's own."""
+    """The layout of groups is torch's own, and that of weights, but for output channels that lead."""
     x, weight, scale, _, bias = laid_out(geometry, torch.float32, scale=None)
     kind = torch.nn.functional
     dims, options = len(geometry["stride"]), dict(geometry)
     transposed, output_padding = options.pop("transposed"), options.pop("output_padding")
     options |= {"output_padding": output_padding} if transposed else {}
     function = getattr(kind, f"conv_transpose{dims}d" if transposed else f"conv{dims}d")
-    expected = function(x, weight.float() * scale, bias, **options)
+    values = (weight.float() * scale).numpy()
+    values = as_torch_stores(values, geometry["groups"]) if transposed else values
+    expected = function(x, torch.from_numpy(values), bias, **options)
     torch.testing.assert_close(ops.conv(x, weight, scale, None, bias, **geometry, full_scale=448.0), expected)
 
 
@@ -268,9 +278,8 @@ def test_operands_that_do_not_fit_are_refused():
         ops.conv(x, weight, scale, input_scale, bias, **{**options, "full_scale": 57344.0})
 
 
-def test_scales_of_transposed_weights_lie_along_their_outputs():
-    geometry = whole(2, True)
+def test_scales_of_transposed_weights_are_those_of_their_outputs():
+    geometry = whole(2, True, groups=3)
     x, weight, scale, *rest = laid_out(geometry)
-    assert scale.shape == (1, 12, 1, 1)
-    with pytest.raises(FP8ScaleError, match=r"expected \(1,\) or \(1, 12, 1, 1\)"):
-        ops.conv(x, weight, scale.reshape(12, 1, 1, 1), *rest, **geometry, full_scale=448.0)
+    with pytest.raises(FP8ScaleError, match=r"expected \(1,\) or \(12, 1, 1, 1\)"):
+        ops.conv(x, weight, scale[:4].reshape(1, 4, 1, 1), *rest, **geometry, full_scale=448.0)

@@ -19,7 +19,7 @@ IMAGE = torch.randn(2, 4, 7, 5)
 KERNEL = torch.randn(6, 2, 3, 3).to(E4M3)
 ROWS = torch.rand(4, 1) + 0.1
 LINE, KERNEL_1D, KERNEL_3D = torch.randn(3, 9), torch.randn(5, 3, 3).to(E4M3), torch.randn(4, 2, 2, 2, 2).to(E4M3)
-KERNEL_T, GEOMETRY_T = torch.randn(4, 3, 3, 3).to(E4M3), ([2, 1], [1, 1], [1, 1], True, [1, 0], 2)
+KERNEL_T, GEOMETRY_T = torch.randn(6, 2, 3, 3).to(E4M3), ([2, 1], [1, 1], [1, 1], True, [1, 0], 2)
 WIDE = torch.randn(8, 160).to(E4M3)
 GEOMETRY = ([2, 1], [1, 1], [1, 1], False, [0, 0], 2)
 
@@ -89,8 +89,10 @@ CALLS = {
     "conv-1d": (NAMESPACE.conv, (LINE, KERNEL_1D, SCALE, SCALE, None, [2], [1], [1], False, [0], 1, 448.0, "fused")),
     "conv-transposed": (
         NAMESPACE.conv,
-        (IMAGE, KERNEL_T, torch.rand(1, 3, 1, 1), SCALE, torch.ones(6), *GEOMETRY_T, 448.0, "gaudi"),
+        (IMAGE, KERNEL_T, torch.rand(6, 1, 1, 1), SCALE, torch.ones(6), *GEOMETRY_T, 448.0, "gaudi"),
     ),
+    "embedding": (NAMESPACE.embedding, (torch.tensor([[3, 0], [1, 1]]), WEIGHT, SCALE, torch.bfloat16)),
+    "embedding-rows": (NAMESPACE.embedding, (torch.tensor([3, 0, 7]), WEIGHT, torch.rand(8, 1), torch.float32)),
     "conv-3d": (
         NAMESPACE.conv,
         (torch.randn(1, 2, 4, 5, 4), KERNEL_3D, SCALE, None, None, *[[1] * 3] * 3, False, [0] * 3, 1, 448.0, "qdq"),
@@ -140,6 +142,7 @@ def test_every_operator_is_called_here():
         "dynamic_scale",
         "linear",
         "conv",
+        "embedding",
         "attention",
         "attention_weights",
         "matmul",
@@ -149,6 +152,7 @@ def test_every_operator_is_called_here():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.core
 @EACH_CALL
 def test_opcheck(name):

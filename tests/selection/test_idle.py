@@ -43,12 +43,25 @@ def warnings(caplog):
         ),
         ({"allowlist": {"names": ["lm_head", "mlp"]}}, ["allowlist name 'lm_head' does nothing", HEAD]),
         (
+            {"allowlist": {"names": ["input_layernorm", "mlp"]}},
+            ["allowlist name 'input_layernorm' does nothing: what it matches is no kind of module that is quantized"],
+        ),
+        (
             {"allowlist": {"names": ["embed_tokens", "mlp"]}},
-            ["allowlist name 'embed_tokens' does nothing: what it matches is no kind of module that is quantized"],
+            ["allowlist name 'embed_tokens' does nothing", "not asked for by the configuration"],
         ),
         ({"allowlist": {"types": ["Embedding", "Linear"]}}, ["allowlist type 'Embedding' does nothing"]),
     ],
-    ids=["head", "blocklist", "attention", "method", "allowlist head", "allowlist no candidate", "type"],
+    ids=[
+        "head",
+        "blocklist",
+        "attention",
+        "method",
+        "allowlist head",
+        "allowlist no candidate",
+        "not asked for",
+        "type",
+    ],
 )
 def test_entries_that_do_nothing_are_named(warnings, options, parts):
     (message,) = warnings(tiny_llama(), **options)
@@ -74,9 +87,9 @@ def test_entries_that_do_what_they_say_are_not(warnings, options):
 
 
 def test_a_type_of_which_none_is_selected(warnings):
-    net = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Conv1d(2, 2, 1)})
-    (message,) = warnings(net, allowlist={"types": ["Conv1d", "Linear"]})
-    assert "allowlist type 'Conv1d' does nothing" in message
+    net = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Bilinear(2, 2, 1)})
+    (message,) = warnings(net, allowlist={"types": ["Bilinear", "Linear"]})
+    assert "allowlist type 'Bilinear' does nothing" in message
 
 
 def test_a_tied_head_of_another_family(warnings):

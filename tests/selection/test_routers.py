@@ -45,13 +45,21 @@ def test_found(family):
     assert all(any(name.endswith(end) for name in found) for end in ends)
 
 
+@pytest.mark.parametrize("family, said", [("mixtral", True), ("jetmoe", False)])
+def test_bare_routers_that_are_asked_for_are_named(family, said, caplog):
+    with caplog.at_level("WARNING", "optimum_fp8"):
+        convert(tiny_moe(family), FP8Config(activation_scheme="weight_only", quantize_routers=True))
+    warned = "does nothing for 1 routers that hold a bare parameter" in caplog.text
+    assert warned == said and (not said or "(model.layers.0.mlp.gate)" in caplog.text)
+
+
 def test_beside_experts_that_are_modules():
     model = convert(switch(), FP8Config(activation_scheme="weight_only"))
     report = quantization_report(model)
     kept = [row for row in report.modules if row.reason == "kept by default: it chooses experts"]
     assert kept and all(row.name.endswith("router.classifier") for row in kept)
     experts = [row.name for row in report.quantized if ".experts.expert_" in row.name]
-    assert len(experts) == 2 * 4 and all(name.endswith("wi") for name in experts), "code around wo reads its weight"
+    assert len(experts) == 2 * 4 * 2, "each expert's wi and wo, whose dtype alone is read by the code around it"
 
 
 def test_models_written_for_gaudi_keep_theirs():

@@ -35,6 +35,7 @@ EFFECTS = {
     "dynamic_quantization": (True, {"activations": "dynamic", "input": TOKEN, "operands": TOKEN}),
     "use_qdq": (True, {"arithmetic": "qdq", "dataflow": "qdq"}),
     "activation_scheme": ("dynamic", {"activations": "dynamic", "input": TOKEN, "operands": TOKEN}),
+    "quantize_embeddings": (True, {"embeddings": True}),
     "attention": (True, {"rounds_attention": True}),
     "kv_cache": (True, {"caches": True}),
     "kv_cache_skip": ("sliding", {"caches_windows": False}),

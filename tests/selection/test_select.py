@@ -77,11 +77,11 @@ def test_out_proj_of_multihead_attention_is_never_called():
 @pytest.mark.parametrize(
     "module, reason",
     [
-        (lambda: parametrizations.weight_norm(nn.Linear(4, 4)), "forward of its own|parametrized"),
+        (lambda: parametrizations.spectral_norm(nn.Linear(4, 4)), "forward of its own|parametrized"),
         (lambda: nn.Linear(4, 4).to(torch.complex64), "not a floating-point"),
         (lambda: nn.Linear(0, 4), "not a floating-point"),
     ],
-    ids=["weight_norm", "complex", "empty"],
+    ids=["spectral_norm", "complex", "empty"],
 )
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors", "ignore:Complex modules")
 def test_weights_that_cannot_be_fp8_are_left_out(module, reason):
@@ -189,7 +189,7 @@ def test_the_choices_are_shown_for_one_layer_of_many():
 @pytest.mark.parametrize(
     "net, options, message",
     [
-        (nn.Sequential(nn.LayerNorm(4)), {}, "Sequential has no Conv2d, Linear or transformers' Conv1D"),
+        (nn.Sequential(nn.LayerNorm(4)), {}, "no Conv1d, Conv2d, .*ConvTranspose3d, Linear or transformers' Conv1D"),
         (nn.Sequential(nn.Linear(4, 4)), {"blocklist": {"names": ["0"]}}, "0: blocklist name '0'"),
         (nn.Sequential(OwnForward(4, 4)), {}, "forward of its own"),
     ],

@@ -32,7 +32,9 @@ class Reader(nn.Module):
         return torch.cat([self.called.weight, self.asked.weight])
 
     def forward(self, x):
-        x = self.cast(x.to(self.cast.weight.dtype)) + self.product(x)
+        if isinstance(self.cast.weight, torch.Tensor) and x.dtype != self.cast.weight.dtype:
+            x = x.to(self.cast.weight.dtype)
+        x = self.cast(x) + self.product(x)
         if self.slow:
             x = x + F.linear(x, self.guarded.weight)
         if x.shape[0] > 100:
@@ -75,6 +77,36 @@ def test_other_methods_and_dtypes_do_not_count():
 
 def test_both_branches_are_every_forward():
     assert read_by_owner(Both()) == {"always"}
+
+
+class Rescaling(nn.Module):
+    """Divides a weight in place, once."""
+
+    def __init__(self):
+        super().__init__()
+        self.divided, self.called = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.done = False
+
+    def forward(self, x):
+        if self.done == self.training:
+            self.rescale()
+        return self.called(self.divided(x))
+
+    def rescale(self):
+        for part in (self,):
+            if not self.training:
+                part.divided.weight.div_(2)
+        self.done = not self.training
+
+
+def test_what_is_written_into_under_any_condition_counts():
+    model = nn.Sequential(Rescaling()).eval()
+    assert read_by_owner(model) == {"0.divided"}
+    convert(model, DYNAMIC)
+    with torch.no_grad():
+        before = model[0].divided.weight.clone()
+        model(torch.randn(2, 8))
+    torch.testing.assert_close(model[0].divided.weight, before / 2)
 
 
 class Helped(nn.Module):
@@ -227,7 +259,7 @@ def test_mamba_multiplies_with_its_weights_and_still_runs():
     convert(model, DYNAMIC)
     assert ((model(ids).logits - expected).norm() / expected.norm()).item() < 0.1
     kept = {row.name.split(".")[-1] for row in quantization_report(model).modules if "multiplies" in row.reason}
-    assert kept == {"dt_proj"} and len(quantization_report(model).quantized) == 6
+    assert kept == {"conv1d", "dt_proj"} and len(quantization_report(model).quantized) == 6
 
 
 def test_conditions_that_attributes_do_not_tell_are_not_certain():
@@ -236,7 +268,7 @@ def test_conditions_that_attributes_do_not_tell_are_not_certain():
     assert "transformer.h.0.self_attention.dense" in read_by_owner(model, certain=False)
 
 
-@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.weight_norm])
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
 def test_reparametrized_weights_are_left_alone(norm):
     model = nn.Sequential(norm(nn.Linear(4, 4)), nn.Linear(4, 4))
     convert(model, DYNAMIC)

@@ -7,7 +7,8 @@ from argparse import ArgumentParser
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from optimum_fp8.commands.arguments import explain_errors
-from optimum_fp8.config.keys import KEYS, add_flags
+from optimum_fp8.config.flags import add_flags
+from optimum_fp8.config.keys import KEYS
 
 
 class FP8QuantizeCommand(BaseOptimumCLICommand):

@@ -15,6 +15,7 @@ from ..dispatch import Kernel, note_missing, register_kernel
 from .attention import Attention
 from .casts import Casts
 from .conv import Conv
+from .embedding import Embedding
 from .experts import Experts
 from .grouped_linear import GroupedLinear
 from .library import VARIANTS, Library, load, threads
@@ -41,7 +42,7 @@ def register() -> None:
 
 def _kernels(backend: str, devices: tuple[str, ...], casts: Casts) -> dict[str, Kernel]:
     linear, conv, attention = Linear(casts), Conv(casts), Attention(casts)
-    grouped, experts = GroupedLinear(casts), Experts(casts)
+    grouped, experts, embedding = GroupedLinear(casts), Experts(casts), Embedding(casts)
     one_by_one: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         "cast_to_fp8": (casts.cast_to_fp8, casts.refuses_cast_to_fp8),
         "cast_to_fp8_by_range": (casts.cast_to_fp8_by_range, casts.refuses_cast_to_fp8_by_range),
@@ -53,6 +54,7 @@ def _kernels(backend: str, devices: tuple[str, ...], casts: Casts) -> dict[str, 
     return kernels | {
         "dynamic_scale": Kernel(backend, devices, casts.dynamic_scale, casts.refuses_dynamic_scale),
         "linear": Kernel(backend, devices, linear.run, linear.refuses, linear.prepare),
+        "embedding": Kernel(backend, devices, embedding.run, embedding.refuses),
         "conv": Kernel(backend, devices, conv.run, conv.refuses),
         "grouped_linear": Kernel(backend, devices, grouped.run, grouped.refuses),
         "experts": Kernel(backend, devices, experts.run, experts.refuses),

@@ -11,7 +11,6 @@ import torch
 
 from ...formats import number_format
 from ...rounding import scale_from_maxabs
-from .. import reference
 from ..arguments import DynamicScaleCall, Product
 from ..operands import BINS, block_of, group_of, group_shape, is_by_rows, refuses_format
 from .library import FORMATS, TYPES, Library, check, threads
@@ -206,6 +205,5 @@ def qdq(casts: Casts, product: Callable[..., torch.Tensor], call: Product) -> to
     if input_scale is not None:
         codes = casts.cast_to_fp8(x, input_scale, weight.dtype, call.full_scale)
         x = casts.cast_from_fp8(codes, input_scale, x.dtype)
-    by_reference = casts.refuses_cast_from_fp8(weight, weight_scale, x.dtype)  # channels of a transposed convolution
-    dequantize = reference.cast_from_fp8 if by_reference else casts.cast_from_fp8
-    return product(x, dequantize(weight, weight_scale, x.dtype), None if bias is None else bias.to(x.dtype))
+    weight = casts.cast_from_fp8(weight, weight_scale, x.dtype)
+    return product(x, weight, None if bias is None else bias.to(x.dtype))

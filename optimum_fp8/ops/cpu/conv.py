@@ -41,7 +41,7 @@ class Conv:
         if call.arithmetic == "qdq":
             return qdq(self.casts, convolve, call)
         one = torch.ones(1, dtype=torch.float32, device=x.device)
-        values, scale = x.float(), reference.along_channels(call, reference.channel_scale(call))
+        values, scale = x.float(), reference.along_channels(call, call.weight_scale)
         if input_scale is not None:
             codes = self.casts.cast_to_fp8(x, input_scale, weight.dtype, call.full_scale)
             values, scale = self.casts.cast_from_fp8(codes, one, torch.float32), input_scale * scale

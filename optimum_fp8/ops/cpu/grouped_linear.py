@@ -38,6 +38,8 @@ class GroupedLinear:
             check_grouped(call)
         except FP8Error as error:  # which the reference raises
             return str(error)
+        if weight_scale.shape[2] > 1 and not block_of(weight_scale, weight):
+            return "weight scales by groups"
         if input_scale is None:
             return None
         if input_scale.ndim == 2 and (group := group_of(input_scale, x)):

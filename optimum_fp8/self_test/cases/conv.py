@@ -63,14 +63,10 @@ def cases(fmt: NumberFormat) -> Iterator[Case]:
 
 def _call(draw: Draw, row: _Row, arithmetic: str) -> ConvCall:
     ones, each = (1,) * row.dimensions, (3,) * row.dimensions
-    if row.transposed:
-        shape, channel_scales = (_CHANNELS, _OUT // row.groups, *each), (1, _OUT // row.groups, *ones)
-    else:
-        shape, channel_scales = (_OUT, _CHANNELS // row.groups, *each), (_OUT, 1, *ones)
     return ConvCall(
         draw.values(2, _CHANNELS, *_SIZES[: row.dimensions], dtype=row.dtype),
-        draw.codes(*shape),
-        draw.scales(*channel_scales, around=0.004) if row.weight == "per channel" else scale(2.0**-8),
+        draw.codes(_OUT, _CHANNELS // row.groups, *each),
+        draw.scales(_OUT, 1, *ones, around=0.004) if row.weight == "per channel" else scale(2.0**-8),
         None if row.activation == "weight only" else scale(2.0**-4),
         draw.values(_OUT, dtype=row.dtype, spread=0.5) if row.bias else None,
         [row.stride] * row.dimensions,
