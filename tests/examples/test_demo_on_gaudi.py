@@ -159,6 +159,7 @@ def test_each_operator_of_the_language_model(language, way):
     assert comparison.ran == counts and not comparison.refused and comparison.few_flips()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "target, cache",
     [
