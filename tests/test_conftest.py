@@ -73,6 +73,7 @@ def test_only_absent_hardware_may_skip(suite, workers, outcome):
     assert "skip without absent hardware" in run and "xfail without absent hardware" in run
 
 
+@pytest.mark.slow
 def test_absent_hardware_alone_is_green(suite):
     green = fresh.TORCH.try_to_run(PYTEST, "test_suite.py", "-k", "runs or hardware", folder=suite)
     assert green.returncode == 0, green.stdout

@@ -213,6 +213,7 @@ def test_the_models_own_attention_reads_it(ids, scales_of, implementation):
         assert_same(generate(model, ids), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [pytest.param(hf.DynamicCache, marks=pytest.mark.slow), lambda config: hf.StaticCache(config, max_cache_len=24)],
