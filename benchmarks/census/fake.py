@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 FULL_SCALE = 448.0  # of float8_e4m3fn
 
@@ -58,6 +59,8 @@ def _is_codes(tensor: torch.Tensor | None) -> bool:
 
 
 def _replace(module: Any, key: str, codes: torch.Tensor, scale: torch.Tensor) -> None:
+    if is_parametrized(module, key):  # weight normalization
+        remove_parametrizations(module, key)
     parameter = module._parameters[key]
     codes = codes[0] if codes.ndim == parameter.ndim + 1 else codes  # stored with a leading axis
     if parameter.ndim == 3 and scale.ndim == 3 and scale.shape[1] not in (1, codes.shape[1]):

@@ -45,4 +45,4 @@ def test_ranges_measured_on_either_weights_give_as_good_a_model(texts, monkeypat
     monkeypatch.setattr(observers, "METHODS", ("maxabs_arbitrary",))
     (_, _, in_fp8), (_, _, in_high) = observers.of_weights(texts)
     assert in_fp8.divergence == pytest.approx(in_high.divergence, rel=0.15)
-    assert in_fp8.perplexity == pytest.approx(in_high.perplexity, rel=3e-3)
+    assert in_fp8.perplexity == pytest.approx(in_high.perplexity, rel=5e-3)
