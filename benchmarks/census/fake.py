@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import remove_weight_norm
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 FULL_SCALE = 448.0  # of float8_e4m3fn
@@ -59,8 +60,9 @@ def _is_codes(tensor: torch.Tensor | None) -> bool:
 
 
 def _replace(module: Any, key: str, codes: torch.Tensor, scale: torch.Tensor) -> None:
-    if is_parametrized(module, key):  # weight normalization
-        remove_parametrizations(module, key)
+    if key not in module._parameters:  # weight normalization, in one of the two ways that torch has
+        with torch.enable_grad():  # without gradients torch leaves a plain tensor behind
+            remove_parametrizations(module, key) if is_parametrized(module, key) else remove_weight_norm(module, key)
     parameter = module._parameters[key]
     codes = codes[0] if codes.ndim == parameter.ndim + 1 else codes  # stored with a leading axis
     if parameter.ndim == 3 and scale.ndim == 3 and scale.shape[1] not in (1, codes.shape[1]):
