@@ -67,7 +67,6 @@ def decoded(family: Family, mode: Largest, static_cache: bool, **options) -> tup
     return mode.elements, cache.layers[0].inner.keys.numel()
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("attention", [True, False], ids=["attention", "cache only"])
 @pytest.mark.parametrize("scheme", ["static", "dynamic"])
 @pytest.mark.parametrize(
@@ -87,7 +86,6 @@ def test_nor_by_models_that_call_attention_by_name(largest, name, scheme):
     assert 0 < elements < keys
 
 
-@pytest.mark.core
 def test_a_copy_would_be_seen(largest):
     elements, keys = decoded(FAMILIES["bloom"], largest, False, use_qdq=True, attention=True)
     assert elements >= keys

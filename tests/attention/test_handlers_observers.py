@@ -33,7 +33,6 @@ def logits(model, ids):
     return model(ids).logits.float()
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("observer", OBSERVERS[1:])
 def test_loaded_measured_saved_and_reloaded(save, batches, ids, tmp_path, observer):
     folder = save(llama())

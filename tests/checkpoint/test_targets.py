@@ -114,7 +114,6 @@ def test_loaded_for_another_target_it_is_what_quantizing_for_that_gives(tmp_path
     assert relative(found(data()), plain) <= 1.25 * max(errors) + 0.005
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("made_for, to", [("cpu", "gaudi2"), ("gaudi2", "gaudi3"), ("gaudi3", "gaudi2")])
 @pytest.mark.parametrize("observer", OBSERVERS)
 def test_every_observer_chooses_for_the_target_it_is_loaded_for(tmp_path, observer, made_for, to):
@@ -123,7 +122,6 @@ def test_every_observer_chooses_for_the_target_it_is_loaded_for(tmp_path, observ
     assert_same_scales(found, quantized(target=to, **options))
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("made_for, to", [("cpu", "gaudi2"), ("gaudi2", "gaudi3")])
 @pytest.mark.parametrize(
     "options",
@@ -183,7 +181,6 @@ def record_of(folder) -> dict:
         return json.loads(file.metadata()["optimum_fp8"])
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("observer", OBSERVERS)
 def test_saved_again_it_knows_its_ranges_and_goes_to_every_target(tmp_path, observer):
     options = {"observer": observer, "scale_method": "maxabs_hw"}
@@ -206,7 +203,6 @@ def forget(folder) -> None:
     save_file(load_file(path), path, metadata={"format": "pt"})
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("made_for, to, factor", [("cpu", "gaudi2", 2), ("gaudi3", "cpu", 1), ("gaudi2", "gaudi3", 1)])
 def test_without_ranges_scales_are_adapted_by_a_power_of_two_with_a_warning(tmp_path, caplog, made_for, to, factor):
     folder = made(tmp_path / "fp8", target=made_for)
@@ -269,7 +265,6 @@ def test_for_its_own_target_nothing_is_said(tmp_path, caplog):
 # --- which target ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.core
 @pytest.mark.parametrize(
     "chip, made_for, expected",
     [
@@ -302,7 +297,6 @@ def test_the_device_is_what_auto_means_while_quantizing_and_loading(tmp_path, ch
     assert_same_scales(loaded, on_the_device)
 
 
-@pytest.mark.core
 def test_from_pretrained_on_a_gaudi(save, batches, tmp_path):
     folder, config = save(llama()), FP8Config(dataset=batches, target="cpu")
     AutoModelForCausalLM.from_pretrained(folder, quantization_config=config).save_pretrained(tmp_path / "fp8")

@@ -126,14 +126,14 @@ def logits(batches):
     return lambda model: torch.cat([model(batch).logits for batch in batches])
 
 
-@pytest.mark.parametrize("way", [WAYS[0], *WAYS[2:4]], ids="-".join)
+@pytest.mark.parametrize("way", WAYS[1::2], ids="-".join)
 def test_language_model(language, way):
     found, expected = language.both(way, logits(language.heldout[:2]))
     assert_alike(found, expected, 0.995)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS, ids="-".join)
+@pytest.mark.parametrize("way", WAYS[::2], ids="-".join)
 def test_language_model_on_all_of_the_text(language, way):
     batches = language.heldout.flatten(0, 1).split(8)
     assert_alike(*language.both(way, logits(batches)), 0.999)
