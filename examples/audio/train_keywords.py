@@ -4,13 +4,15 @@ python examples/audio/train_keywords.py --output examples/audio/tiny_whisper
 """
 
 import argparse
-import math
+import sys
 from pathlib import Path
 
 import torch
 from tones import NAMES, RATE, sounds
-from tqdm import tqdm
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForAudioClassification
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from training import fit
 
 
 def build() -> WhisperForAudioClassification:
@@ -38,27 +40,16 @@ def build() -> WhisperForAudioClassification:
 
 
 def train(model: WhisperForAudioClassification, extractor: WhisperFeatureExtractor, steps: int, count: int) -> None:
-    """Run AdamW on so many sounds."""
+    """Train on so many sounds."""
     waves, kinds = sounds(count, seed=1)
     features = extractor(waves, sampling_rate=RATE, return_tensors="pt").input_features
     targets = torch.tensor(kinds)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 50, 0.5 * (1 + math.cos(math.pi * step / steps)) + 0.01)
-    )
-    model.train()
-    progress = tqdm(range(steps), mininterval=5)
-    for step in progress:
+
+    def loss() -> torch.Tensor:
         rows = torch.randint(count, (24,))
-        loss = model(input_features=features[rows], labels=targets[rows]).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        if step % 50 == 0:
-            progress.set_postfix(loss=f"{loss.item():.3f}")
-    model.eval()
+        return model(input_features=features[rows], labels=targets[rows]).loss
+
+    fit(model, loss, steps, warmup=50)
 
 
 def main() -> None:

@@ -4,17 +4,18 @@ python examples/vision/train_clip.py --output examples/vision/tiny_clip
 """
 
 import argparse
-import math
+import sys
 from pathlib import Path
 
 import torch
 from digits import load_split
-from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from tqdm import tqdm
+from train_digits import SIDE, augment
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
 
-SIDE = 32
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from training import fit
+
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SENTENCES = ("a photo of the digit {}", "the number {}", "{}", "a handwritten {}", "a drawing of a {}")
 
@@ -47,27 +48,14 @@ def build(tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
     return CLIPModel(config)
 
 
-def augment(image: Image.Image) -> Image.Image:
-    """An image turned a little and shifted by less than one pixel of the original."""
-    angle, x, y = torch.empty(3).uniform_(-1, 1).tolist()
-    large = image.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-    return large.rotate(8 * angle, Image.Resampling.BILINEAR, translate=(3 * x, 3 * y))
-
-
 def train(model: CLIPModel, processor: CLIPProcessor, steps: int) -> None:
-    """Run AdamW on batches of every digit in equal parts; those of one digit are no rivals of each other."""
+    """Train on batches of every digit in equal parts; those of one digit are no rivals of each other."""
     images, labels = load_split("train")
     digit_of = torch.tensor(labels)
     rows_of = [(digit_of == digit).nonzero().flatten() for digit in range(10)]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 50, 0.5 * (1 + math.cos(math.pi * step / steps)) + 0.01)
-    )
-    model.train()
-    progress = tqdm(range(steps), mininterval=5)
-    for step in progress:
+
+    def loss() -> torch.Tensor:
         rows = torch.cat([own[torch.randint(len(own), (4,))] for own in rows_of])
-        digits = digit_of[rows]
         sentence = SENTENCES[int(torch.randint(len(SENTENCES), ()))]
         batch = processor(
             text=[sentence.format(number) for number in NUMBERS],
@@ -75,16 +63,9 @@ def train(model: CLIPModel, processor: CLIPProcessor, steps: int) -> None:
             padding=True,
             return_tensors="pt",
         )
-        scores = model(**batch).logits_per_image
-        loss = torch.nn.functional.cross_entropy(scores, digits)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        if step % 50 == 0:
-            progress.set_postfix(loss=f"{loss.item():.3f}")
-    model.eval()
+        return torch.nn.functional.cross_entropy(model(**batch).logits_per_image, digit_of[rows])
+
+    fit(model, loss, steps, warmup=50)
 
 
 def main() -> None:

@@ -6,13 +6,12 @@ A fifth of the images is held out; the accuracy printed at the end is that of th
 """
 
 import argparse
-import math
+import sys
 from pathlib import Path
 
 import torch
 from digits import load_split
 from PIL import Image
-from tqdm import tqdm
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -23,6 +22,9 @@ from transformers import (
     ViTForImageClassification,
     ViTImageProcessorPil,
 )
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from training import fit
 
 LABELS = {digit: str(digit) for digit in range(10)}
 NAMES = {"id2label": LABELS, "label2id": {name: digit for digit, name in LABELS.items()}}
@@ -57,28 +59,16 @@ def augment(image: Image.Image) -> Image.Image:
 
 
 def train(model: PreTrainedModel, processor: ViTImageProcessorPil, steps: int, batch_size: int) -> None:
-    """Run AdamW with a warm-up and a cosine decay, on freshly augmented images."""
+    """Train on freshly augmented images."""
     images, labels = load_split("train")
     targets = torch.tensor(labels)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
-    warmup = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)) + 0.01)
-    )
-    model.train()
-    progress = tqdm(range(steps), desc=type(model).__name__, mininterval=2)
-    for step in progress:
+
+    def loss() -> torch.Tensor:
         rows = torch.randint(len(images), (batch_size,))
         pixels = processor([augment(images[i]) for i in rows], return_tensors="pt").pixel_values
-        loss = model(pixel_values=pixels, labels=targets[rows]).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        if step % 50 == 0:
-            progress.set_postfix(loss=f"{loss.item():.4f}")
-    model.eval()
+        return model(pixel_values=pixels, labels=targets[rows]).loss
+
+    fit(model, loss, steps, warmup=max(1, steps // 20))
 
 
 @torch.inference_mode()

@@ -4,8 +4,7 @@ python examples/vision/train_tiny_diffusion.py --output examples/vision/tiny_dif
 """
 
 import argparse
-import math
-from collections.abc import Callable
+import sys
 from pathlib import Path
 
 import numpy
@@ -13,11 +12,11 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from digits import load_split
 from torch import nn
-from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from training import fit
 
 SIDE = 8
-# Predicts the noise in images, with the labels as its condition: (model, images, timesteps, labels) -> noise.
-Predict = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def build_unet() -> UNet2DModel:
@@ -39,12 +38,6 @@ def scheduler() -> DDIMScheduler:
     return DDIMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", clip_sample=True)
 
 
-def unconditional(
-    model: nn.Module, images: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor
-) -> torch.Tensor:
-    return model(images, timesteps).sample
-
-
 def digits(part: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the images of one part, `[n, 1, 8, 8]` between -1 and 1, and their labels."""
     images, labels = load_split(part)
@@ -52,30 +45,20 @@ def digits(part: str) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(pixels).float()[:, None] / 127.5 - 1, torch.tensor(labels)
 
 
-def train(model: nn.Module, predict: Predict, steps: int, batch_size: int) -> nn.Module:
-    """Run AdamW with a warm-up and a cosine decay, and return a moving average of the weights."""
-    images, labels = digits("train")
+def train(model: UNet2DModel, steps: int, batch_size: int) -> nn.Module:
+    """Train to predict noise, and return a moving average of the weights."""
+    images, _ = digits("train")
     noising = scheduler()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 100, 0.5 * (1 + math.cos(math.pi * step / steps)) + 0.01)
-    )
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99))
-    model.train()
-    progress = tqdm(range(steps), desc=type(model).__name__, mininterval=5)
-    for step in progress:
+
+    def loss() -> torch.Tensor:
         rows = torch.randint(len(images), (batch_size,))
         noise, timesteps = torch.randn(batch_size, 1, SIDE, SIDE), torch.randint(1000, (batch_size,))
         noisy = noising.add_noise(images[rows], noise, timesteps)
-        loss = (predict(model, noisy, timesteps, labels[rows]) - noise).square().mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        average.update_parameters(model)
-        if step % 50 == 0:
-            progress.set_postfix(loss=f"{loss.item():.4f}")
+        return (model(noisy, timesteps).sample - noise).square().mean()
+
+    options = {"warmup": 100, "learning_rate": 2e-3, "weight_decay": 0.01}
+    fit(model, loss, steps, **options, after_step=lambda: average.update_parameters(model))
     return average.module.eval()
 
 
@@ -90,7 +73,7 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    model = train(build_unet(), unconditional, args.steps, args.batch_size)
+    model = train(build_unet(), args.steps, args.batch_size)
     DDIMPipeline(model.to(torch.bfloat16), scheduler()).save_pretrained(args.output)
 
 
