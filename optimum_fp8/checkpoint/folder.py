@@ -62,9 +62,9 @@ def read_json(path: str) -> dict[str, Any]:
         with open(path, encoding="utf-8") as file:
             said = json.load(file)
     except ValueError as error:
-        raise FP8CheckpointError(f"{path} is not JSON of a configuration ({error}): it is damaged") from None
+        raise FP8CheckpointError(f"{path} is not JSON of an object ({error}): it is damaged, copy it again") from None
     if not isinstance(said, dict):
-        raise FP8CheckpointError(f"{path} is not JSON of a configuration ({type(said).__name__}): it is damaged")
+        raise FP8CheckpointError(f"{path} is not JSON of an object ({type(said).__name__}): it is damaged")
     return said
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,6 +13,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
+from ..checkpoint.folder import read_json
 from ..checkpoint.inc import refuse_incs
 from ..checkpoint.native import refuse_damaged
 from ..checkpoint.safetensors_writer import DTYPES
@@ -139,13 +139,4 @@ def _headers(path: str) -> Iterator[Stored]:
 
 
 def _json(path: str) -> dict[str, Any]:
-    if not os.path.isfile(path):
-        return {}
-    try:
-        with open(path, encoding="utf-8") as file:
-            said = json.load(file)
-    except ValueError as error:
-        raise FP8CheckpointError(f"{path} is not JSON ({error}): it is damaged, copy it again") from None
-    if not isinstance(said, dict):
-        raise FP8CheckpointError(f"{path} is a {type(said).__name__}, expected a JSON object: copy it again")
-    return said
+    return read_json(path) if os.path.isfile(path) else {}
