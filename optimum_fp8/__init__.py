@@ -88,6 +88,9 @@ _HOMES = {
     "start_on_gaudi": "quantize",
 }
 
+# What imports neither transformers' models nor its quantizers.
+_LIGHT = ("config", "errors", "measure", "self_test")
+
 hf.register()
 
 if not TYPE_CHECKING:  # which would take any name for a known one
@@ -97,6 +100,10 @@ if not TYPE_CHECKING:  # which would take any name for a known one
             return import_module(f".{name}", __name__)
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if _HOMES[name] not in _LIGHT:
+            # Before any module of ours is being imported: another thread may be importing it, and registers us at its
+            # end. Python breaks such a circle by handing out half imported modules.
+            import_module("transformers.modeling_utils")
         value = globals()[name] = getattr(import_module(f".{_HOMES[name]}", __name__), name)
         return value
 

@@ -119,6 +119,25 @@ def test_threads_may_race_on_the_first_import(statements):
     fresh.TORCH.run(THREADS + CHECK, *statements)
 
 
+ORDER = """
+import importlib.abc, sys
+
+class Spy(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name in ("transformers.modeling_utils", "optimum_fp8.quantize", "optimum_fp8.selection"):
+            print(name)
+
+import optimum_fp8
+sys.meta_path.insert(0, Spy())
+optimum_fp8.prepare
+"""
+
+
+def test_transformers_is_imported_while_nothing_of_ours_is():
+    """Python lets a thread go on with half imported modules where another one imports them in the other order."""
+    assert fresh.TORCH.run(ORDER).split()[0] == "transformers.modeling_utils"
+
+
 UNPICKLE = """
 import pickle, sys
 
