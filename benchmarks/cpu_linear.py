@@ -1,6 +1,6 @@
 """One linear layer at a time, FP8 beside bfloat16, with cold caches.
 
-    python -m benchmarks.cpu_linear [--rows 1 4 8] [--static] [--casts]
+    python -m benchmarks.cpu_linear [--rows 1 4 8] [--static] [--blocks] [--single-thread] [--casts]
 
 A model's weights are read once a token and are larger than any cache, so each call here gets another copy of the
 weight, from more copies than twice the last cache holds. bfloat16 is called as `nn.Linear` calls it, FP8 as `FP8Linear`
@@ -15,6 +15,7 @@ import argparse
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ SHAPES = ((5632, 2048), (14336, 4096), (2048, 5632), (4096, 14336))  # (out, in)
 ROWS = (1, 4, 8, 16, 32, 64, 512)
 WANTED = {1: 3.3, 4: 2.8, 8: 2.2, 16: 1.6, 32: 1.2, 64: 1.0, 512: 0.97}
 WANTED_OF_READING = 0.8  # at one row
+_DYNAMIC = {"channel": -1, "block of 128x128": 128, "group of 32 (MXFP8)": 32}  # values of an input that share a scale
 CLOSE = 0.03  # FP8 codes are exact in bfloat16, so both sides differ by roundings of the output and the input only
 
 
@@ -56,30 +58,46 @@ class Weights:
                     for _ in range(machine.cold_copies(size))
                 ]
             ),
-            {"tensor": scale, "channel": torch.full((shape[0], 1), 2.0**-10)},
+            {
+                "tensor": scale,
+                "channel": torch.full((shape[0], 1), 2.0**-10),
+                "block of 128x128": torch.full(tuple(-(-size // 128) for size in shape), 2.0**-10),
+                "group of 32 (MXFP8)": torch.full((shape[0], -(-shape[1] // 32)), 2.0**-10),
+            },
         )
 
 
-def sides_of(weights: Weights, x: torch.Tensor, static: bool) -> dict[str, Callable[[], object]]:
+def sides_of(weights: Weights, x: torch.Tensor, static: bool, blocks: bool = False) -> dict[str, Callable[[], object]]:
     """What is compared: bfloat16, FP8 with each kind of scale, and reading the codes."""
     read, _ = machine.reader()
     sides: dict[str, Callable[[], object]] = {"bf16": lambda: F.linear(x, weights.plain.take())}
 
-    def fp8(scale: torch.Tensor, input_scale: torch.Tensor | None) -> Callable[[], torch.Tensor]:
+    def fp8(scale: torch.Tensor, input_scale: Callable[[], torch.Tensor | None]) -> Callable[[], torch.Tensor]:
         records: defaultdict[int, ops.CallRecord] = defaultdict(ops.CallRecord)
 
         def layer() -> torch.Tensor:
             codes = weights.codes.take()
             record = records[codes.data_ptr()]
-            return ops.linear(x, codes, scale, input_scale, None, full_scale=FULL_SCALE, record=record)
+            return ops.linear(x, codes, scale, input_scale(), None, full_scale=FULL_SCALE, record=record)
 
         return layer
 
-    for granularity, scale in weights.scales.items():
-        sides[granularity] = fp8(scale, None)
+    for granularity in ("tensor", "channel"):
+        sides[granularity] = fp8(weights.scales[granularity], lambda: None)
+    for granularity, group in _DYNAMIC.items() if blocks else ():
+        sides[f"{granularity}, dynamic"] = fp8(weights.scales[granularity], partial(_dynamic_scale, x, group))
     if static:
-        sides["channel, static"] = fp8(weights.scales["channel"], (x.abs().amax() / FULL_SCALE).float().reshape(1))
+        static_scale = (x.abs().amax() / FULL_SCALE).float().reshape(1)
+        sides["channel, static"] = fp8(weights.scales["channel"], lambda: static_scale)
     return {**sides, "read": lambda: read(weights.codes.take())}
+
+
+def _dynamic_scale(x: torch.Tensor, group: int) -> torch.Tensor:
+    """As layers find it: for groups of 32 a power of two."""
+    rounding = "e8m0_ceil" if group == 32 else "identity"
+    return ops.dynamic_scale(
+        x, group=group, divisor=FULL_SCALE, rounding=rounding, fp8_config="E4M3", target="cpu", hp_dtype=x.dtype
+    )
 
 
 def check(sides: dict[str, Callable[[], object]]) -> None:
@@ -96,7 +114,7 @@ def check(sides: dict[str, Callable[[], object]]) -> None:
         found = run()
         assert isinstance(found, torch.Tensor)
         error = float((found.float() - expected.float()).norm() / expected.float().norm())
-        allowed = 0.06 if "static" in name else CLOSE
+        allowed = CLOSE if name in ("tensor", "channel") else 0.06
         if not error <= allowed:
             raise RuntimeError(f"FP8 ({name}) is {error:.1%} off bfloat16, expected at most {allowed:.0%}")
 
@@ -109,13 +127,21 @@ def backend_of(weights: Weights, x: torch.Tensor) -> str:
 
 
 @torch.no_grad()
-def measure(weights: Weights, rows: int, peak: float, static: bool, budget: float) -> list[Row]:
+def measure(
+    weights: Weights,
+    rows: int,
+    peak: float,
+    static: bool,
+    budget: float,
+    blocks: bool = False,
+    clock: Callable[[Callable[[], object]], float] = timing.seconds,
+) -> list[Row]:
     """The rows of the table for one weight and one number of input rows."""
     out_features, in_features = weights.shape
     x = torch.randn(rows, in_features).bfloat16()
-    sides = sides_of(weights, x, static)
+    sides = sides_of(weights, x, static, blocks)
     check(sides)
-    times = timing.interleave(sides, budget=budget, least=4)
+    times = timing.interleave(sides, budget=budget, least=4, measure=clock)
     size, flop = out_features * in_features, 2 * rows * out_features * in_features
     plain, kernel = timing.median(times["bf16"]), backend_of(weights, x)
     found = []
@@ -143,16 +169,22 @@ def run(
     rows: tuple[int, ...] = ROWS,
     static: bool = False,
     budget: float = 1.5,
+    blocks: bool = False,
+    single_thread: bool = False,
 ) -> tuple[list[Row], list[str]]:
     """All rows of the table, and what to know about the limits."""
-    peak: machine.GemmPeak = machine.gemm_peak()
+    threads, clock = torch.get_num_threads(), timing.seconds_of_thread if single_thread else timing.seconds
+    torch.set_num_threads(1 if single_thread else threads)
+    peak: machine.GemmPeak = machine.gemm_peak(measure=clock)
     found: list[Row] = []
     for shape in shapes:
         weights = Weights.of(shape)
         for count in rows:
-            found += measure(weights, count, peak.best, static, budget)
+            found += measure(weights, count, peak.best, static, budget, blocks, clock)
+    torch.set_num_threads(threads)
     _, name = machine.reader()
-    return found, [f"linear layers: {peak}; weights are read by {name}"]
+    clock_name = "CPU time of a single thread; " if single_thread else ""
+    return found, [f"linear layers: {clock_name}{peak}; weights are read by {name}"]
 
 
 def main() -> None:
@@ -160,7 +192,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="rows of the input (tokens)")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, type=_shape, help="weights, as 5632x2048 (out x in)")
     parser.add_argument("--static", action="store_true", help="also with activations rounded to FP8")
+    parser.add_argument(
+        "--blocks", action="store_true", help="also scales by blocks and groups, inputs rounded likewise"
+    )
     parser.add_argument("--budget", type=float, default=1.5, help="seconds for each number of rows and shape")
+    parser.add_argument("--single-thread", action="store_true", help="the CPU time of one thread")
     parser.add_argument("--casts", action="store_true", help="casts and maxabs instead of linear layers")
     options = parser.parse_args()
     machine.prepare()
@@ -169,7 +205,14 @@ def main() -> None:
 
         found, notes = cpu_casts.run(budget=options.budget)
     else:
-        found, notes = run(tuple(options.shapes), tuple(options.rows), options.static, options.budget)
+        found, notes = run(
+            tuple(options.shapes),
+            tuple(options.rows),
+            options.static,
+            options.budget,
+            options.blocks,
+            options.single_thread,
+        )
     print(report(found, machine.describe(), notes))
 
 

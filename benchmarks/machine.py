@@ -102,16 +102,19 @@ class GemmPeak:
         return f"matrix product's peak: bf16 {self.bf16 / 1e9:.0f} GFLOP/s, fp32 {self.fp32 / 1e9:.0f} GFLOP/s"
 
 
-def gemm_peak(budget: float = 1.5, size: int = 4096) -> GemmPeak:
+def gemm_peak(
+    budget: float = 1.5, size: int = 4096, measure: Callable[[Callable[[], object]], float] = timing.seconds
+) -> GemmPeak:
     """The best of several products of square matrices in each dtype, in turns.
 
     Args:
         budget: seconds after which no new round begins, and that one product may take: matrices are smaller where torch
             is slow (bfloat16 without AVX-512), in that dtype alone.
         size: of the matrices, at most.
+        measure: the clock.
     """
     products = {"bf16": _product(torch.bfloat16, size, budget), "fp32": _product(torch.float32, size, budget)}
-    times = timing.interleave(products, budget=budget, least=3, most=10)
+    times = timing.interleave(products, budget=budget, least=3, most=10, measure=measure)
     return GemmPeak(**{name: 2 * len(product.args[0]) ** 3 / min(times[name]) for name, product in products.items()})
 
 

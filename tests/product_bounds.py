@@ -20,21 +20,33 @@ def step_at(value, dtype):
     return 2.0 ** torch.log2(value.abs().clamp(min=info.smallest_normal)).floor() * info.eps
 
 
+def along(scale, size, rows=1):
+    """Scales by groups, or by blocks of so many rows, repeated over `size` values of a row."""
+    group = next(group for group in (128, 32) if scale.shape[-1] == -(-size // group))
+    return scale.repeat_interleave(rows, 0).repeat_interleave(group, -1)[..., :size]
+
+
 def products(x, weight, weight_scale, input_scale, full_scale, pairs=False):
     """The products times their scales in float64, and what float32 may make of them."""
-    values, weights, scale = x.double(), weight.float(), weight_scale.reshape(-1)
+    values, weights, scale, largest = x.double(), weight.float(), weight_scale.reshape(-1), torch.ones(1)
     if weight_scale.ndim == 2 and weight_scale.shape[1] > 1 or weight_scale.numel() not in (1, weight.shape[0]):
-        spread = weight_scale.repeat_interleave(128, 0)[: weight.shape[0]].repeat_interleave(128, 1)
-        weights, scale = weights * spread[:, : weight.shape[1]], torch.ones(1)
+        rows = 1 if weight_scale.shape[0] == weight.shape[0] > 1 else 128
+        weights, scale = weights * along(weight_scale, weight.shape[1], rows)[: weight.shape[0]], torch.ones(1)
+        largest = weight_scale.max()
     if input_scale is not None:
         with ops.backend("reference"):
-            values = ops.cast_to_fp8(x, input_scale, weight.dtype, full_scale).double()
-        scale = input_scale * scale
+            values = ops.cast_to_fp8(x, input_scale, weight.dtype, full_scale)
+        if input_scale.ndim == x.ndim and input_scale.shape[-1] > 1:
+            values = values.float() * along(input_scale, x.shape[-1])
+            largest = largest * input_scale.max() if input_scale.numel() else largest
+        else:
+            scale = input_scale * scale
+        values = values.double()
     weights, scale = weights.double(), scale.double()
     terms = x.shape[-1] + 8
     bound = (values.abs() @ weights.abs().T) * scale * terms * 2.0**-24 + (terms * scale + 4) * 2.0**-149
     if pairs:
-        bound = bound + (weights.abs().nan_to_num().sum(1) + terms) * 2.0**-125 * scale
+        bound = bound + (weights.abs().nan_to_num().sum(1) + terms * largest.double()) * 2.0**-125 * scale
     return (values @ weights.T) * scale, bound
 
 
@@ -73,5 +85,6 @@ def codes_like(shape, fp8, finite=True):
 def scale_for(weight, kind):
     """Scales that make weights of about 1, so that float16 holds the products."""
     out, into = weight.shape
-    shape = {"tensor": (1,), "channel": (out, 1), "blocks": (-(-out // 128), -(-into // 128))}[kind]
+    groups = {f"groups of {group}": (out, -(-into // group)) for group in (128, 32)}
+    shape = {"tensor": (1,), "channel": (out, 1), "blocks": (-(-out // 128), -(-into // 128)), **groups}[kind]
     return (torch.rand(shape) + 0.5) / torch.finfo(weight.dtype).max

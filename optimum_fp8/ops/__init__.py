@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from .attention import attention, attention_weights, matmul, softmax
 from .casts import cast_from_fp8, cast_to_fp8, cast_to_fp8_by_range, dynamic_scale, histogram, maxabs
-from .constants import constant_of, inverse_of, keep_inverse, mark_constant, mark_constants, part_of
+from .constants import constant_of, inverse_of, keep_inverse, mark_constant, mark_constants, part_of, scale_of_rows
 from .conv import conv
 from .dispatch import Kernel, backend, backends, missing, register_kernel, why_reference
 from .embedding import embedding
@@ -62,6 +62,7 @@ __all__ = [
     "packing_of",
     "part_of",
     "register_kernel",
+    "scale_of_rows",
     "softmax",
     "why_reference",
 ]

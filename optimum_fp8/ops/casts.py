@@ -13,6 +13,7 @@ from . import reference
 from .arguments import CastByRangeCall, CastFromCall, CastToCall, DynamicScaleCall, HistogramCall, MaxabsCall
 from .declare import call, declare
 from .operands import BINS, group_shape
+from .records import CallRecord
 
 
 def cast_to_fp8(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, full_scale: float) -> torch.Tensor:
@@ -50,9 +51,14 @@ def cast_to_fp8_by_range(
     return call("cast_to_fp8_by_range", CastByRangeCall(x, scale_of_range, per_row, dtype, full_scale))
 
 
-def cast_from_fp8(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Dequantize: x · scale in float32, rounded once to `dtype`; shapes as in `cast_to_fp8`."""
-    return call("cast_from_fp8", CastFromCall(x, scale, dtype))
+def cast_from_fp8(
+    x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, *, record: CallRecord | None = None
+) -> torch.Tensor:
+    """Dequantize: x · scale in float32, rounded once to `dtype`; shapes as in `cast_to_fp8`.
+
+    `record` counts the call for a module that computes with what it gives.
+    """
+    return call("cast_from_fp8", CastFromCall(x, scale, dtype), record)
 
 
 def maxabs(x: torch.Tensor, *, group: int = 0) -> torch.Tensor:

@@ -85,3 +85,11 @@ def part_of(scales: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         each = len(values) // scales.shape[0]
         remember(part, _CONSTANT, values[start * each : stop * each])
     return part
+
+
+def scale_of_rows(scale: torch.Tensor, rows: slice, count: int) -> torch.Tensor:
+    """The scale of some rows of a weight with `count` of them, given its scale; no scale reaches beyond these rows."""
+    if scale.ndim == 1:
+        return scale
+    each = count // len(scale)  # of a channel or a block
+    return part_of(scale, rows.start // each, rows.stop // each)

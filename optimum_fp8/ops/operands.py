@@ -162,18 +162,20 @@ def refuses_format(dtype: torch.dtype, full_scale: float) -> str | None:
     return None if 0 < full_scale <= _LARGEST.get(dtype, 0) else f"casts to {dtype} that saturate at {full_scale}"
 
 
-def refuses_scales(x: torch.Tensor, weight_scale: torch.Tensor, input_scale: torch.Tensor | None) -> str | None:
-    """Why a kernel whose products are scaled afterwards cannot take the scales: not in float32, or the input's is
-    neither one for all nor one a row."""
+def refuses_scales(
+    x: torch.Tensor, weight_scale: torch.Tensor, input_scale: torch.Tensor | None, *, by_groups: bool = False
+) -> str | None:
+    """Why a kernel cannot take the scales: not in float32, or the input's is neither one for all, nor one a row, nor
+    (for kernels that scale within a row) by groups."""
     if weight_scale.dtype != torch.float32:
         return f"weight scales in {weight_scale.dtype}"
-    return None if input_scale is None else refuses_input_scale(x, input_scale)
+    return None if input_scale is None else refuses_input_scale(x, input_scale, by_groups=by_groups)
 
 
-def refuses_input_scale(x: torch.Tensor, input_scale: torch.Tensor) -> str | None:
+def refuses_input_scale(x: torch.Tensor, input_scale: torch.Tensor, *, by_groups: bool = False) -> str | None:
     """As `refuses_scales`, of the input's."""
     if input_scale.dtype != torch.float32:
         return f"input scales in {input_scale.dtype}"
-    if input_scale.numel() != 1 and input_scale.shape != (*x.shape[:-1], 1):
-        return f"input scales of {tuple(input_scale.shape)} for an input of {tuple(x.shape)}"
-    return None
+    if input_scale.numel() == 1 or input_scale.shape == (*x.shape[:-1], 1) or (by_groups and group_of(input_scale, x)):
+        return None
+    return f"input scales of {tuple(input_scale.shape)} for an input of {tuple(x.shape)}"

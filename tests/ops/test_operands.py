@@ -178,14 +178,15 @@ def test_a_channels_scale_with_inputs_by_groups():
 
 
 def test_what_a_backend_cannot_do_is_refused_with_the_reason():
-    weight, x, one = torch.randn(10, 256).to(E4M3), torch.randn(3, 256), torch.ones(1)
-    for scales, reason in (
-        ((scales_of := torch.ones(10, 2), None), "weight scales by groups of 128"),
-        ((one, scales_of[:3]), r"input scales of (3, 2) for an input of (3, 256)"),
+    weight, x, one = torch.randn(10, 250).to(E4M3), torch.randn(3, 250), torch.ones(1)
+    reason = "scales of shape {} for an input of {}"  # casts take whole groups
+    for scales, shapes in (
+        ((by_groups := torch.ones(10, 2), None), ((10, 2), (10, 250))),
+        ((one, by_groups[:3]), ((3, 2), (3, 250))),
     ):
         record = ops.CallRecord()
-        ops.linear(x, weight, *scales, None, full_scale=448.0, record=record)
-        assert record.fallbacks == {("linear", ops.cpu.backends()[0], reason): 1}
+        ops.linear(x, weight, *scales, None, full_scale=448.0, arithmetic="qdq", record=record)
+        assert record.fallbacks == {("linear", ops.cpu.backends()[0], reason.format(*shapes)): 1}
         assert record.kernels == {("linear", "reference"): 1}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from grids import slow_but
 
 import optimum_fp8
 from optimum_fp8 import ops
@@ -66,7 +67,7 @@ def test_cases_are_the_same_every_time():
 
 
 @pytest.mark.parametrize("backend", ["reference", *ops.cpu.backends()])
-@pytest.mark.parametrize("target", ["gaudi2", "gaudi3", "cuda"])
+@pytest.mark.parametrize("target", slow_but(["gaudi2", "gaudi3", "cuda"], "gaudi2"))
 def test_every_backend_passes_with_the_formats_of_every_target(backend, target):
     report = selftest("cpu", target=target, backend=backend)
     assert report.ok and set(report.kernels) == {backend}, str(report)
@@ -142,6 +143,8 @@ def test_what_raises_is_a_row_and_the_others_still_run(register):
 
 def test_a_fallback_to_the_reference_says_why(register):
     register("linear", reference("linear"), refuses=lambda call: "torch.ops.hpu has no fp8_gemm_v2")
+    own = dispatch._kernels["linear"]
+    dispatch._kernels["linear"] = [kernel for kernel in own if kernel.backend in ("novel", "reference")]
     for op, why in (
         ("linear", "novel: torch.ops.hpu has no fp8_gemm_v2"),
         ("matmul", "there is no kernel of matmul for cpu"),

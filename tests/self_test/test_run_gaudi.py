@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from grids import slow_but
 
 from optimum_fp8 import ops
 from optimum_fp8.ops import dispatch
@@ -18,7 +19,7 @@ def found_on(chip, bridge=gaudi.BRIDGES[-1], **options):
 
 @pytest.mark.parametrize(
     ("chip", "bridge"),
-    [("gaudi2", "1.19"), pytest.param("gaudi2", "1.24", marks=pytest.mark.slow), ("gaudi3", "1.24")],
+    slow_but([("gaudi2", "1.19"), ("gaudi2", "1.24"), ("gaudi3", "1.24")], ("gaudi3", "1.24")),
 )
 def test_every_kernel_passes(chip, bridge):
     report, _ = found_on(chip, bridge)

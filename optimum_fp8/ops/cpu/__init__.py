@@ -36,12 +36,13 @@ def register() -> None:
         note_missing(f"cpu_{variant}", f"this processor has not all of the instructions of {variant}")
     for variant in sorted(library.variants, key=lambda variant: variant == library.best):  # the last is asked first
         devices = ("cpu",) if variant == library.best else ()
-        for operator, kernel in _kernels(f"cpu_{variant}", devices, Casts(library, variant)).items():
+        for operator, kernel in _kernels(variant, devices, Casts(library, variant)).items():
             register_kernel(operator, kernel)
 
 
-def _kernels(backend: str, devices: tuple[str, ...], casts: Casts) -> dict[str, Kernel]:
-    linear, conv, attention = Linear(casts), Conv(casts), Attention(casts)
+def _kernels(variant: str, devices: tuple[str, ...], casts: Casts) -> dict[str, Kernel]:
+    backend = f"cpu_{variant}"
+    linear, conv, attention = Linear(casts), Conv(casts, variant), Attention(casts)
     grouped, experts, embedding = GroupedLinear(casts), Experts(casts), Embedding(casts)
     one_by_one: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         "cast_to_fp8": (casts.cast_to_fp8, casts.refuses_cast_to_fp8),

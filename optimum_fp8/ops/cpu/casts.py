@@ -34,6 +34,10 @@ class Casts:
 
     def cast_to_fp8(self, x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, full_scale: float) -> torch.Tensor:
         x = x.float() if x.dtype in FORMATS else x
+        codes = torch.empty_like(x, dtype=dtype)
+        if (rows := _rows_in_memory(x, codes, scale)) is not None:
+            self._encode(rows[0], scale, rows[1], full_scale, None)
+            return codes
         codes = torch.empty(x.shape, dtype=dtype, device=x.device)
         self._encode(x, scale, codes, full_scale, None)
         return _strided_like(x, codes)
@@ -90,7 +94,8 @@ class Casts:
         only_finite: bool = False,
     ) -> None:
         x, scale = x.contiguous(), None if scale is None else scale.contiguous()
-        of_rows, block = maxabs if scale is None else scale, 0 if scale is None else _square_of(scale, x)
+        of_rows = maxabs if scale is None else scale
+        block = 0 if scale is None or maxabs is not None else _square_of(scale, x)  # ranges are never those of blocks
         assert of_rows is not None
         rows = x.shape[0] if block else of_rows.numel()
         arguments = _CAST.pack(
@@ -119,9 +124,18 @@ class Casts:
         return _refuses_scale(x, scale)
 
     def cast_from_fp8(self, x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        given, x = x, x.contiguous()
+        values = torch.empty_like(x, dtype=dtype)
+        if (in_memory := _rows_in_memory(x, values, scale)) is not None:
+            self._decode(in_memory[0], scale, in_memory[1])
+            return values
+        values = torch.empty(x.shape, dtype=dtype, device=x.device)
+        self._decode(x, scale, values)
+        return _strided_like(x, values)
+
+    def _decode(self, x: torch.Tensor, scale: torch.Tensor, values: torch.Tensor) -> None:
+        x = x.contiguous()
         block, scale = _square_of(scale, x), scale.contiguous()
-        values, rows = torch.empty(x.shape, dtype=dtype, device=x.device), x.shape[0] if block else scale.numel()
+        rows = x.shape[0] if block else scale.numel()
         arguments = _CAST.pack(
             self.variant,
             threads(),
@@ -129,7 +143,7 @@ class Casts:
             x.numel() // rows if rows else 0,
             x.data_ptr(),
             values.data_ptr(),
-            TYPES[dtype],
+            TYPES[values.dtype],
             FORMATS[x.dtype],
             scale.data_ptr(),
             int(scale.numel() > 1),
@@ -141,7 +155,6 @@ class Casts:
             0.0,
         )
         check(self.library.decode(arguments), "cast_from_fp8")
-        return _strided_like(given, values)
 
     def refuses_dynamic_scale(self, call: DynamicScaleCall) -> str | None:
         return "an empty input" if call.x.numel() == 0 else self.refuses_maxabs(call.x, call.group)
@@ -154,6 +167,18 @@ class Casts:
             self._encode(x, scale, None, 0.0, maxabs, _scale_of_range(group == 0, *call[2:6]), only_finite=True)
             return scale
         return _scale(self.maxabs(x, group, only_finite=True).to(x.dtype), group == 0, *call[2:])
+
+
+def _rows_in_memory(x: torch.Tensor, y: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Both `[rows, values]` in the order of memory (channels last, say), where that is dense, the same in both, and has
+    what shares a scale in one piece; None of what is contiguous anyway, or cannot be taken so."""
+    rows = scale.numel()
+    if x.is_contiguous() or x.stride() != y.stride() or rows == 0 or not (rows == 1 or rows == x.shape[0]):
+        return None
+    size = x.numel() // rows
+    if rows > 1 and (x.stride(0) != size or scale.shape[:1] != x.shape[:1] or not is_by_rows(scale, x)):
+        return None
+    return x.as_strided((rows, size), (size, 1)), y.as_strided((rows, size), (size, 1))
 
 
 def _strided_like(x: torch.Tensor, contiguous: torch.Tensor) -> torch.Tensor:
@@ -197,6 +222,15 @@ def _scale_of_range(per_tensor: bool, divisor: float, rounding: str, fp8_config:
     """The scale of every bfloat16 range, by its bits, float32 `[32768]`: looking it up is quicker than rounding it."""
     ranges = torch.arange(1 << 15, dtype=torch.int16, device="cpu").view(torch.bfloat16)
     return _scale(ranges, per_tensor, divisor, rounding, fp8_config, target, torch.bfloat16)
+
+
+def refuses_qdq(casts: Casts, call: Product) -> str | None:
+    """Why `qdq` cannot take a call: one of its casts cannot."""
+    x, weight, weight_scale, input_scale = call[:4]
+    reason = casts.refuses_cast_from_fp8(weight, weight_scale, x.dtype)
+    if reason is None and input_scale is not None:
+        reason = casts.refuses_cast_to_fp8(x, input_scale, weight.dtype, call.full_scale)
+    return reason
 
 
 def qdq(casts: Casts, product: Callable[..., torch.Tensor], call: Product) -> torch.Tensor:

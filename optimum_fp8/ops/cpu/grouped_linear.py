@@ -9,12 +9,13 @@ import torch.nn.functional as F
 
 from ...errors import FP8Error
 from ..arguments import GroupedLinearCall
-from ..operands import block_of, group_of, refuses_format
+from ..operands import group_of, refuses_format
 from ..reference_grouped import check_grouped, is_by_halves, linear_of
-from .casts import Casts, qdq
+from .casts import Casts, qdq, refuses_qdq
 from .library import FORMATS, TYPES, check, threads
+from .prepared import weight_groups
 
-_ARGUMENTS = Struct("=22qd4q")  # fp8cpu_grouped_args
+_ARGUMENTS = Struct("=25qd4q")  # fp8cpu_grouped_args
 
 
 class GroupedLinear:
@@ -24,7 +25,7 @@ class GroupedLinear:
         self.casts = casts
 
     def refuses(self, call: GroupedLinearCall) -> str | None:
-        x, _, weight, weight_scale, input_scale, bias, full_scale, _ = call
+        x, _, weight, weight_scale, input_scale, bias, full_scale, arithmetic = call
         if x.dtype not in TYPES or weight.dtype not in FORMATS:
             return f"inputs in {x.dtype} with weights in {weight.dtype}"
         if not weight.is_contiguous() or 0 in weight.shape:
@@ -38,13 +39,12 @@ class GroupedLinear:
             check_grouped(call)
         except FP8Error as error:  # which the reference raises
             return str(error)
-        if weight_scale.shape[2] > 1 and not block_of(weight_scale, weight):
-            return "weight scales by groups"
-        if input_scale is None:
+        if input_scale is not None and (reason := refuses_format(weight.dtype, full_scale)):
+            return reason
+        if arithmetic != "qdq":
             return None
-        if input_scale.ndim == 2 and (group := group_of(input_scale, x)):
-            return f"input scales by groups of {group}"
-        return refuses_format(weight.dtype, full_scale)
+        some = torch.arange(min(2, x.shape[0]))  # of no rows, or one, scales may be read as others than they are
+        return refuses_qdq(self.casts, linear_of(call, 0, some))
 
     def run(self, call: GroupedLinearCall) -> torch.Tensor:
         if call.arithmetic == "qdq":
@@ -55,17 +55,19 @@ class GroupedLinear:
         input_scale = None if call.input_scale is None else call.input_scale.contiguous()
         (rows, k), (count, out, _) = x.shape, call.weight.shape
         halves = is_by_halves(call)
-        block = 0 if halves else block_of(scale, call.weight)
+        group, group_rows = (0, 0) if halves else weight_groups(scale, call.weight)
         y = x.new_empty((rows, out))
         packed = _ARGUMENTS.pack(
             *(self.casts.variant, threads(), rows, x.data_ptr(), TYPES[x.dtype], k),
             0 if input_scale is None else input_scale.data_ptr(),
             input_scale is not None and input_scale.ndim == 2,
-            *(y.data_ptr(), TYPES[x.dtype], out, out, k, call.weight.data_ptr(), FORMATS[call.weight.dtype]),
+            0 if input_scale is None or input_scale.ndim != 2 else group_of(input_scale, x),
+            *(y.data_ptr(), TYPES[x.dtype], out, 0, out, k, call.weight.data_ptr(), FORMATS[call.weight.dtype]),
             scale.data_ptr(),
-            scale.shape[1] == out and not block,
+            scale.shape[1] == out and not group,
             out // 2 if halves else 0,
-            block,
+            group,
+            group_rows,
             *((0, 0) if bias is None else (bias.data_ptr(), TYPES[bias.dtype])),
             call.arithmetic == "gaudi",
             call.full_scale,

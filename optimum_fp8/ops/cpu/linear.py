@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from ..arguments import LinearCall
-from ..operands import block_of, group_of, refuses_format, refuses_scales
+from ..operands import is_along_input, refuses_format, refuses_scales
 from ..reference import ARITHMETICS
-from .casts import Casts, qdq
+from .casts import Casts, qdq, refuses_qdq
 from .library import FORMATS, TYPES
 from .prepared import PackedLinear, PreparedLinear
 
@@ -32,7 +32,9 @@ class Linear:
             return "unknown arithmetic"  # the reference says which are known
         if input_scale is not None and (reason := refuses_format(weight.dtype, full_scale)):
             return reason
-        return _refuses_weight_scale(weight, weight_scale) or refuses_scales(x, weight_scale, input_scale)
+        reason = _refuses_weight_scale(weight, weight_scale)
+        reason = reason or refuses_scales(x, weight_scale, input_scale, by_groups=True)
+        return reason or (refuses_qdq(self.casts, call) if arithmetic == "qdq" else None)
 
     def run(self, call: LinearCall) -> torch.Tensor:
         if call.arithmetic == "qdq":
@@ -52,8 +54,6 @@ class Linear:
 
 
 def _refuses_weight_scale(weight: torch.Tensor, scale: torch.Tensor) -> str | None:
-    if scale.numel() == 1 or scale.shape == (weight.shape[0], 1) or block_of(scale, weight):
+    if scale.numel() == 1 or scale.shape == (weight.shape[0], 1) or is_along_input(scale, weight):
         return None
-    if group := group_of(scale, weight):
-        return f"weight scales by groups of {group}"
     return f"weight scales of {tuple(scale.shape)} for a weight of {tuple(weight.shape)}"

@@ -7,25 +7,35 @@ from struct import Struct
 import torch
 
 from ..arguments import LinearCall
-from ..operands import block_of, refuses_input_scale
+from ..operands import BLOCK, block_of, group_of, refuses_input_scale
 from .library import FORMATS, TYPES, Library, check, threads
 
-_OF_A_CALL, _THAT_STAYS = Struct("=11q"), Struct("=11qd")  # fp8cpu_linear_args
+OF_A_CALL, THAT_STAYS = Struct("=13q"), Struct("=12qd")  # fp8cpu_linear_args
 _CPU = torch.device("cpu")
+
+
+def weight_groups(scale: torch.Tensor, weight: torch.Tensor) -> tuple[int, int]:
+    """How many values along the input share a scale, and with those of how many outputs; zeros where scales do not
+    change along the input."""
+    if block_of(scale, weight):
+        return BLOCK, BLOCK
+    group = group_of(scale, weight)
+    return group, int(group > 0)
 
 
 def _pack(call: LinearCall) -> bytes:
     """What stays from call to call."""
     weight, scale, bias = call.weight, call.weight_scale, call.bias
-    block = block_of(scale, weight)
-    return _THAT_STAYS.pack(
+    group, group_rows = weight_groups(scale, weight)
+    return THAT_STAYS.pack(
         *weight.shape,
         weight.data_ptr(),
         FORMATS[weight.dtype],
         scale.data_ptr(),
-        scale.numel() > 1 and not block,
+        scale.numel() > 1 and not group,
         0,  # no halves
-        block,
+        group,
+        group_rows,
         0 if bias is None else bias.data_ptr(),
         0 if bias is None else TYPES[bias.dtype],
         call.arithmetic == "gaudi",
@@ -45,12 +55,14 @@ class PackedLinear:
         x = x.contiguous()  # a copy, if it is one, lives until the call returns; so does that of the scale
         dtype, out, k = x.dtype, self.out, self.k
         y = torch.empty((*x.shape[:-1], out), dtype=dtype, device=_CPU)
-        pointer = step = 0
+        pointer = step = group = 0
         if input_scale is not None:
             input_scale = input_scale.contiguous()
-            pointer, step = input_scale.data_ptr(), input_scale.numel() != 1
-        of_call = (self.variant, threads(), x.numel() // k, x.data_ptr(), TYPES[dtype], k, pointer, step)
-        check(self.library.linear(_OF_A_CALL.pack(*of_call, y.data_ptr(), TYPES[dtype], out) + self.stays, 1), "linear")
+            pointer, step, group = input_scale.data_ptr(), input_scale.numel() != 1, group_of(input_scale, x)
+        of_call = (self.variant, threads(), x.numel() // k, x.data_ptr(), TYPES[dtype], k, pointer, step, group)
+        check(
+            self.library.linear(OF_A_CALL.pack(*of_call, y.data_ptr(), TYPES[dtype], out, 0) + self.stays, 1), "linear"
+        )
         return y
 
 
@@ -71,7 +83,7 @@ class PreparedLinear:
             return None
         if bias is not self.bias if bias is None or self.bias is None else not _is(self.bias, bias):
             return None
-        if input_scale is not None and refuses_input_scale(x, input_scale):
+        if input_scale is not None and refuses_input_scale(x, input_scale, by_groups=True):
             return None
         return self.packed(x, input_scale)
 

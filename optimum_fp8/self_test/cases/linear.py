@@ -19,8 +19,15 @@ _WEIGHT_SCALES = {
     "per channel": (_OUT, 1),
     "by blocks": (2, 3),
     "by groups of 128": (_OUT, 3),
+    "by groups of 32": (_OUT, 10),
 }
-_ACTIVATIONS = {"static": (1,), "static hardware": (1,), "per token": (1, None, 1), "by groups": (1, None, 3)}
+_ACTIVATIONS = {
+    "static": (1,),
+    "static hardware": (1,),
+    "per token": (1, None, 1),
+    "by groups": (1, None, 3),
+    "by groups of 32": (1, None, 10),
+}
 
 
 class _Row(NamedTuple):
@@ -48,6 +55,9 @@ _ROWS = [
     _Row(_PREFILL, "by blocks", "by groups"),
     _Row(_PREFILL, "by blocks", "static"),
     _Row(_PREFILL, "by groups of 128", "weight only"),
+    _Row(_DECODE, "by groups of 32", "by groups of 32"),
+    _Row(_PREFILL, "by groups of 32", "by groups of 32"),
+    _Row(_PREFILL, "by groups of 32", "weight only"),
     _Row(_DECODE, "hardware", "weight only"),
     _Row(_PREFILL, "hardware", "weight only", bias=True),
     _Row(_PREFILL, "per channel", "weight only"),

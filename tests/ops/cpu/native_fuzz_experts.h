@@ -52,10 +52,9 @@ static void fuzz_grouped(int64_t variant) {
     p->w_format = below(2);
     p->full_scale = p->w_format == FP8CPU_E5M2 ? 57344.0 : chance(2) ? 448.0 : 240.0;
     p->w_scale_step = scaling == 1;
-    p->block = scaling == 2 ? BLOCK : 0;
     p->w_scale_half = scaling == 3 ? 1 + below(p->n) : 0;
-    const int64_t blocks = (p->n + BLOCK - 1) / BLOCK * ((p->k + BLOCK - 1) / BLOCK), size = size_of(p->x_type);
-    a.w_scale_size = scaling == 0 ? 1 : scaling == 1 ? p->n : scaling == 2 ? blocks : 2;
+    const int64_t groups = scaling == 2 ? draw_groups(p) : 0, size = size_of(p->x_type);
+    a.w_scale_size = scaling == 0 ? 1 : scaling == 1 ? p->n : scaling == 2 ? groups : 2;
     const int64_t x_count = p->m ? (p->m - 1) * p->x_stride + p->k : 0;
     const int64_t y_count = p->m ? (p->m - 1) * p->y_stride + p->n : 0, w_count = a.experts * p->n * p->k;
     buffer x = new_buffer(x_count * size, size), y = new_buffer(y_count * size, size), w = new_buffer(w_count, 1);
@@ -65,8 +64,7 @@ static void fuzz_grouped(int64_t variant) {
     fill_scales(w_scale.data, a.experts * a.w_scale_size, 1);
     memset(y.data, 0xFF, (size_t)(y_count * size));
     a.x_scale_expert = chance(3);
-    p->x_scale_step = !a.x_scale_expert && chance(2);
-    const int64_t x_scales = a.x_scale_expert ? a.experts : p->x_scale_step ? p->m : 1;
+    const int64_t x_scales = a.x_scale_expert ? a.experts : draw_x_scales(p);
     buffer x_scale = new_buffer(4 * x_scales, 4);
     fill_scales(x_scale.data, x_scales, 1);
     p->bias_type = below(3);
@@ -75,6 +73,7 @@ static void fuzz_grouped(int64_t variant) {
     p->x = (int64_t)x.data, p->w = (int64_t)w.data, p->w_scale = (int64_t)w_scale.data, p->y = (int64_t)y.data;
     a.expert_of_row = (int64_t)experts.data;
     if (chance(2)) p->x_scale = (int64_t)x_scale.data;
+    if (!p->x_scale) p->x_group = 0;
     if (chance(2)) p->bias = (int64_t)bias.data;
     p->round_before_bias = chance(2);
     const int status = fp8cpu_grouped(&a);

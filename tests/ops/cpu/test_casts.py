@@ -211,6 +211,15 @@ def test_dynamic_scale_of_a_tensor():
             assert_like_reference_scales(x.to(dtype), -1, torch.bfloat16)
 
 
+@over(dtype=HIGH, rows=[1, 3, 129])
+def test_dynamic_scale_of_groups(dtype, rows):
+    """Of a single row, scales by groups of 128 have the shape that those of blocks would have."""
+    x = (torch.randn(rows, 256) * 2.0 ** torch.randint(-20, 8, (rows, 1))).to(dtype)
+    for group, rounding in itertools.product((32, 128), (*ROUNDINGS, "e8m0_ceil", "e8m0_above", "e8m0_floor")):
+        options = {"divisor": 448.0, "rounding": rounding, "fp8_config": "E4M3", "target": "cpu", "hp_dtype": dtype}
+        assert_like_reference(lambda g=group, o=options: ops.dynamic_scale(x, group=g, **o))
+
+
 @over(default=[torch.float64, torch.bfloat16])
 def test_the_default_dtype_plays_no_part(default):
     x, before = torch.randn(3, 40).bfloat16(), torch.get_default_dtype()

@@ -9,6 +9,7 @@ from hypothesis import strategies
 from product_bounds import codes_like, excess, products, scale_for, step_at, uses_pairs
 
 from optimum_fp8 import ops
+from optimum_fp8.ops.operands import group_of
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 FULL_SCALES = {E4M3: 448.0, E5M2: 57344.0}
@@ -16,7 +17,13 @@ HIGH = [torch.bfloat16, torch.float16, torch.float32]
 ROWS = [0, 1, 4, 5, 8, 9, 12, 13, 24, 25, 32, 33, 512, 513, 520]
 OUTS = [1, 15, 16, 17, 31, 33, 127, 129]
 INS = [1, 3, 4, 63, 64, 65, 255, 256, 257, 1023, 1024, 1025]
-EDGE_CASES = [(torch.bfloat16, "channel", 0.02), (torch.float16, "blocks", None), (torch.float32, "tensor", None)]
+EDGE_CASES = [
+    (torch.bfloat16, "channel", 0.02),
+    (torch.float16, "blocks", None),
+    (torch.float32, "tensor", None),
+    (torch.bfloat16, "groups of 32", None),
+]
+KINDS = ["tensor", "channel", "blocks", "groups of 128", "groups of 32"]
 BACKENDS = ops.cpu.backends()
 
 
@@ -69,13 +76,16 @@ def calls(draw):
     elif layout == "batched":
         x = torch.randn(2, rows // 7, 3, into).to(dtype)
     weight = codes_like((out, into), fp8)
-    weight_scale = scale_for(weight, one_of("tensor", "channel", "blocks"))
-    kind = one_of(None, (1,), (*x.shape[:-1], 1))
+    weight_scale = scale_for(weight, one_of(*KINDS))
+    kind = one_of(None, (1,), (*x.shape[:-1], 1), *((*x.shape[:-1], -(-into // group)) for group in (128, 32)))
     input_scale = None if kind is None else torch.rand(kind) * 0.05 + 1e-3
     bias = one_of(None, torch.bfloat16, torch.float32, dtype)
     bias = None if bias is None else torch.randn(out).to(bias)
     full_scale = one_of(240.0, 448.0) if fp8 == E4M3 else 57344.0
-    return x, weight, weight_scale, input_scale, bias, full_scale, one_of("fused", "fused", "gaudi", "qdq")
+    scales = [(weight_scale, weight)] + ([] if input_scale is None else [(input_scale, x)])
+    by_groups = any(group_of(*each) for each in scales)
+    casts = () if by_groups and into % 128 else ("qdq",)  # which take whole groups only
+    return x, weight, weight_scale, input_scale, bias, full_scale, one_of("fused", "fused", "gaudi", *casts)
 
 
 @hypothesis.settings(max_examples=40)
@@ -99,7 +109,7 @@ def test_all_edges(case):
             pairs = uses_pairs(backend, x, weight_scale, input_scale)
             exact, bound = products(x, weight, weight_scale, input_scale, full_scale, pairs)
             for rows, out in itertools.product(all_rows, outs):
-                share = {"tensor": 1, "channel": out, "blocks": -(-out // 128)}[kind]
+                share = {"tensor": 1, "blocks": -(-out // 128)}.get(kind, out)
                 y = on(backend, x[:rows], weight[:out], weight_scale[:share], input_scale, bias[:out], full_scale)
                 beyond = excess(y, exact[:rows, :out], bound[:rows, :out], bias[:out], "fused")
                 assert rows == 0 or beyond.max() <= 0, (backend, rows, out, into)
@@ -113,6 +123,37 @@ def test_sums_kept_from_span_to_span(shape):
     for dtype, kind in ((torch.bfloat16, "channel"), (torch.float32, "tensor"), (torch.bfloat16, "blocks")):
         x = torch.randn(rows, into).to(dtype)
         assert_right(x, weight, scale_for(weight, kind), None, None, 448.0)
+    for kind, group in (("groups of 32", 32), ("blocks", 128)):
+        input_scale = torch.rand(rows, -(-into // group)) * 0.05 + 1e-3
+        assert_right(torch.randn(rows, into), weight, scale_for(weight, kind), input_scale, None, 448.0)
+
+
+@over(layout=[("groups of 32", 32), ("groups of 32", 128), ("blocks", 128), ("blocks", 32), ("channel", 32)])
+def test_inputs_by_groups_at_all_edges(layout):
+    kind, group = layout
+    for rows, into in ((1, 129), (5, 160), (8, 511), (33, 545), (34, 129), (37, 1057), (513, 160)):
+        fp8 = E5M2 if rows % 2 else E4M3
+        x, weight = torch.randn(rows, into).bfloat16(), codes_like((33, into), fp8)
+        input_scale = torch.exp2(torch.randint(-9, -3, (rows, -(-into // group))).float())
+        scale = scale_for(weight, kind)
+        assert_right(x, weight, scale, input_scale, torch.randn(33), FULL_SCALES[fp8])
+
+
+@over(kind=["groups of 32", "blocks"])
+def test_a_scale_of_each_group_reaches_its_values_alone(kind):
+    """One group of the input and of the weight at a time is not 0; a scale that belongs elsewhere would show."""
+    into = 300
+    weight = codes_like((130, into), E4M3)
+    weight_scale = torch.exp2(torch.arange(scale_for(weight, kind).numel()) % 23 - 12.0).reshape_as(
+        scale_for(weight, kind)
+    )
+    for rows, group in itertools.product((1, 40), (32, 128)):
+        count = -(-into // group)
+        input_scale = torch.exp2(torch.arange(rows * count) % 19 - 9.0).reshape(rows, count)
+        for at in range(0, count, 4 if group == 32 else 1):
+            x = torch.zeros(rows, into)
+            x[:, at * group : (at + 1) * group] = torch.randn(rows, min(group, into - at * group))
+            assert_right(x, weight, weight_scale, input_scale, None, 448.0)
 
 
 @over(fp8=[E4M3, E5M2])

@@ -15,7 +15,7 @@ from optimum_fp8.ops import dispatch
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 K, OUT = 300, 130
-SCALES = {"tensor": (1,), "channel": (OUT, 1), "blocks": (2, 3)}
+SCALES = {"tensor": (1,), "channel": (OUT, 1), "blocks": (2, 3), "groups": (OUT, 10)}
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +66,8 @@ def test_later_calls_compute_the_same(scale, bias, static, fp8):
 
 def test_scales_of_the_input_come_with_each_call():
     layer = Layer()
-    for x, shape in ((inputs(4), (4, 1)), (inputs(1, 3), (1, 3, 1)), (inputs(4), (1,)), (inputs(2), None)):
+    one_a_row = [(inputs(4), (4, 1)), (inputs(1, 3), (1, 3, 1))]
+    for x, shape in (*one_a_row, (inputs(4), (1,)), (inputs(4), (4, 10)), (inputs(2), None)):
         layer.input_scale = None if shape is None else torch.rand(shape) + 0.1
         assert torch.equal(layer(x), layer.anew(x))
     layer.input_scale = torch.rand(5, 1)

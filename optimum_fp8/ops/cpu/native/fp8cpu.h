@@ -9,7 +9,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FP8CPU_ABI 8
+#define FP8CPU_ABI 10
 
 enum { FP8CPU_FLOAT32 = 0, FP8CPU_BFLOAT16 = 1, FP8CPU_FLOAT16 = 2, FP8CPU_BOOLEAN = 3 };
 enum { FP8CPU_E4M3 = 0, FP8CPU_E5M2 = 1 };
@@ -49,14 +49,18 @@ typedef struct {
     int64_t x, x_type, x_stride; /* [m, k]; stride between rows, in elements */
     int64_t x_scale;             /* const float *: x is rounded to the FP8 grid; 0: it is not */
     int64_t x_scale_step;        /* per tensor 0, per row of x 1 */
+    int64_t x_group;             /* 0, or values along k that share a scale: x_scale is then [m, ceil(k/x_group)] */
     int64_t y, y_type, y_stride; /* [m, n] */
+    int64_t places; /* 0, or const int32_t * [m], [k], [m]: x[m, k] lies at x + first[m] + second[k], in elements, and
+                       y[m, n] at y + third[m] + n * y_stride; then x_stride is not read, and x_scale is 0 */
 
     int64_t n, k;
     int64_t w, w_format;       /* const uint8_t * [n, k], contiguous */
     int64_t w_scale;           /* const float * */
     int64_t w_scale_step;      /* per tensor 0, per row of w 1 */
     int64_t w_scale_half;      /* 0, or from which row of w on w_scale[1] takes the place of w_scale[0] */
-    int64_t block;             /* 0, or the side of square blocks: w_scale is then [ceil(n/block), ceil(k/block)] */
+    int64_t w_group;           /* 0, or values along k that share a scale, with those of so many rows of w: w_scale */
+    int64_t w_group_rows;      /* is then [ceil(n/w_group_rows), ceil(k/w_group)]; groups are powers of two, from 32 on */
     int64_t bias, bias_type;   /* [n], or 0 */
     int64_t round_before_bias; /* Gaudi: product to y's dtype, then the bias is added in that dtype */
     double full_scale;

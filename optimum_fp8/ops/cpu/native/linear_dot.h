@@ -42,13 +42,26 @@ INLINE void decode_step(vi codes, kind k, decoder d, vf *units) {
 INLINE int apart_for(kind k, int w_rows, int x_rows) { return k.bf16 || w_rows * x_rows > 2 ? 0 : w_rows * x_rows; }
 
 /* One step of `w_rows` rows of w, one or two, times `x_rows` rows of x: each value of x is loaded once for both. */
-INLINE void dot_step(const vi *codes, kind k, decoder d, const float *scales, int w_rows, int x_rows, const float *x,
+INLINE void dot_step(const vi *codes, kind k, decoder d, const vf *scales, int w_rows, int x_rows, const float *x,
                      int apart, vf *sums) {
     const int units = units_of(k);
     vf w[2][4];
     UNROLL for (int r = 0; r < w_rows; r++) {
         decode_step(codes[r], k, d, w[r]);
-        if (k.blocked) UNROLL for (int i = 0; i < units; i++) w[r][i] *= scales[r];
+        if (k.blocked && !k.bf16) UNROLL for (int i = 0; i < units; i++) w[r][i] *= scales[r];
+    }
+    if (k.blocked && k.bf16) {
+        UNROLL for (int c = 0; c < x_rows; c++) {
+            const float *row = x + c * vectors_of(k) * LANES;
+            const vf of_x = load_floats(row + units * LANES);
+            UNROLL for (int r = 0; r < w_rows; r++) {
+                vf products = splat(0);
+                UNROLL for (int i = 0; i < units; i++)
+                    products = multiply_add(products, load_floats(row + i * LANES), w[r][i], k);
+                sums[r * x_rows + c] += products * scales[r] * of_x;
+            }
+        }
+        return;
     }
     UNROLL for (int i = 0; i < units; i++) UNROLL for (int c = 0; c < x_rows; c++) {
         const vf values = load_floats(x + (c * units + i) * LANES);
@@ -68,22 +81,24 @@ INLINE void dot_steps(const linear_job *job, kind k, int w_rows, int x_rows, int
     const uint8_t *w = (const uint8_t *)a->w + n * size + s.from * STEP, *fetch = w + f.ahead;
     const float *x = s.x + s.from * s.x_step;
     const decoder d = decoder_for(k);
+    const float *scale_rows[4];
+    if (k.blocked) UNROLL for (int r = 0; r < w_rows; r++) scale_rows[r] = w_scales_from(a, n + r, 0);
     vi codes[2];
-    float scales[2];
+    vf scales[2];
     int64_t step = s.from;
     for (; step < whole; step++, w += STEP, fetch += f.step, x += s.x_step)
         UNROLL for (int r = 0; r < w_rows; r += pair) {
             UNROLL for (int i = r; i < r + pair; i++) {
                 __builtin_prefetch(fetch + i * f.row);
                 codes[i - r] = load_bits(w + i * size);
-                scales[i - r] = k.blocked ? block_scale(a, n + i, step * STEP) : 1;
+                if (k.blocked) scales[i - r] = scales_by_lane(scale_rows[i], a->w_group, step, size);
             }
             dot_step(codes, k, d, scales, pair, x_rows, x, apart, sums + r * x_rows);
         }
     if (step < s.to)
         UNROLL for (int r = 0; r < w_rows; r++) {
             codes[0] = load_step((const uint8_t *)a->w + (n + r) * size, step, size);
-            scales[0] = k.blocked ? block_scale(a, n + r, step * STEP) : 1;
+            if (k.blocked) scales[0] = scales_by_lane(scale_rows[r], a->w_group, step, size);
             dot_step(codes, k, d, scales, 1, x_rows, x, apart, sums + r * x_rows);
         }
 }
@@ -133,7 +148,7 @@ INLINE int w_rows_for(kind k, int64_t x_rows) {
 INLINE void dot_group(const linear_job *job, kind k, int x_rows, int64_t group, int64_t first, int64_t cols, span s,
                       vf *kept, float *out) {
     const int w_rows = w_rows_for(k, x_rows);
-    s.x_step = x_rows * units_of(k) * LANES;
+    s.x_step = x_rows * vectors_of(k) * LANES;
     for (int64_t i = 0; i + w_rows <= cols; i += w_rows)
         dot_rows(job, k, w_rows, x_rows, first + i, s, prefetch_for(job, k, s, cols, w_rows, i / w_rows, group),
                  kept + i * x_rows, out + i);
@@ -143,11 +158,11 @@ INLINE void dot_group(const linear_job *job, kind k, int x_rows, int64_t group, 
  * Apart from it, as tables and sums have few enough registers. */
 static __attribute__((noinline)) void dot_rest(const linear_job *job, kind k, int64_t x_rows, int64_t first,
                                                int64_t cols, span s, vf *kept, float *out) {
-    s.x_step = x_rows * units_of(k) * LANES;
+    s.x_step = x_rows * vectors_of(k) * LANES;
     for (int64_t i = cols - cols % w_rows_for(k, x_rows); i < cols; i++)
         for (int64_t c = 0; c < x_rows; c++) {
             span row = s;
-            row.x += c * units_of(k) * LANES;
+            row.x += c * vectors_of(k) * LANES;
             dot_rows(job, k, 1, 1, first + i, row, (prefetch){0, 0, STEP}, kept + i * x_rows + c,
                      out + c * job->task_cols + i);
         }
@@ -156,7 +171,7 @@ static __attribute__((noinline)) void dot_rest(const linear_job *job, kind k, in
 /* Steps of a span, all as even as can be. A single row of x is used once for each row of w, and read in order. */
 INLINE int64_t span_of(const linear_job *job, kind k, int64_t x_rows) {
     if (job->rows == 1) return job->steps;
-    const int64_t most = GROUP_BYTES / (x_rows * units_of(k) * LANES * (int64_t)sizeof(float));
+    const int64_t most = GROUP_BYTES / (x_rows * vectors_of(k) * LANES * (int64_t)sizeof(float));
     return divide_up(job->steps, divide_up(job->steps, most));
 }
 
@@ -172,7 +187,7 @@ INLINE void dot_task(const linear_job *job, kind k, int64_t task, int64_t thread
             const int64_t x_rows = part_start(job, group + 1, GROUP_ROWS) - start;
             vf *group_kept = kept + start * cols;
             float *out = sums + start * job->task_cols;
-            s.x = job->x + start * job->steps * units_of(k) * LANES;
+            s.x = job->x + start * job->steps * vectors_of(k) * LANES;
 #define GROUP_OF(rows)                                                            \
     case rows:                                                                    \
         dot_group(job, k, rows, group, first, cols, s, group_kept, out);          \

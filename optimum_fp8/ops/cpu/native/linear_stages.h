@@ -10,10 +10,14 @@
 #include "linear_tiles.h"
 #endif
 
+/* What rows of x become: floats; pairs of bfloat16, half as large; such pairs with their scales behind them, no larger
+ * than floats; or, where rows are many, tiles of pairs. */
+enum { AS_FLOATS, AS_PAIRS, AS_SCALED_PAIRS, AS_TILES };
+
 typedef struct {
     fp8cpu_task pack_dot, dot, pack_panel, panel; /* of a linear_job */
     int64_t dot_rows; /* of x: more are multiplied in panels */
-    int tiles;        /* panels are multiplied by tiles */
+    int packed;       /* AS_FLOATS ... */
 } linear_stages;
 
 const linear_stages *FP8CPU_NAME(linear_stages)(const fp8cpu_linear_args *);
@@ -30,28 +34,29 @@ static inline int64_t task_cols_for(int64_t n, int64_t threads, int few_rows) {
 static inline int64_t packs_for(const linear_stages *stages, const linear_job *job, int few_rows) {
     if (few_rows) return job->rows;
 #if HAS_TILES
-    if (stages->tiles) return x_tiles(job->rows);
+    if (stages->packed == AS_TILES) return x_tiles(job->rows);
 #endif
     (void)stages;
     return parts_of(job, TILE_ROWS);
 }
 
-/* Floats that `rows` rows of x are, packed. */
-static inline int64_t packed_size_for(const linear_stages *stages, const linear_job *job, int64_t rows, int few_rows) {
+/* Floats that the rows of x are, packed. */
+static inline int64_t packed_size_for(const linear_stages *stages, const linear_job *job, int few_rows) {
 #if HAS_TILES
-    if (stages->tiles && !few_rows) return packed_tile_floats(rows, job->args->k);
+    if (stages->packed == AS_TILES && !few_rows) return packed_tile_floats(job->rows, job->args->k);
 #endif
-    (void)stages, (void)few_rows;
-    return rows * job->steps * STEP;
+    (void)few_rows;
+    return job->rows * job->steps * STEP / (stages->packed == AS_PAIRS ? 2 : 1);
 }
 
-/* Floats that a thread needs for a product of `rows` rows of x at a time. */
-static inline int64_t scratch_size_for(const linear_stages *stages, const linear_job *job, int64_t rows, int few_rows) {
+/* Floats that a thread needs for a product. */
+static inline int64_t scratch_size_for(const linear_stages *stages, const linear_job *job, int few_rows) {
 #if HAS_TILES
-    if (stages->tiles && !few_rows) return tile_scratch_floats(job, rows);
+    if (stages->packed == AS_TILES && !few_rows) return tile_scratch_floats(job, job->rows);
 #endif
     (void)stages;
-    const int64_t sums = rows * job->task_cols, more = few_rows ? sums * LANES : TILE_COLS * PANEL_UNITS;
+    const int64_t sums = job->rows * job->task_cols;
+    const int64_t more = few_rows ? sums * LANES : TILE_COLS * PANEL_UNITS;
     return sums + more > job->steps * STEP ? sums + more : job->steps * STEP;
 }
 

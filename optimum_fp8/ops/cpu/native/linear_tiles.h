@@ -217,7 +217,7 @@ INLINE void tile_task(const linear_job *job, kind k, int64_t task, int64_t threa
                 const next_panel next = {more && !tile ? w : NULL, a->k};
                 if (k.blocked)
                     multiply_scaled_panel(panel, left, right, 2 * some, block > 0, sum, stride, next,
-                                          scales_from(a, first + col, block * TILE_CODES), products);
+                                          w_scales_from(a, first + col, block * TILE_CODES), products);
                 else
                     multiply_panel(panel, left, right, 2 * some, block > 0, sum, stride, next);
             }

@@ -9,4 +9,8 @@ typedef void (*fp8cpu_task)(void *context, int64_t task, int64_t thread);
 
 void fp8cpu_parallel(fp8cpu_task run, void *context, int64_t count, int64_t threads);
 
+/* Two such loops, the second when all of the first is done, by one set of threads: starting them and waiting for the
+ * last costs once. Where the system gives a thread no processor, the others do its tasks meanwhile. */
+void fp8cpu_parallel_stages(const fp8cpu_task run[2], const int64_t count[2], void *context, int64_t threads);
+
 #endif
