@@ -43,7 +43,7 @@ from transformers.utils import logging as transformers_logging
 import optimum_fp8
 from optimum_fp8 import FP8Config, calibrate, convert, finalize_calibration, ops, prepare
 from optimum_fp8.errors import FP8Error
-from optimum_fp8.scales import SCALE_METHODS
+from optimum_fp8.scales import INC_METHODS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FOLDERS = {
@@ -91,7 +91,7 @@ def product(**choices: Iterable[Any]) -> Iterator[dict[str, Any]]:
 def combinations() -> Iterator[Combination]:
     """All that is compared."""
     for model in FOLDERS:
-        for options in product(scale_method=SCALE_METHODS, activation_scheme=SCHEMES, target=TARGETS):
+        for options in product(scale_method=INC_METHODS, activation_scheme=SCHEMES, target=TARGETS):
             yield Combination(model, options)
         for options in product(fp8_config=["E5M2"], activation_scheme=SCHEMES, target=["gaudi2", "cpu"]):
             yield Combination(model, options)
@@ -132,7 +132,7 @@ def _attention() -> Iterator[Combination]:
     kinds = {"attention_granularity": ["tensor", "head"], "attention_dataflow": ["fused", "unfused"]}
     for options in product(**both, **kinds, use_qdq=[False, True], target=TARGETS):
         yield Combination("tiny_lm", options)
-    for options in product(**both, scale_method=SCALE_METHODS, target=["gaudi2", "cpu"]):
+    for options in product(**both, scale_method=INC_METHODS, target=["gaudi2", "cpu"]):
         yield Combination("tiny_lm", options)
     for options in product(**both, attention_granularity=["head"], fp8_config=["E5M2"], target=["gaudi2", "cpu"]):
         yield Combination("tiny_lm", options)

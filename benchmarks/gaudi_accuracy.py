@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from optimum_fp8 import FP8Config, convert, finalize_calibration, prepare
-from optimum_fp8.scales import SCALE_METHODS
+from optimum_fp8.scales import INC_METHODS, SCALE_METHODS
 
 from . import gaudi_page
 from .observers import Quality, Texts, loaded, log_probabilities, plant, quality
@@ -69,7 +69,7 @@ def cases() -> Iterator[Case]:
     for outliers, _ in OUTLIERS:
         for fp8_config in FORMATS if outliers == "none" else FORMATS[:1]:
             for attention in (False, True) if outliers == "none" else (False,):
-                for method in WITH_ATTENTION if attention else SCALE_METHODS:
+                for method in WITH_ATTENTION if attention else INC_METHODS:
                     for scheme in schemes(method):
                         for target in TARGETS:
                             yield Case(outliers, attention, fp8_config, scheme, method, target)

@@ -1,12 +1,13 @@
 """Rounding of scales: as they are, to a power of two, or to the target's hardware set.
 
-All three work on a tensor of positive raw scales in the high-precision dtype, because where the logarithm is rounded
-decides the result: in bfloat16 a value a hair above a power of two rounds down. That is what Gaudi cards do and what
-Intel Neural Compressor does, so it is what we do.
+The first three work on a tensor of positive raw scales in the high-precision dtype, because where the logarithm is
+rounded decides the result: in bfloat16 a value a hair above a power of two rounds down. That is what Gaudi cards do and
+what Intel Neural Compressor does, so it is what we do. The three of e8m0, whose scales are exponents alone, are exact.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -73,7 +74,39 @@ def _power(raw: torch.Tensor, low: int, high: int, step: int) -> torch.Tensor:
     return exp2(exponent.nan_to_num(nan=0.0, posinf=high, neginf=low).clamp(low, high))
 
 
-ROUNDINGS: dict[str, Rounding] = {"identity": _identity, "pow2": _pow2, "hardware": _hardware}
+def _e8m0_ceil(raw: torch.Tensor, fmt: NumberFormat) -> torch.Tensor:
+    """The smallest power of two that is not below the raw scale: nothing saturates (transformers' rule)."""
+    mantissa, exponent = torch.frexp(raw.float())  # in [0.5, 1), so that a power of two has 0.5
+    return _clamped(exponent - (mantissa == 0.5).to(exponent.dtype), raw)
+
+
+def _e8m0_above(raw: torch.Tensor, fmt: NumberFormat) -> torch.Tensor:
+    """The smallest power of two above the raw scale (compressed-tensors' rule): as `_e8m0_ceil`, but twice as much
+    where the largest value would become the full scale itself."""
+    return _clamped(torch.frexp(raw.float()).exponent, raw)
+
+
+def _e8m0_floor(raw: torch.Tensor, fmt: NumberFormat) -> torch.Tensor:
+    """2^(⌊log2 max|x|⌋ - ⌊log2 full scale⌋) (OCP's Microscaling Formats 1.0, 6.3): the largest values may saturate."""
+    of_format = math.floor(math.log2(fmt.full_scale))
+    # The raw scale is a range over the full scale, whose product may have been rounded below a power of two.
+    maxabs = raw.float() * (fmt.full_scale * (1 + 2.0**-22))
+    return _clamped(torch.frexp(maxabs).exponent - 1 - of_format, raw)
+
+
+def _clamped(exponent: torch.Tensor, raw: torch.Tensor) -> torch.Tensor:
+    exponent = torch.where(raw == 0, MIN_EXPONENT, torch.where(torch.isinf(raw), MAX_EXPONENT, exponent))
+    return exp2(torch.where(torch.isnan(raw), 0, exponent).clamp(MIN_EXPONENT, MAX_EXPONENT))
+
+
+ROUNDINGS: dict[str, Rounding] = {
+    "identity": _identity,
+    "pow2": _pow2,
+    "hardware": _hardware,
+    "e8m0_ceil": _e8m0_ceil,
+    "e8m0_above": _e8m0_above,
+    "e8m0_floor": _e8m0_floor,
+}
 
 
 def register_rounding(name: str, round_raw: Rounding) -> None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_fp8.formats import FP8_DTYPES, TARGETS, number_format
+from optimum_fp8.formats import FP8_DTYPES, MIN_EXPONENT, TARGETS, number_format
 from optimum_fp8.rounding import ROUNDINGS, ceil_log2, exp2, round_scale, scale_from_maxabs
 
 CPU = number_format("E4M3", "cpu")
@@ -122,3 +122,42 @@ def test_float16_falls_back_to_float32_where_it_has_no_value(maxabs, reciprocal)
     half = scale_from_maxabs(*common, torch.float16, reciprocal=reciprocal).item()
     full = scale_from_maxabs(*common, torch.float32, reciprocal=reciprocal).item()
     assert half == pytest.approx(full, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    "maxabs, ceil, above, floor",
+    [
+        (448.0, 0, 1, 0),
+        (447.9, 0, 0, 0),
+        (448.1, 1, 1, 0),
+        (511.9, 1, 1, 0),
+        (512.0, 1, 1, 1),
+        (256.0, 0, 0, 0),
+        (255.9, 0, 0, -1),
+        (3.5, -7, -6, -7),
+        (1.0, -8, -8, -8),
+        (0.0, MIN_EXPONENT, MIN_EXPONENT, MIN_EXPONENT),
+    ],
+)
+def test_e8m0_rules(maxabs, ceil, above, floor):
+    """The exponents that OCP's formula and the two of common libraries give for a range, worked out by hand."""
+    raw = torch.tensor([maxabs]) / 448
+    found = {name: round_scale(raw, f"e8m0_{name}", CPU).log2().item() for name in ("ceil", "above", "floor")}
+    assert found == {"ceil": ceil, "above": above, "floor": floor}
+
+
+@given(maxabs=st.floats(2.0**-100, 2.0**100, width=32))
+@settings(max_examples=200)
+def test_e8m0_rules_are_those_of_the_mantissa(maxabs):
+    mantissa, exponent = math.frexp(maxabs)
+    mantissa, exponent = 2 * mantissa, exponent - 1
+    raw = torch.tensor([maxabs]) / 448
+    assert round_scale(raw, "e8m0_floor", CPU).item() == 2.0 ** (exponent - 8)
+    if abs(mantissa - 1.75) > 1e-6:  # the division has rounded
+        wanted = 2.0 ** (exponent - 8 + (mantissa > 1.75))
+        assert round_scale(raw, "e8m0_ceil", CPU).item() == round_scale(raw, "e8m0_above", CPU).item() == wanted
+
+
+@pytest.mark.parametrize("rounding", [name for name in ROUNDINGS if name.startswith("e8m0")])
+def test_e8m0_of_what_is_no_range(rounding):
+    assert is_sound(round_scale(torch.tensor([0.0, math.inf, math.nan, 1e-45, 3e38]), rounding, CPU))

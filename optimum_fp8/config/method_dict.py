@@ -169,15 +169,16 @@ def method_of(value: str | dict[str, Any], where: str = "scale_method") -> Scale
     Raises:
         FP8ConfigError: granularities, values and roundings that no named method has together.
     """
-    from ..scales import SCALE_METHODS
+    from ..scales import INC_METHODS, SCALE_METHODS
 
     if isinstance(value, str):
         return SCALE_METHODS[value]
     if "default" in value:
         return method_of(_complete(value["default"], value["default"]), where)
     found = {part: _triple(value[part]) for part in _PARTS}
-    inc = {name: m for name, m in SCALE_METHODS.items() if all(_is_incs(getattr(m, part)) for part in _PARTS)}
-    known = {name: {part: _triple(_leaf_of(getattr(m, part))) for part in _PARTS} for name, m in inc.items()}
+    known = {
+        name: {part: _triple(_leaf_of(getattr(SCALE_METHODS[name], part))) for part in _PARTS} for name in INC_METHODS
+    }
     for name, triples in known.items():
         if triples == found:
             method = SCALE_METHODS[name]

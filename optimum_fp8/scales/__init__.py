@@ -7,7 +7,7 @@ from .activation import activation_divisor, activation_scale, dynamic_scale, inf
 from .check import is_sound, unsound
 from .fit import always_fits, fit_weight
 from .granularity import Granularity, PerBlock, PerChannel, PerGroup, PerHead, PerTensor, PerToken
-from .methods import SCALE_METHODS, ScaleMethod, register_method, scale_method
+from .methods import INC_METHODS, SCALE_METHODS, ScaleMethod, register_method, scale_method
 from .rule import VALUES, ScaleRule, ScaleValue, register_value
 from .scheme import DYNAMIC, STATIC, WEIGHT_ONLY, Scheme
 from .weight import quantize_weight, quantized_weight, scale_of_weight, scale_shape, weight_maxabs, weight_scale
@@ -17,6 +17,7 @@ for _file in iter_modules(__path__):  # each registers what it defines
 
 __all__ = [
     "DYNAMIC",
+    "INC_METHODS",
     "SCALE_METHODS",
     "STATIC",
     "VALUES",

@@ -33,7 +33,7 @@ def activation_scale(
         fp8_config: "E4M3" or "E5M2".
         hp_dtype: "bf16", "fp16" or "fp32".
         backoff: replaces the method's.
-        dynamic: the range is that of the very tensor to be scaled: the backoff is 0.5 instead of 0.25.
+        dynamic: the range is that of the very tensor to be scaled: the backoff is 0.5 where it would be less.
             Methods that only exist dynamically imply it.
 
     Returns:
@@ -43,7 +43,8 @@ def activation_scale(
         FP8ScaleError: a range that is negative, NaN or infinite.
         FP8ConfigError: an unknown method, target, format or dtype.
     """
-    rule = scale_method(method).activation.with_backoff(backoff, dynamic=dynamic)
+    found = scale_method(method)
+    rule = found.activation.with_backoff(found.dynamic_activation.backoff if dynamic and backoff is None else backoff)
     return scale_of_range(maxabs, rule, number_format(fp8_config, target), hp_torch_dtype(hp_dtype))
 
 

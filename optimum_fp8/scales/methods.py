@@ -39,8 +39,11 @@ class ScaleMethod:
 
     @property
     def dynamic_activation(self) -> ScaleRule:
-        """How activations are scaled by their own range, but for the backoff."""
-        return self.activation if self.dynamic is None else replace(self.activation, granularity=self.dynamic)
+        """How activations are scaled by their own range, which takes no more headroom than a calibrated one."""
+        if self.dynamic_only:
+            return self.activation
+        backoff = max(self.activation.backoff, DYNAMIC_BACKOFF)
+        return replace(self.activation, granularity=self.dynamic or self.activation.granularity, backoff=backoff)
 
     def __post_init__(self) -> None:
         for what, granularity, fits in (
@@ -101,6 +104,8 @@ SCALE_METHODS: dict[str, ScaleMethod] = {
         ScaleMethod("maxabs_pcs_pow2", _WEIGHT["pcs_pow2"], _ACTIVATION["token_pow2"], dynamic_only=True),
     )
 }
+
+INC_METHODS = tuple(SCALE_METHODS)
 
 
 def register_method(method: ScaleMethod) -> None:

@@ -26,7 +26,7 @@ def scheme_for(
     activations = own.scheme if own.scheme != "auto" else STATIC if calibrated else DYNAMIC
     static = activations == STATIC
     activation = method.activation if static else method.dynamic_activation
-    rule = activation.with_backoff(own.input_backoff, dynamic=not static)
+    rule = activation.with_backoff(own.input_backoff)
     by_head = PerHead() if own.attention_granularity == "head" else PerTensor()
     softmax_backoff = own.input_backoff if own.softmax_backoff is None else own.softmax_backoff
     return Scheme(

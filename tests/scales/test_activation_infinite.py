@@ -6,18 +6,19 @@ import pytest
 import torch
 from grids import over
 from native_variants import OF_CASTS_AND_ATTENTION
+from scale_methods import FOR_ANY_SHAPE
 from tiny_models import tiny_llama
 from torch import nn
 
 from optimum_fp8 import FP8Config, convert, ops
 from optimum_fp8.cache.scales import CacheScales
 from optimum_fp8.formats import number_format
-from optimum_fp8.scales import SCALE_METHODS, inf_as_nan, unsound
+from optimum_fp8.scales import inf_as_nan, unsound
 
 E4M3 = torch.float8_e4m3fn
 HIGH = [torch.float32, torch.bfloat16, torch.float16]
 BAD = [torch.inf, -torch.inf, torch.nan]
-DYNAMIC = [name for name, method in SCALE_METHODS.items() if method.activation.needs_range]
+DYNAMIC = [name for name, method in FOR_ANY_SHAPE.items() if method.activation.needs_range]
 BACKENDS = [*OF_CASTS_AND_ATTENTION, "reference"]
 
 

@@ -9,13 +9,14 @@ import itertools
 
 import pytest
 import torch
+from scale_methods import FOR_ANY_SHAPE
 
 from optimum_fp8.formats import number_format
-from optimum_fp8.scales import SCALE_METHODS, PerBlock, PerChannel, PerTensor, ScaleRule, fit_weight, quantize_weight
+from optimum_fp8.scales import PerBlock, PerChannel, PerTensor, ScaleRule, fit_weight, quantize_weight
 from optimum_fp8.scales.fit import always_fits
 
 E4M3 = torch.float8_e4m3fn
-RULES = {name: method.weight for name, method in SCALE_METHODS.items()}
+RULES = {name: method.weight for name, method in FOR_ANY_SHAPE.items()}
 TARGETS = ("gaudi2", "gaudi3", "cpu")
 PAIRS = list(itertools.permutations(TARGETS, 2))
 GAUDI2 = (16.0, 1.0, 2.0**-4, 2.0**-8)
@@ -63,7 +64,7 @@ def test_half_rounds_8_of_126_codes_again_where_240_of_448_rounds_112():
 
 @pytest.mark.parametrize("fp8", ["E4M3", "E5M2"])
 @pytest.mark.parametrize("made_for, to", PAIRS)
-@pytest.mark.parametrize("method", SCALE_METHODS)
+@pytest.mark.parametrize("method", FOR_ANY_SHAPE)
 @pytest.mark.parametrize("spread", [0.05, 3.0])
 def test_what_is_fitted_fits_and_is_as_near_to_the_original_as_what_was_made_for_the_target(
     fp8, made_for, to, method, spread
@@ -92,7 +93,7 @@ def test_what_is_fitted_fits_and_is_as_near_to_the_original_as_what_was_made_for
 
 
 @pytest.mark.parametrize("made_for, to", [("gaudi2", "gaudi3"), ("gaudi2", "cpu"), ("gaudi3", "cpu")])
-@pytest.mark.parametrize("method", SCALE_METHODS)
+@pytest.mark.parametrize("method", FOR_ANY_SHAPE)
 def test_to_a_wider_format_nothing_changes(made_for, to, method):
     before, after, rule = number_format("E4M3", made_for), number_format("E4M3", to), RULES[method]
     codes, scale, _ = quantize_weight(weight(), rule, before, torch.bfloat16)

@@ -7,6 +7,7 @@ from optimum_fp8.scales import (
     SCALE_METHODS,
     PerBlock,
     PerChannel,
+    PerGroup,
     PerHead,
     PerTensor,
     PerToken,
@@ -24,6 +25,12 @@ W_OPT_HW, W_OPT_POW2 = (PerTensor(), "search", "hardware", 0.5), (PerTensor(), "
 PCS_POW2, PCS_OPT = (PerChannel(), "maxabs", "pow2", 0.5), (PerChannel(), "search", "pow2", 0.5)
 A_HW, A_POW2 = (PerTensor(), "maxabs", "hardware", 0.25), (PerTensor(), "maxabs", "pow2", 0.25)
 A_ARBITRARY, TOKEN = (PerTensor(), "maxabs", "identity", 0.25), (PerToken(), "maxabs", "pow2", 0.5)
+FULL, FULL_PCS = (PerTensor(), "maxabs", "identity", 1.0), (PerChannel(), "maxabs", "identity", 1.0)
+
+
+def microscaled(rounding):
+    return PerGroup(32), "maxabs", rounding, 1.0
+
 
 TABLE = {
     "unit_scale": (UNIT, UNIT),
@@ -39,6 +46,12 @@ TABLE = {
     "act_maxabs_pow2_weights_pcs_opt_pow2": (PCS_OPT, A_POW2),
     "act_maxabs_pcs_pow2_weight_maxabs_pts_pow2_hw": (W_HW, TOKEN),
     "maxabs_pcs_pow2": (PCS_POW2, TOKEN),
+    "full_range": (FULL, FULL),
+    "full_range_pcs": (FULL_PCS, FULL),
+    "block_128": ((PerBlock(128, 128), "maxabs", "identity", 1.0), (PerGroup(128), "maxabs", "identity", 1.0)),
+    "mxfp8": (microscaled("e8m0_ceil"), microscaled("e8m0_ceil")),
+    "mxfp8_above": (microscaled("e8m0_above"), microscaled("e8m0_above")),
+    "mxfp8_floor": (microscaled("e8m0_floor"), microscaled("e8m0_floor")),
 }
 
 
@@ -51,11 +64,22 @@ def test_table():
     assert {name: (row(method.weight), row(method.activation)) for name, method in SCALE_METHODS.items()} == TABLE
 
 
-def test_per_token_methods_are_dynamic_only():
+def test_methods_that_scale_tokens_or_groups_are_dynamic_only():
     assert {name for name, method in SCALE_METHODS.items() if method.dynamic_only} == {
         "act_maxabs_pcs_pow2_weight_maxabs_pts_pow2_hw",
         "maxabs_pcs_pow2",
+        "block_128",
+        "mxfp8",
+        "mxfp8_above",
+        "mxfp8_floor",
     }
+
+
+def test_dynamic_scales_take_no_more_headroom_than_calibrated_ones():
+    assert row(scale_method("maxabs_hw").dynamic_activation) == (PerToken(), "maxabs", "hardware", 0.5)
+    assert row(scale_method("maxabs_pow2").dynamic_activation) == (PerTensor(), "maxabs", "pow2", 0.5)
+    assert row(scale_method("full_range").dynamic_activation) == (PerToken(), "maxabs", "identity", 1.0)
+    assert row(scale_method("block_128").dynamic_activation) == (PerGroup(128), "maxabs", "identity", 1.0)
 
 
 @pytest.mark.parametrize("name", TABLE)

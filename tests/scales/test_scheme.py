@@ -6,6 +6,7 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
+from scale_methods import FOR_ANY_SHAPE
 
 from optimum_fp8 import ops
 from optimum_fp8.errors import FP8ScaleError
@@ -23,7 +24,9 @@ EVERYWHERE = [("cpu", "E4M3"), ("cuda", "E5M2"), ("gaudi2", "E4M3"), ("gaudi3", 
 
 def scheme(method="maxabs_hw", target="cpu", fp8="E4M3", activations="static", **options):
     rules = SCALE_METHODS[method]
-    rule = rules.activation.with_backoff(None, dynamic=activations == "dynamic")
+    rule = rules.activation
+    if activations == "dynamic":
+        rule = rule.with_backoff(rules.dynamic_activation.backoff)
     fmt = number_format(fp8, target)
     return Scheme(fmt, rules.weight, rule, rule, rules.activation, activations=activations, **options)
 
@@ -31,7 +34,7 @@ def scheme(method="maxabs_hw", target="cpu", fp8="E4M3", activations="static", *
 @pytest.mark.core
 @pytest.mark.parametrize("target, fp8", EVERYWHERE)
 @pytest.mark.parametrize("hp_dtype", HP_DTYPES)
-@pytest.mark.parametrize("method", SCALE_METHODS)
+@pytest.mark.parametrize("method", FOR_ANY_SHAPE)
 def test_static_scales_are_those_of_activation_scale(method, target, fp8, hp_dtype):
     ranges = torch.cat([torch.zeros(1), torch.logspace(-20, 20, 83, base=2)])
     options = {"method": method, "target": target, "fp8_config": fp8, "hp_dtype": hp_dtype}
@@ -43,7 +46,7 @@ def test_static_scales_are_those_of_activation_scale(method, target, fp8, hp_dty
 @pytest.mark.core
 @pytest.mark.parametrize("target, fp8", EVERYWHERE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", [name for name, each in SCALE_METHODS.items() if each.activation.needs_range])
+@pytest.mark.parametrize("method", [name for name, each in FOR_ANY_SHAPE.items() if each.activation.needs_range])
 def test_dynamic_scales_are_those_of_activation_scale_for_the_same_range(method, target, fp8, dtype):
     made = scheme(method, target, fp8, "dynamic")
     x = (torch.randn(3, 7, 40) * torch.logspace(-3, 3, 7)[:, None]).to(dtype)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scale_methods import FOR_ANY_SHAPE
 from tiny_models import tiny_llama
 
 from optimum_fp8 import FP8Config
@@ -98,7 +99,7 @@ PER_TENSOR = (
 )
 
 
-@pytest.mark.parametrize("name", [name for name, method in SCALE_METHODS.items() if method.activation.needs_range])
+@pytest.mark.parametrize("name", [name for name, method in FOR_ANY_SHAPE.items() if method.activation.needs_range])
 def test_dynamic_scales_are_per_token_where_inc_has_none_per_tensor(name):
     dynamic = scheme_for(FP8Config(scale_method=name, activation_scheme="dynamic")).input.granularity
     assert dynamic == (PerTensor() if name in PER_TENSOR else PerToken())
@@ -129,7 +130,7 @@ BY_DICT = {
 
 def methods(config, layers=2):
     """What a Llama's modules are scaled by: the name of the method whose weight rule a scheme has."""
-    names = {each.weight: name for name, each in reversed(SCALE_METHODS.items())}
+    names = {each.weight: name for name, each in reversed(FOR_ANY_SHAPE.items())}
     model = tiny_llama()
     model.model.layers.extend([tiny_llama().model.layers[0] for _ in range(layers - 1)])
     return {each.name.removeprefix("model.layers."): names[each.scheme.weight] for each in select(model, config)}
