@@ -36,12 +36,14 @@ class Record:
         kind: its handler's kind.
         scheme: how it is scaled and computed.
         tensors: codes, scales and what else it has, by name below the module, as they are in memory.
+        stores_in_out: whether the weight in the checkpoint is that of a class which keeps it as `[in, out]`.
     """
 
     name: str
     kind: str
     scheme: Scheme | None
     tensors: dict[str, torch.Tensor]
+    stores_in_out: bool = False
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,13 @@ _SIBLINGS = [
 ]
 
 
+def siblings_of(name: str) -> list[str]:
+    """The names of the layers that are fused with the layer `name`, itself among them; empty where none would be."""
+    parent, dot, leaf = name.rpartition(".")
+    names = next((names for names in _SIBLINGS if leaf in names), ())
+    return [f"{parent}{dot}{each}" for each in names]
+
+
 def share_scales(layers: Mapping[str, Layer]) -> dict[str, Layer]:
     """The layers, siblings with one scale per tensor: the largest of their own.
 
@@ -24,9 +31,8 @@ def share_scales(layers: Mapping[str, Layer]) -> dict[str, Layer]:
     """
     groups = []
     for name in layers:
-        parent, dot, leaf = name.rpartition(".")
-        siblings = next((names for names in _SIBLINGS if names[0] == leaf), ())
-        group = [each for sibling in siblings if (each := f"{parent}{dot}{sibling}") in layers]
+        siblings = siblings_of(name)
+        group = [each for each in siblings if each in layers] if name in siblings[:1] else []
         schemes = {layers[each].scheme for each in group}
         if len(group) < 2 or len(schemes) > 1:
             continue

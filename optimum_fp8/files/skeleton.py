@@ -31,6 +31,7 @@ from ..hf.ties import Untied
 from ..lifecycle import state_of
 from ..modules import fp8_modules
 from ..modules.fused_experts import FP8FusedExperts
+from ..modules.named_weights import FP8NamedWeights
 from .plan import Skeleton
 from .source import Source
 
@@ -49,11 +50,12 @@ def skeleton_of_class(source: Source, model_class: Any, config: FP8Config, dtype
     """What `from_pretrained` makes of the source, without values.
 
     Weights that transformers puts together of others while loading are left out, but for those of experts that an FP8
-    checkpoint holds one by one, as the source does.
+    checkpoint holds one by one, as the source does. So are modules with several weights, which become FP8 after it.
     """
     model, stored = _load(source, model_class, config, dtype)
     layers = fp8_modules(model).items()
     made = [name for name, module in layers if f"{name}.weight" not in stored or module.derived]
+    made += [name for name, module in model.named_modules() if isinstance(module, FP8NamedWeights)]
     made += [name for name in _experts(model) if any(key not in stored for key in _codes_of_experts(model, name))]
     if made:
         logger.warning(

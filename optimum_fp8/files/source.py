@@ -87,13 +87,23 @@ def open_source(name: str) -> Source:
             f"config.json of {folder} says that it is quantized already ({str(method)[:80]}): quantize the original "
             "model"
         )
+    files, tensors = tensors_in(folder)
+    return Source(folder, files, tensors, config)
+
+
+def tensors_in(folder: str) -> tuple[list[str], dict[str, Stored]]:
+    """The paths of a folder's files with weights, and what is in them, by name.
+
+    Raises:
+        FP8CheckpointError: there are no safetensors, or some are missing, damaged or of two checkpoints.
+    """
     files, tensors = _files(folder), dict[str, Stored]()
     for path in files:
         for stored in _headers(path):
             if stored.key in tensors:
                 raise FP8CheckpointError(f"{stored.key} is in two files of {folder}: keep those of one checkpoint only")
             tensors[stored.key] = stored
-    return Source(folder, files, tensors, config)
+    return files, tensors
 
 
 @contextmanager

@@ -121,7 +121,7 @@ def _decided(config: FP8Config) -> FP8Config:
     if not isinstance(config, FP8Config):
         raise FP8ConfigError(f"quantize_files: expected an FP8Config, found {config!r}: use FP8Config(…)")
     config = config.replace()  # checks keys that were assigned since it was made
-    for key in ("dataset", "dequantize"):
+    for key in ("dataset", "dequantize", "fold_batch_norm"):
         if getattr(config, key):
             raise FP8NotAvailableError(f"{key} needs the model, which quantize_files does not build: {_WITH_MODEL}")
     if config.mode != "AUTO":

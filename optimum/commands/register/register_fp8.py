@@ -114,6 +114,26 @@ class FP8ExportIncCommand(BaseOptimumCLICommand):
         raise SystemExit(main_export(self.args))
 
 
+class FP8ExportCommand(BaseOptimumCLICommand):
+    """`optimum-cli fp8 export`: an FP8 checkpoint in, one that another engine loads out."""
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        parser.description = "Write an FP8 checkpoint in the format of another engine, such as vLLM or SGLang."
+        parser.add_argument("--model", required=True, help="folder of the FP8 checkpoint")
+        parser.add_argument("--output", required=True, help="folder to write to, which is not there yet")
+        parser.add_argument("--format", default="compressed-tensors", help="compressed-tensors or fp8")
+        parser.add_argument(
+            "--without", nargs="+", default=[], metavar="SCALE", help="scales of attention to leave out, as p_scale"
+        )
+        explain_errors(parser)
+
+    def run(self) -> None:
+        from optimum_fp8.exporting.command import main
+
+        raise SystemExit(main(self.args))
+
+
 class FP8SelftestCommand(BaseOptimumCLICommand):
     """`optimum-cli fp8 selftest`: a machine in, a table of what its operators compute out."""
 
@@ -155,6 +175,7 @@ class FP8Command(BaseOptimumCLICommand):
         CommandInfo(name="merge", help="Merge measurements.", subcommand_class=FP8MergeCommand),
         CommandInfo(name="import-inc", help="Read INC's measurements.", subcommand_class=FP8ImportIncCommand),
         CommandInfo(name="export-inc", help="Write measurements for INC.", subcommand_class=FP8ExportIncCommand),
+        CommandInfo(name="export", help="Write a checkpoint for another engine.", subcommand_class=FP8ExportCommand),
         CommandInfo(name="selftest", help="Test the operators on this machine.", subcommand_class=FP8SelftestCommand),
     )
 

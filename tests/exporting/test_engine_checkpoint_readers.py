@@ -1,0 +1,88 @@
+"""What others make of exported checkpoints: transformers with the oldest and the newest compressed-tensors."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from exporting.conftest import CALIBRATED_CACHE, wide_llama, wide_mixtral
+
+from optimum_fp8 import export
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+VERSIONS = ("0.17.0", "0.20.1")
+READ = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+
+assert "optimum_fp8" not in sys.modules
+ids = torch.load(sys.argv[1])
+for folder in sys.argv[2:]:
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    with torch.no_grad():
+        torch.save(model.eval()(ids).logits.float(), folder + ".logits")
+    with open(folder + ".json", "w") as file:
+        json.dump({key: sorted(map(str, value)) for key, value in info.items()}, file)
+"""
+BLOCKS = {"down_proj": {"scale_method": "block_128"}}
+CASES = {
+    "FP8": (wide_llama, "FP8", {}, "compressed-tensors"),
+    "Gaudi's method": (wide_llama, "FP8", {"scale_method": "maxabs_hw", "target": "cpu"}, "compressed-tensors"),
+    "FP8_DYNAMIC": (wide_llama, "FP8_DYNAMIC", {}, "compressed-tensors"),
+    "FP8_BLOCK": (wide_llama, "FP8_BLOCK", {}, "compressed-tensors"),
+    "MXFP8": (wide_llama, "MXFP8", {}, "compressed-tensors"),
+    "W8A16": (wide_llama, "W8A16", {}, "compressed-tensors"),
+    "groups": (wide_llama, "FP8_DYNAMIC", {"overrides": BLOCKS}, "compressed-tensors"),
+    "cache": (wide_llama, "FP8_DYNAMIC", {"kv_cache": True, "overrides": CALIBRATED_CACHE}, "compressed-tensors"),
+    "experts": (wide_mixtral, "FP8_DYNAMIC", {}, "compressed-tensors"),
+    "fp8 blocks": (wide_llama, "FP8_BLOCK", {}, "fp8"),
+    "fp8 experts": (wide_mixtral, "FP8_BLOCK", {}, "fp8"),
+    "fp8 MXFP8": (wide_llama, "MXFP8", {}, "fp8"),
+}
+EXACT = ("Gaudi's method", "MXFP8")  # scales are powers of two, so that it does not matter where products are rounded
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return torch.randint(0, 96, (2, 16), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def logits(quantized, tmp_path, ids):
+    """Of each case: the logits of the plain model and of ours, and the folder of the exported one."""
+    found = {}
+    for number, (name, (make, preset, options, format)) in enumerate(CASES.items()):
+        plain = make().eval()
+        ours, folder = quantized(make(), preset, name=f"native{number}", **options)
+        with torch.no_grad():
+            results = [model(ids).logits.float() for model in (plain, ours)]
+        found[name] = (*results, export(folder, tmp_path / f"exported{number}", format))
+    return found
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_they_compute_what_we_do(logits, ids, tmp_path, version):
+    place = ROOT / f".venv-compressed-tensors-{version}"
+    subprocess.run(["make", "-s", f"{place.name}/.ready"], cwd=ROOT, check=True, capture_output=True)
+    torch.save(ids, tmp_path / "ids")
+    folders = [folder for *_, folder in logits.values()]
+    environment = {**os.environ, "PYTHONPATH": str(place)}
+    done = subprocess.run(
+        [sys.executable, "-c", READ, str(tmp_path / "ids"), *folders], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, (plain, ours, folder) in logits.items():
+        theirs = torch.load(f"{folder}.logits")
+        with open(f"{folder}.json", encoding="utf-8") as file:
+            info = json.load(file)
+        unknown = [key for key in info["unexpected_keys"] if not key.endswith(("k_scale", "v_scale"))]
+        assert not unknown and not info["missing_keys"] and not info["mismatched_keys"], (name, info)
+        error, own_error = ((each - plain).norm() / plain.norm() for each in (theirs, ours))
+        assert error < 1.25 * own_error, name
+        assert torch.equal(theirs, ours) or name not in EXACT
