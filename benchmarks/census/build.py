@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from . import inputs, overrides, shrink
+from .facts import parts
 from .pairs import Pair, class_of
 
 LARGEST = 64_000_000  # parameters
@@ -29,10 +31,10 @@ class CannotBuild(Exception):
     """transformers itself cannot build or run a pair here; says why, attempt by attempt."""
 
 
-def candidates(model_type: str) -> Iterator[tuple[str, Callable[[], Any]]]:
+def candidates(pair: Pair) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Ways to make a configuration, the tiniest first."""
-    if model_type in overrides.CONFIGS:
-        yield "own", overrides.CONFIGS[model_type]
+    if pair.model_type in overrides.CONFIGS:
+        yield "own", overrides.CONFIGS[pair.model_type]
     kinds: dict[str, dict[str, bool]] = {
         "proportional": {},
         "with fewer heads": {"fewer_heads": True},
@@ -41,14 +43,30 @@ def candidates(model_type: str) -> Iterator[tuple[str, Callable[[], Any]]]:
         "with full widths and pictures": {"widths": False, "pictures": False},
     }
     for name, options in kinds.items():
-        yield name, lambda options=options: _made(model_type, options)  # type: ignore[misc]
-    yield "default", lambda: CONFIG_MAPPING[model_type]()
+        yield name, lambda options=options: _made(pair, options)  # type: ignore[misc]
+    yield "default", lambda: CONFIG_MAPPING[pair.model_type]()
 
 
-def _made(model_type: str, options: dict[str, bool]) -> Any:
-    small = shrink.proportional(shrink.default(model_type), **options)
-    small.update(overrides.FIELDS.get(model_type, {}))
-    return CONFIG_MAPPING[model_type].from_dict(small)
+def _made(pair: Pair, options: dict[str, bool]) -> Any:
+    small = shrink.proportional(shrink.default(pair.model_type), **options)
+    for key in (pair.model_type, pair.class_name):
+        for name, value in overrides.FIELDS.get(key, {}).items():
+            *path, last = name.split(".")
+            part = functools.reduce(dict.__getitem__, path, small)
+            part[last] = value(small) if callable(value) else value
+    return CONFIG_MAPPING[pair.model_type].from_dict(small)
+
+
+def config_for(model_class: Any, config: Any) -> Any:
+    """The configuration inside this one, or around it, of the kind that a model class takes; or this one itself."""
+    wanted = model_class.config_class
+    for _, each in parts(config):
+        if isinstance(each, wanted):
+            return each
+    if set(wanted.sub_configs) == {"text_config"}:
+        text = config.get_text_config()
+        return wanted(text_config=text, hidden_size=text.hidden_size)
+    return config
 
 
 def build(pair: Pair) -> Built:
@@ -58,7 +76,7 @@ def build(pair: Pair) -> Built:
         CannotBuild: no way of making a configuration gives a model that runs.
     """
     causes: list[str] = []
-    for name, make in candidates(pair.model_type):
+    for name, make in candidates(pair):
         try:
             with limited_to(15):
                 return _built(class_of(pair), make)
@@ -70,7 +88,7 @@ def build(pair: Pair) -> Built:
 
 
 def _built(model_class: Any, make: Callable[[], Any]) -> Built:
-    config = make()
+    config = config_for(model_class, make())
     with torch.device("meta"):
         count = sum(each.numel() for each in model_class(copy.deepcopy(config)).parameters())
     if count > LARGEST:

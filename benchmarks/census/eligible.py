@@ -46,9 +46,15 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def called(model: nn.Module, run: Any) -> set[str]:
-    """The names of the modules that are called while `run()` runs, those of a module with several names all."""
+    """The names of the modules that are given something while `run()` runs; of those with several names, all."""
     reached: set[nn.Module] = set()
-    handles = [module.register_forward_pre_hook(lambda module, _: reached.add(module)) for module in model.modules()]
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensors = [each for each in (*args, *kwargs.values()) if torch.is_tensor(each)]
+        if not tensors or any(each.numel() for each in tensors):
+            reached.add(module)
+
+    handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in model.modules()]
     run()
     for handle in handles:
         handle.remove()
@@ -90,8 +96,7 @@ def codes_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """FP8 codes and scales of a converted model by name, stacks of experts as stacks."""
     found = {name: tensor for name, tensor in model.state_dict().items() if name.endswith("_scale")}
     for name, module in model.named_modules():
-        for key in ("weight", *STACKS):
-            tensor = module._parameters.get(key)
+        for key, tensor in module._parameters.items():
             if tensor is not None and tensor.dtype == torch.float8_e4m3fn:
                 found |= {f"{name}.{key}": tensor.data, f"{name}.{key}_scale": module._parameters[f"{key}_scale"].data}
                 for scale in ("input_scale", "intermediate_scale"):

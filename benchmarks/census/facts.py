@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ class Facts:
 
     def __init__(self, config: Any):
         self.config, self.model_type = config, config.model_type
-        self.parts = list(_parts(config))
+        self.parts = list(parts(config))
 
     def find(self, name: str, default: Any, among: tuple[str, ...] = ()) -> Any:
         """The value of a field: in the parts of these names first, then anywhere."""
@@ -43,7 +44,10 @@ class Facts:
         return self.find(name, default, _AUDIO)
 
     def text(self, name: str, default: Any) -> Any:
-        return getattr(self.config.get_text_config(), name, None) or self.find(name, default)
+        decodes = (
+            {"decoder": True} if hasattr(self.config, "text_encoder") else {}
+        )  # it has two, of which one generates
+        return getattr(self.config.get_text_config(**decodes), name, None) or self.find(name, default)
 
     @property
     def channels(self) -> int:
@@ -60,6 +64,10 @@ class Facts:
     def patch(self) -> int:
         value = self.vision("patch_size", 16)
         return int(value[-1]) if isinstance(value, (list, tuple)) else int(value)
+
+    @property
+    def temporal_patch(self) -> int:
+        return int(self.vision("temporal_patch_size", None) or self.vision("patch_temporal", 1))
 
     def token(self, word: str) -> int | None:
         """The id of the placeholder of an image, a sound or a video."""
@@ -79,11 +87,11 @@ class Facts:
                     found |= {each for each in (value if isinstance(value, list) else [value]) if type(each) is int}
         return found
 
-    def ids(self, rows: int, length: int, *, seed: int = 0) -> torch.Tensor:
-        """Random ids `[rows, length]` that mean nothing special."""
+    def ids(self, *shape: int, seed: int = 0) -> torch.Tensor:
+        """Random ids that mean nothing special."""
         size = min(self.text("vocab_size", 90), 90)
         plain = [each for each in range(3, size) if each not in self.special] or [size // 2]
-        picks = torch.randint(len(plain), (rows, length), generator=torch.Generator().manual_seed(17 + seed))
+        picks = torch.randint(len(plain), shape, generator=torch.Generator().manual_seed(17 + seed))
         return torch.tensor(plain)[picks]
 
     def is_plain(self, ids: torch.Tensor) -> torch.Tensor:
@@ -99,9 +107,9 @@ class Facts:
             long = 2 * self.audio("max_source_positions", 50)
             if self.audio("max_source_positions", None):
                 yield torch.randn(1, width, min(long, 6000), generator=noise)
-            for rows in (1, 2):
-                yield torch.randn(rows, 96, width, generator=noise)
-                yield torch.randn(rows, width, 96, generator=noise)
+            for rows, bands in product((1, 2), dict.fromkeys((width, self.find("input_size", width), 128))):
+                yield torch.randn(rows, 96, bands, generator=noise)
+                yield torch.randn(rows, bands, 96, generator=noise)
             size = self.audio("spec_size", 64)
             yield torch.randn(1, 1, self.audio("max_length", size), mels, generator=noise)
         elif name in ("input_values", "audio_values"):
@@ -110,16 +118,33 @@ class Facts:
             yield torch.randn(1, 24000, generator=noise)
         elif name == "pixel_values":
             yield torch.randn(1, self.channels, *self.picture, generator=noise)
+        elif name == "encoder_hidden_states":
+            width = self.find("encoder_hidden_size", None) or self.text("hidden_size", 32)
+            yield torch.randn(2, 11, self.find("cross_attention_hidden_size", width), generator=noise)
         elif name == "inputs_embeds":
             yield torch.randn(2, 11, self.text("hidden_size", 32), generator=noise)
         elif "ids" in name:
             yield self.ids(2, 11)
         else:
-            yield torch.randn(2, 11, self.text("hidden_size", 32), generator=noise)
+            yield torch.randn(2, 11, self.text("hidden_size", None) or self.find("d_model", 32), generator=noise)
 
-    def known(self) -> dict[str, torch.Tensor]:
+    def known(self, rows: int) -> dict[str, torch.Tensor]:
         """Inputs of which every model that takes them needs the same."""
-        rows, length, history = 2, self.find("prediction_length", 8) or 8, self.find("context_length", 16) or 16
+        return self._series(rows) | self._beside_pictures(rows)
+
+    def _beside_pictures(self, rows: int) -> dict[str, torch.Tensor]:
+        """What tells a model how to look at pictures."""
+        height, width = self.picture
+        made = {"qformer_input_ids": self.ids(rows, 5), "task_inputs": self.ids(rows, self.find("task_seq_len", 77))}
+        made["image_attention_mask"] = torch.ones(rows, 11, 2, dtype=torch.long)
+        made["target_sizes"] = torch.tensor([[height // self.patch, width // self.patch]]).expand(rows, 2)
+        made["visual_feats"] = torch.randn(rows, 4, self.find("visual_feat_dim", 32))
+        made["visual_pos"] = torch.rand(rows, 4, self.find("visual_pos_dim", 4))
+        return made
+
+    def _series(self, rows: int) -> dict[str, torch.Tensor]:
+        """Series of numbers, of which the future is forecast."""
+        length, history = self.find("prediction_length", 8) or 8, self.find("context_length", 16) or 16
         past = history + max(self.find("lags_sequence", [0]) or [0])
         features = self.find("num_time_features", 0) or 0
         channels = self.find("num_input_channels", None)
@@ -131,8 +156,14 @@ class Facts:
         return made
 
 
-def _parts(config: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def parts(config: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """A configuration and those inside it, with the names of the fields that hold them."""
     yield name, config
     for key, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
-            yield from _parts(value, key)
+            yield from parts(value, key)
+
+
+def noise(*shape: int) -> torch.Tensor:
+    """Random values, the same each time."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(5))

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import remove_weight_norm
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
+_AFTER_VALUE = ("key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
 FULL_SCALE = 448.0  # of float8_e4m3fn
 
 
@@ -28,23 +29,28 @@ def dequantized(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def quantize_in_place(model: nn.Module, state: dict[str, torch.Tensor]) -> list[str]:
+def quantize_in_place(model: nn.Module, state: dict[str, torch.Tensor], *, round_inputs: bool = True) -> list[str]:
     """Give a model the weights of an FP8 state dict and round what goes into the modules that have any.
 
     Args:
         model: in high precision.
         state: of the quantized model.
+        round_inputs: False: weights alone.
 
     Returns:
         the names of the weights that were replaced.
     """
     done = []
+    if not round_inputs:
+        state = {name: each for name, each in state.items() if not name.endswith(("input_scale", "intermediate_scale"))}
     for name, module in list(model.named_modules()):
         stacks = [key for key in ("gate_up_proj", "up_proj", "down_proj") if _is_codes(state.get(f"{name}.{key}"))]
         if _is_codes(state.get(f"{name}.weight")):
             _replace(module, "weight", state[f"{name}.weight"], state[f"{name}.weight_scale"])
             _round_inputs(module, state.get(f"{name}.input_scale"))
             done.append(f"{name}.weight")
+        elif isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
+            done += _replace_named(name, module, state)
         elif stacks:
             for key in stacks:
                 _replace(module, key, state[f"{name}.{key}"], state[f"{name}.{key}_scale"])
@@ -55,6 +61,25 @@ def quantize_in_place(model: nn.Module, state: dict[str, torch.Tensor]) -> list[
     return done
 
 
+def _replace_named(name: str, module: nn.Module, state: dict[str, torch.Tensor]) -> list[str]:
+    """Replace the weights that torch's modules of several have, and round what attention's are multiplied with."""
+    keys = [key for key in module._parameters if _is_codes(state.get(f"{name}.{key}"))]
+    for key in keys:
+        codes = state[f"{name}.{key}"]
+        _replace(module, key, codes[0] if codes.ndim == 3 else codes, state[f"{name}.{key}_scale"])
+    scales = [state.get(f"{name}.input_{part}scale") for part in ("", "key_", "value_")]
+
+    def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+        for part, scale in zip(("query", "key", "value"), scales, strict=True):
+            given[part] = given[part] if scale is None else rounded(given[part], scale)
+        return (), given | dict(zip(_AFTER_VALUE, args[3:], strict=False))
+
+    if isinstance(module, nn.MultiheadAttention) and any(scale is not None for scale in scales):
+        module.register_forward_pre_hook(before, with_kwargs=True)
+    return [f"{name}.{key}" for key in keys]
+
+
 def _is_codes(tensor: torch.Tensor | None) -> bool:
     return tensor is not None and tensor.dtype == torch.float8_e4m3fn
 
@@ -63,11 +88,16 @@ def _replace(module: Any, key: str, codes: torch.Tensor, scale: torch.Tensor) ->
     if key not in module._parameters:  # weight normalization, in one of the two ways that torch has
         with torch.enable_grad():  # without gradients torch leaves a plain tensor behind
             remove_parametrizations(module, key) if is_parametrized(module, key) else remove_weight_norm(module, key)
-    parameter = module._parameters[key]
+    parameter = module._parameters[key].data
+    if key != "weight" and len(codes) < len(parameter):
+        parameter = parameter[: len(codes)]  # the rest has no expert
     codes = codes[0] if codes.ndim == parameter.ndim + 1 else codes  # stored with a leading axis
     if parameter.ndim == 3 and scale.ndim == 3 and scale.shape[1] not in (1, codes.shape[1]):
         scale = scale.repeat_interleave(codes.shape[1] // scale.shape[1], dim=1)  # one of each half
     values = dequantized(codes, scale)
+    if getattr(module, "transposed", False):  # torch keeps `[in, out / groups, k…]` of a transposed convolution
+        groups = values.reshape(module.groups, -1, *values.shape[1:])
+        values = torch.cat([each.transpose(0, 1) for each in groups])
     stored_in_out = type(module).__name__ == "Conv1D" or getattr(module, "is_transposed", False)
     if stored_in_out or values.shape != parameter.shape:
         values = values.transpose(-1, -2)

@@ -6,8 +6,8 @@ import copy
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from optimum_fp8 import FP8Config
 from . import fake
 from .build import Built, CannotBuild, build
 from .eligible import called, codes_of, coverage, weights
-from .inputs import cast, tensors
+from .inputs import cast, runs, tensors
 from .pairs import Pair, loading_class
 
 LEAST_SHARE, LARGEST_RATIO, LARGEST_ATTENTION = 0.9, 1.5, 0.3
@@ -30,8 +30,9 @@ class Row:
     """What became of one pair.
 
     Attributes:
-        status: "pass"; "fail"; "nothing": it has no weight of a kind that becomes FP8; "not built": transformers cannot
-            build or run it here, at least not with what the census knows to ask for; "not run": it took too long.
+        status: "pass"; "fail"; "nothing": it has no weight of a kind that becomes FP8, or only such as stay in high
+            precision by default; "not built": transformers cannot build it, run it, or save and reload it here, at
+            least not with what the census knows to ask for; "not run": it took too long.
         stage: where it failed.
         cause: why it failed.
         error: relative error of the outputs in FP8; `error_of_fake` of the independent quantization with the same
@@ -69,16 +70,21 @@ class Wrong(Exception):
     """Something ran and gave what it should not give."""
 
 
+class Nothing(Exception):
+    """No weight of a kind that becomes FP8 is there but those that stay in high precision by default."""
+
+
 def census_row(pair: Pair) -> dict[str, Any]:
     """The row of a pair; never raises."""
     row, start = Row(*pair), time.perf_counter()
     try:
         built = _step(row, "build", lambda: build(pair))
-        if weights(built.model):
-            _walk(row, pair, built)
-            row.status, row.stage = "pass", ""
-        else:
-            row.status, row.cause = "nothing", _kinds(built.model)
+        if not weights(built.model):
+            raise Nothing(_kinds(built.model))
+        _walk(row, pair, built)
+        row.status, row.stage = "pass", ""
+    except Nothing as error:
+        row.status, row.cause = "nothing", str(error)
     except TooSlow as error:
         row.status, row.cause = "not run", f"{error}, at: {row.stage}"
     except CannotBuild as error:
@@ -113,24 +119,28 @@ def _step(row: Row, stage: str, do: Callable[[], Any]) -> Any:
 
 @torch.no_grad()
 def _walk(row: Row, pair: Pair, built: Built) -> None:
-    model, batches = built.model, [cast(each, built.dtype) for each in built.batches]
-    row.dtype, row.inputs = str(built.dtype).removeprefix("torch."), tuple(batches[0])
-    row.parameters = sum(each.numel() for each in model.parameters())
-    generates = _generates(model, batches[0])
-    cached = _caches(model, batches[0])
     with tempfile.TemporaryDirectory() as folder:
         saved, ours = f"{folder}/original", f"{folder}/fp8"
-        _step(row, "save the original", lambda: model.save_pretrained(saved))
-        other = _step(row, "reload the original", lambda: _plain(loading_class(pair), saved, built.dtype))
-        load = loader(loading_class(pair), built.dtype)
+        _step(row, "save the original", lambda: built.model.save_pretrained(saved))
+        model_class = loading_class(pair, built.model.config)
+        dtype = _step(row, "reload the original", lambda: _runs_in(model_class, saved, built))
+        model, batches = built.model.to(dtype), [cast(each, dtype) for each in built.batches]
+        row.dtype, row.inputs = str(dtype).removeprefix("torch."), tuple(batches[0])
+        row.parameters = sum(each.numel() for each in model.parameters())
+        generates, cached = _generates(model, batches[0]), _caches(model, batches[0])
+        load = loader(model_class, dtype)
         full = _step(row, "quantize", lambda: load(saved, batches, attention=True, kv_cache=cached))
         found = _step(row, "run in FP8", lambda: outputs(full, batches[0]))
         if generates:
             row.generates = _step(row, "generate", lambda: _generated(full, batches[0], generates))
         _step(row, "save", lambda: full.save_pretrained(ours))
-        _step(row, "reload", lambda: _reloaded_equal(loading_class(pair), ours, batches[0], found))
-        _step(row, "compare", lambda: _compare(row, built, other, saved, full, batches, load))
-        _step(row, "dequantize", lambda: _dequantized(row, full, model, batches[0]))
+        _step(row, "reload", lambda: _reloaded_equal(model_class, ours, batches[0], found))
+        _cover(row, model, full, batches)
+        layers = _step(row, "quantize layers alone", lambda: load(saved, batches))
+        exact, other, third = (_plain(model_class, saved, each) for each in (torch.float32, dtype, dtype))
+        expected = _step(row, "compare", lambda: _compare(row, exact, other, layers, full, batches[0]))
+        fake.quantize_in_place(third, codes_of(full), round_inputs=False)
+        _step(row, "dequantize", lambda: _dequantized(row, full, third, batches[0], expected))
 
 
 def loader(model_class: Any, dtype: torch.dtype) -> Callable[..., Any]:
@@ -217,12 +227,21 @@ def _reloaded_equal(model_class: Any, folder: str, batch: dict[str, Any], expect
             )
 
 
-@contextmanager
-def eager(model: Any) -> Iterator[None]:
-    """A model with its eager attention, where it has a choice."""
-    with suppress(Exception):  # of those that have none
-        model.set_attn_implementation("eager")
-    yield
+def _runs_in(model_class: Any, folder: str, built: Built) -> torch.dtype:
+    """The dtype in which transformers itself runs the model that was saved and reloaded in high precision.
+
+    Raises:
+        CannotBuild: not all of its weights come back, or it does not run.
+    """
+    causes = []
+    for dtype in dict.fromkeys((built.dtype, torch.float32)):
+        model = _plain(model_class, folder, dtype)
+        try:
+            runs(model, cast(built.batches[0], dtype))
+            return dtype
+        except Exception as error:
+            causes.append(f"{str(dtype).removeprefix('torch.')}: {described(error)}")
+    raise CannotBuild(f"saved and reloaded in high precision, it does not run: {'; '.join(causes)}")
 
 
 def _plain(model_class: Any, folder: str, dtype: torch.dtype) -> Any:
@@ -238,41 +257,90 @@ def _plain(model_class: Any, folder: str, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
-def _compare(
-    row: Row, built: Built, other: Any, saved: str, full: Any, batches: list[dict[str, Any]], load: Callable[..., Any]
-) -> None:
-    """Coverage, and errors beside those of the independent quantization.
+def _cover(row: Row, model: Any, full: Any, batches: list[dict[str, Any]]) -> None:
+    """Write down how much is in FP8.
+
+    Raises:
+        Nothing: all that could be stays in high precision by default.
+        Wrong: none of it is reached.
+    """
+    reached = called(model, lambda: [outputs(model, each) for each in batches])
+    part = coverage(model, full, reached)
+    row.share, row.eligible, row.unreached = round(part.share, 4), part.eligible, part.unreached
+    row.by_default, row.left = part.by_default, part.left
+    if not part.eligible and not part.unreached:
+        raise Nothing(f"its layers stay in high precision by default; {_kinds(model)}")
+    if not part.eligible:
+        raise Wrong("no weight of a kind that becomes FP8 is reached")
+
+
+def _compare(row: Row, exact: Any, other: Any, layers: Any, full: Any, batch: dict[str, Any]) -> list[torch.Tensor]:
+    """Errors beside those of the independent quantization; what the model computes in float32.
+
+    Args:
+        row: where they go.
+        exact: the model in float32.
+        other: the model in high precision, which becomes the independent quantization.
+        layers: with layers in FP8 alone.
+        full: with attention and caches in FP8, too.
+        batch: what they are run with.
 
     Raises:
         Wrong: too little is in FP8, or the error is too large.
     """
-    model, batch = built.model, batches[0]
-    reached = called(model, lambda: [outputs(model, each) for each in batches])
-    part = coverage(model, full, reached)
-    row.share, row.eligible, row.unreached, row.by_default = (
-        round(part.share, 4),
-        part.eligible,
-        part.unreached,
-        part.by_default,
-    )
-    row.left = part.left
-    exact = copy.deepcopy(other).float()
-    with eager(exact):
-        expected = outputs(exact, cast(batch, torch.float32))
-    row.error_with_attention = relative_error(outputs(full, batch), expected)
-    layers = load(saved, batches)
-    with eager(layers):
-        row.error = relative_error(outputs(layers, batch), expected)
+    batch_32 = cast(batch, torch.float32)
+    expected = outputs(exact, batch_32)
+    eager = alike(outputs(with_eager(exact), batch_32), expected)  # which that of transformers' own is not everywhere
     fake.quantize_in_place(other, codes_of(layers))
-    with eager(other):
-        row.error_of_fake = relative_error(outputs(other, batch), expected)
+    found, independent = (outputs(with_eager(each) if eager else each, batch) for each in (layers, other))
+    found_with_attention = outputs(full, batch)
+    fixed = of_fixed_shape(found, independent, expected)
+    if not fixed:
+        raise Wrong("the shapes of all outputs depend on values: there is nothing to compare")
+    row.error, row.error_of_fake, row.error_with_attention = (
+        relative_error([each[index] for index in fixed], [expected[index] for index in fixed])
+        for each in (found, independent, found_with_attention)
+    )
     judge(row)
+    return expected
+
+
+def with_eager(model: Any) -> Any:
+    """The model, with its eager attention where it has a choice."""
+    with suppress(Exception):  # of those that have none
+        model.set_attn_implementation("eager")
+    return model
+
+
+def alike(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
+    """Whether two ways of computing in float32 give the same."""
+    return len(found) == len(expected) and all(
+        one.shape == other.shape and torch.allclose(one, other, rtol=1e-2, atol=1e-2, equal_nan=True)
+        for one, other in zip(found, expected, strict=True)
+    )
+
+
+def of_fixed_shape(
+    found: list[torch.Tensor], independent: list[torch.Tensor], expected: list[torch.Tensor]
+) -> list[int]:
+    """Which outputs have the shape that they have in high precision.
+
+    Where values tell a shape (how long a sound becomes, say), the independent quantization has another one too.
+
+    Raises:
+        Wrong: a shape, or the number of outputs, is neither that in high precision nor that of the independent one.
+    """
+    fixed = []
+    for index, (one, other, exact) in enumerate(zip(found, independent, expected, strict=True)):
+        if one.shape == exact.shape == other.shape:
+            fixed.append(index)
+        elif one.shape != other.shape:
+            raise Wrong(f"outputs of different shapes: {tuple(one.shape)} and {tuple(exact.shape)}")
+    return fixed
 
 
 def judge(row: Row) -> None:
     """Hold the figures of a row against the limits."""
-    if not row.eligible:
-        raise Wrong("no weight of a kind that becomes FP8 is reached")
     if row.share < LEAST_SHARE:
         left = ", ".join(
             f"{reason} ({size})" for reason, size in sorted(row.left.items(), key=lambda each: -each[1])[:3]
@@ -284,11 +352,17 @@ def judge(row: Row) -> None:
         raise Wrong(f"error {row.error_with_attention:.3g} with attention, {row.error_of_fake:.3g} of layers alone")
 
 
-def _dequantized(row: Row, quantized: Any, model: Any, batch: dict[str, Any]) -> None:
-    plain = quantized.dequantize()
+def _dequantized(row: Row, full: Any, independent: Any, batch: dict[str, Any], expected: list[torch.Tensor]) -> None:
+    """What dequantize() gives, beside the model in high precision with the same weights, rounded independently."""
+    plain = full.dequantize()
     left = [name for name, each in plain.state_dict().items() if each.dtype == torch.float8_e4m3fn]
     if left:
         raise Wrong(f"{left[0]} is FP8 after dequantize()")
-    row.error_of_dequantized = relative_error(outputs(plain, batch), outputs(model, batch))
-    if not row.error_of_dequantized <= LARGEST_RATIO * row.error_of_fake + 0.02:
-        raise Wrong(f"error {row.error_of_dequantized:.3g} after dequantize(), {row.error_of_fake:.3g} in FP8")
+    found, other = outputs(plain, batch), outputs(independent, batch)
+    fixed = of_fixed_shape(found, other, expected)
+    row.error_of_dequantized, limit = (
+        relative_error([each[index] for index in fixed], [expected[index] for index in fixed])
+        for each in (found, other)
+    )
+    if not row.error_of_dequantized <= LARGEST_RATIO * limit + 0.02:
+        raise Wrong(f"error {row.error_of_dequantized:.3g} after dequantize(), {limit:.3g} of the same weights")

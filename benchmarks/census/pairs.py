@@ -64,12 +64,17 @@ def class_of(pair: Pair) -> Any:
     return getattr(transformers, pair.class_name)
 
 
-def loading_class(pair: Pair) -> Any:
-    """The auto class that users load the pair with; the model class where there is none, or it leads to another."""
+def loading_class(pair: Pair, config: Any) -> Any:
+    """The auto class that users load the pair with; the model class where there is none, or it leads to another.
+
+    Args:
+        pair: of architecture and model class.
+        config: of such a model, which tells an auto class where to go.
+    """
     for auto in vars(modeling_auto).values():
         mapping = getattr(auto, "_model_mapping", None)
         if not isinstance(auto, type) or mapping is None or auto.__name__ == "AutoBackbone":  # which loads no folders
             continue
-        if mapping._model_mapping.get(pair.model_type) == pair.class_name:
+        if type(config) in mapping and mapping._model_mapping.get(config.model_type) == pair.class_name:
             return auto
     return class_of(pair)

@@ -16,7 +16,7 @@ from typing import Any
 
 from .pairs import Pair, pairs
 
-CPU_S, LIMIT_S = 30, 600  # for one pair, of the processor's time and by the clock
+CPU_S, LIMIT_S = 120, 600  # for one pair, of the processor's time and by the clock
 
 
 def read(path: Path) -> dict[tuple[str, str], dict[str, Any]]:

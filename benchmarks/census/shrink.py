@@ -13,6 +13,8 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING
 
+from .complete import complete, own_backbone
+
 Config = dict[str, Any]
 
 VOCABULARY = 160
@@ -29,8 +31,8 @@ _WIDTH = re.compile(
     r"|_rank|dff|d_head|kv_channels|filter_sizes)"
 )
 _NO_WIDTH = re.compile(
-    r"vocab|position|patch|image_size|window|kernel|stride|batch|chunk|^num_(?!filters|channels)|^max_|fft|rate|block_size|crop"
-    r"|input_size|pool|codebook_size|group|factor|layers|time|frame|length|grid|context|view|roi|merge|expand|hash|token"
+    r"vocab|position|^pos_|patch|image_size|window|kernel|stride|batch|chunk|^num_(?!filters|channels)|^max_|fft|rate|block_size|crop"
+    r"|input_size|pool(?!er_hidden)|codebook_size|group|factor|layers|time|frame|length|grid|context|view|roi|merge|expand|hash|token"
     r"|num_dim|bins|buckets|ratio|step|resolution|spatial|tile|bucket|chunk|image_feature_pool|points|query_size|_p$"
 )  # fmt: skip
 _TOKEN = re.compile(r"(token_ids?|token_index|_token|eos_id|bos_id|pad_id|_index|_idx)$")
@@ -48,7 +50,7 @@ def walk(config: Config) -> Iterator[Config]:
     """A configuration, and all that are inside it."""
     yield config
     for name, value in config.items():
-        if isinstance(value, dict) and name not in _NO_PARTS:
+        if isinstance(value, dict) and name not in _NO_PARTS and all(isinstance(key, str) for key in value):
             yield from walk(value)
 
 
@@ -66,16 +68,31 @@ def proportional(config: Config, *, widths: bool = True, pictures: bool = True, 
     tokens = _token_map(small)
     for part in walk(small):
         _fewer_layers(part)
-        for name, value in list(part.items()):
-            if name in _DROPPED:
-                del part[name]
-            elif isinstance(name, str) and not isinstance(value, (bool, str, dict)):
-                part[name] = _smaller(name, value, divisor, tokens, fewer_heads)
+        _fewer_kinds(part)
+        for own in (part, *(part.get("per_layer_config") or {}).values()):
+            for name, value in list(own.items()):
+                if name in _DROPPED:
+                    del own[name]
+                elif isinstance(name, str) and not isinstance(value, (bool, str, dict)):
+                    own[name] = _smaller(name, value, divisor, tokens, fewer_heads)
         if divisor > 1 and not fewer_heads:
             _fitting_heads(part)
         if pictures:
             _smaller_pictures(part)
+    for part, full in zip(walk(small), walk(config), strict=True):
+        complete(part, full, _width_of(part), _heads_of(part))
+    for part in list(walk(small)):
+        own_backbone(part)
+    _fitting_text(small)
     return small
+
+
+def _fitting_text(config: Config) -> None:
+    """Features that are made for a text model, as wide as it is."""
+    width = _width_of(config.get("text_config") or {})
+    for part in config.values():
+        if width and isinstance(part, dict) and type(part.get("out_hidden_size")) is int:
+            part["out_hidden_size"] = width
 
 
 def _divisor(config: Config) -> int:
@@ -85,7 +102,7 @@ def _divisor(config: Config) -> int:
         own = part.get("head_dim") or part.get("d_kv")
         limits += [_power_of_two(own, 8)] if isinstance(own, int) and own else []
         width, heads = _width_of(part), _heads_of(part)
-        if width:
+        if width >= 32:
             limits.append(_power_of_two(width, 32))
             if heads and not own and width % heads == 0 and (width // heads) % 32 == 0:
                 limits.append(_power_of_two(width // heads, 8))
@@ -118,13 +135,9 @@ def _fitting_heads(part: Config) -> None:
         or (width % heads == 0 and width // heads % 8 == 0)
     ):
         return
-    fitting = next((each for each in range(heads, 0, -1) if width % (8 * each) == 0), None)
+    fitting = next((each for each in range(heads, 0, -1) if width % (8 * each) == 0), math.gcd(width, heads))
     for key, value in part.items():
-        if (
-            fitting
-            and type(value) is int
-            and (value == heads and _HEADS.search(str(key)) or "key_value_heads" in str(key))
-        ):
+        if type(value) is int and (value == heads and _HEADS.search(str(key)) or "key_value_heads" in str(key)):
             part[key] = fitting if value == heads else math.gcd(value, fitting)
 
 
@@ -154,6 +167,8 @@ def _smaller(name: str, value: Any, divisor: int, tokens: dict[int, int], fewer_
         return value
     if _WIDTH.search(name) and not _NO_WIDTH.search(name) and value >= 16 and value % divisor == 0:
         return value // divisor
+    if re.search(r"intermediate_size", name) and value > 8 * divisor > 8:
+        return value // (8 * divisor) * 8  # grouped products want rows of multiples of 16 bytes
     return value
 
 
@@ -174,9 +189,11 @@ _CEILINGS = [
         (r"^(mamba_)?chunk_size$", 16),
         (r"^sliding_window(_size)?$", 8),
         (r"^mm_tokens_per_image$", 4),
-        (r"(num|n)_(local_|routed_)?experts$|moe_num_experts$", 4),
+        (r"^(num_queries|two_stage_num_proposals|num_denoising)$", 8),
+        (r"(num|n)_(local_|routed_)?experts$|moe_num_experts$|zero_expert_num$", 4),
         (r"(experts_per_tok(en)?|moe_top_?k|moe_k|router_top_k|top_k_experts|num_selected_experts)$", 2),
-        (r"^n_group$|(_period|cross_attention_frequency|sliding_window_pattern|(de|en)coder_sparse_step)$", 2),
+        (r"^(n|num_expert)_group$", 2),
+        (r"(_period|cross_attention_frequency|sliding_window_pattern|(de|en)coder_sparse_step)$", 2),
         (r"^topk_group$|first_k_dense_replace|num_nextn_predict_layers|num_kv_shared_layers|_offset$", 1),
     )
 ]
@@ -222,6 +239,13 @@ def _fewer_layers(part: Config) -> None:
     ]:
         if isinstance(part[name], list):
             part[name] = [min(each, 1) if isinstance(each, int) else each for each in part[name]]
+
+
+def _fewer_kinds(part: Config) -> None:
+    """The same for a list of kinds of layers that is their count, too."""
+    kinds = part.get("layers_block_type")
+    if kinds and "num_hidden_layers" not in part:
+        part["layers_block_type"] = [kinds[index] for index in _representatives([(each,) for each in kinds])]
 
 
 def _representatives(kinds: list[tuple[str, ...]]) -> list[int]:
