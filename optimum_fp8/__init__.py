@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         FP8SelectionError,
         FP8StateError,
     )
+    from .exporting import export
     from .files import quantize_files
     from .measure import Measurements
     from .quantize import convert, dequantize, finalize_calibration, prepare, start_on_gaudi
@@ -53,6 +54,7 @@ __all__ = [
     "calibrate",
     "convert",
     "dequantize",
+    "export",
     "finalize_calibration",
     "load",
     "load_single_file",
@@ -76,6 +78,7 @@ _HOMES = {
     "calibrate": "calibration",
     "convert": "quantize",
     "dequantize": "quantize",
+    "export": "exporting",
     "finalize_calibration": "quantize",
     "load": "checkpoint",
     "load_single_file": "checkpoint",

@@ -21,6 +21,7 @@ from .lifecycle import (
     prepare,
     refuse_second_time,
     state_of,
+    unfold_exactly,
     unmeasured_state,
     unwrapped,
 )
@@ -61,7 +62,12 @@ def convert(model: nn.Module, config: FP8Config | None = None) -> nn.Module:
         state = unmeasured_state(model, config)
     elif config is not None and config != state.config:
         raise FP8StateError("convert: this model was prepared with another config: leave the argument out")
-    convert_with(model, state, attach_quantizer)
+    try:
+        convert_with(model, state, attach_quantizer)
+    except BaseException:
+        if state_of(model) is None:  # it was not prepared, and is as it was
+            unfold_exactly(state.changes)
+        raise
     return given
 
 

@@ -34,7 +34,8 @@ def _check_caches(targets: Iterable[Target]) -> None:
         FP8MeasurementError: what to do about it.
     """
     wanting = [target for target in targets if target.scheme.caches and target.scheme.needs_ranges]
-    if wanting and not any(target.handler.written in target.ranges.kinds for target in wanting):  # type: ignore[attr-defined]
+    written = [target.handler.written in target.ranges.kinds for target in wanting]  # type: ignore[attr-defined]
+    if wanting and not any(written) and not any(cache_record(target.module).refused for target in wanting):
         raise FP8MeasurementError(
             "kv_cache=True, but calibration wrote nothing to a cache: calibrate with use_cache=True, or leave "
             "kv_cache out for a model that has no cache (a file of INC's: put KVCache on its blocklist)"

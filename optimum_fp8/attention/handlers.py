@@ -212,18 +212,6 @@ class UnsupportedHandler(AttentionHandler):
         return {}
 
 
-class TorchAttentionHandler(UnsupportedHandler):
-    """torch's own MultiheadAttention, and what is derived from it."""
-
-    kind = "torch attention"
-
-    def why(self, module: nn.Module) -> str:
-        return "torch's own attention is not covered"
-
-    def matches(self, module: nn.Module) -> bool:
-        return isinstance(module, nn.MultiheadAttention)
-
-
 class OtherAttentionHandler(UnsupportedHandler):
     """Attention of another kind than a softmax between two products."""
 
@@ -285,7 +273,6 @@ def scales_of_cache(
 
 
 for _handler in (
-    TorchAttentionHandler(),
     OtherAttentionHandler(),
     OtherStorageHandler(),
     ProductHandler(),

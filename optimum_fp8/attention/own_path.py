@@ -1,8 +1,8 @@
 """Attention that looks up its function by name, and yet cannot be computed by ours: what of its source tells.
 
-Such a class does something else for "eager" and "sdpa" than for any other name, or has an eager function that takes
-more than ours does. Classes of transformers that hand a selection of keys to any other function are known, though:
-`selection.py` says what it means.
+Such a class does something else for "eager" and "sdpa" than for any other name, has an eager function that takes
+more than ours does, or takes masks to be boolean, which those for "sdpa" alone are. Classes of transformers that hand a
+selection of keys to any other function are known, though: `selection.py` says what it means.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ def own_path(owner: Hashable) -> str:
             return f"it hands over {', '.join(map(repr, selecting))}, which select the keys to attend to"
         if not selecting and any(_tells_ours_apart(node) for node in ast.walk(tree) if isinstance(node, ast.Compare)):
             return "it does something else for attn_implementation 'eager' and 'sdpa' than for any other"
+        if any(_negates_a_mask(node) for node in ast.walk(tree)):
+            return "it takes masks to be boolean, and those that are added to scores would turn around"
         if more := sorted((_used_by_eager(tree, base) & given) - _TAKEN):
             return f"its attention takes {', '.join(map(repr, more))}, which attention in FP8 does not"
     return ""
@@ -88,6 +90,13 @@ def _tells_ours_apart(node: ast.Compare) -> bool:
     names = [names] if isinstance(names, str) else list(names)
     among = {name: name in names for name in ("eager", "sdpa", NAME)}
     return among[NAME] not in (among["eager"], among["sdpa"])
+
+
+def _negates_a_mask(node: ast.AST) -> bool:
+    """`….mask.logical_not()`, which takes the zeros of a mask that is added for False; `~` would refuse them."""
+    if not (isinstance(node, ast.Attribute) and node.attr == "logical_not"):
+        return False
+    return isinstance(node.value, ast.Name) and "mask" in node.value.id
 
 
 def _used_by_eager(tree: ast.Module, cls: type) -> set[str]:

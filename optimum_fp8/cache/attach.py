@@ -67,12 +67,15 @@ def attach_cache(modules: Iterable[nn.Module], scales_of: ScalesOf) -> CacheHook
 def observe_caches(modules: Mapping[str, nn.Module], observe: Observe) -> CacheHooks:
     """Observe what `modules` write to caches, before it is stored; the caches stay in high precision.
 
+    What would not become FP8 is in `cache_record`.
+
     Args:
         modules: attention modules by name.
         observe: called with the name, the keys and the values, `[batch, heads, new length, size]`, whenever one writes.
     """
     hooks = CacheHooks()
     for name, module in modules.items():
+        start_record(module)
         hooks.put_on(module, partial(_before_observed, name, observe), _after_observed)
     return hooks
 

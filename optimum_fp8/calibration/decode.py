@@ -118,7 +118,7 @@ def _after_encoder(model: Any, inputs: Mapping[str, Any], steps: int) -> Passes:
     kwargs |= {"encoder_outputs": encoded, "use_cache": True}
     for _ in range(steps):
         token = _next_token(output, mask)
-        if token is None:
+        if token is None or (ids is not None and ids.ndim != token.ndim):  # it reads several ids at a place
             return
         ids, mask = token if ids is None else torch.cat([ids, token], dim=1), None
         kwargs = model._update_model_kwargs_for_generation(output, kwargs, is_encoder_decoder=True)
@@ -185,8 +185,10 @@ def _decoder_start(model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
             start = getattr(config, name, None)
             if start is not None:
                 first = next(value for value in inputs.values() if isinstance(value, torch.Tensor))
-                start = torch.as_tensor(start, dtype=torch.long, device=first.device).reshape(-1)[:1]
-                return start.expand(len(first), 1).clone()
+                start = torch.as_tensor(start, dtype=torch.long, device=first.device).reshape(-1)[0]
+                # Some decoders read several ids at a place.
+                ids, _ = model._prepare_decoder_input_ids_for_generation(len(first), "", {}, start, device=first.device)
+                return torch.as_tensor(ids.reshape(-1, ids.shape[-1]).clone())
     raise FP8CalibrationError(
         f"{type(model).__name__} has an encoder and a decoder, and neither the batch nor the model's configuration "
         "says what the decoder begins with: put decoder_input_ids or labels into the batch, or set "

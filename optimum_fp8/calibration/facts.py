@@ -63,6 +63,7 @@ def facts_of(model: nn.Module, origin: Origin | None = None) -> ModelFacts:
     origin = origin or (state.origin if state else None) or Origin(str(getattr(model, "name_or_path", "") or ""))
     named, required = _arguments(model)
     main = getattr(model, "main_input_name", None) or (required[0] if required else "input_ids")
+    main = main if isinstance(main, str) else main[0]  # some have several, the main one first
     encodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     return ModelFacts(origin, named, main, max_tokens(model), decodes(model) and not encodes)
 

@@ -34,7 +34,8 @@ def model_inputs(batch: Any) -> Any:
 def run_batch(model: nn.Module, observers: Observers, config: FP8Config, inputs: Any, samples: int) -> None:
     """One forward pass; where attention is measured, over a cache, and `decode_steps` tokens further.
 
-    So it is with a decoder that begins with one token, of which nothing is known but what it generates.
+    So it is with a decoder that begins with one token, of which nothing is known but what it generates. A batch that
+    says `use_cache=False` is run as it is.
 
     Args:
         model: the model that `observers` measure.
@@ -47,7 +48,8 @@ def run_batch(model: nn.Module, observers: Observers, config: FP8Config, inputs:
         FP8CalibrationError: the model cannot be run on it.
     """
     inputs = to_device(model, inputs)
-    goes_on = config.wants_attention or needs_decoder_start(model, inputs)
+    cached = config.wants_attention and isinstance(inputs, Mapping) and inputs.get("use_cache") is not False
+    goes_on = cached or needs_decoder_start(model, inputs)
     if not goes_on or not isinstance(inputs, Mapping) or not decodes(model):
         with observers.only_where(*masks_in(inputs), exact=True):
             call_model(model, inputs, samples)

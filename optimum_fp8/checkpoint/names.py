@@ -16,6 +16,19 @@ from transformers.core_model_loading import WeightRenaming, apply_renamings, dot
 COMPILED = "_orig_mod."  # between the names of a compiled module and of what is in it
 
 
+class ScaleBesideWeight(WeightRenaming):
+    """Undoes what a renaming of a weight alone does to the scales beside it.
+
+    Where files call the weight of a layer `X`, loading makes `X.weight` of it, and `X.weight.weight_scale` of what is
+    its scale.
+    """
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        super().__init__(r"\.weight\.((?:weight|input)_scale)$", r".\1")
+
+
 def names_in_model(model: Any, keys: Iterable[str]) -> dict[str, str]:
     """The names that transformers gives `keys` of files when it loads them into `model`, by key.
 
@@ -24,6 +37,7 @@ def names_in_model(model: Any, keys: Iterable[str]) -> dict[str, str]:
     if not isinstance(model, transformers.PreTrainedModel):
         return {key: key for key in keys}
     renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+    renamings.append(ScaleBesideWeight())
     modules, names = {name for name, _ in model.named_modules()}, {}
     for key in sorted(keys, key=dot_natural_key):  # some renamings depend on what came before
         name = apply_renamings(key, renamings)

@@ -43,7 +43,10 @@ from .names import names_in_model
 _KEPT = f"{Reason.NOT_IN_CHECKPOINT.value}, {Reason.KEPT.value}"
 
 _WEIGHT, _WEIGHT_SCALE = "weight", "weight_scale"
-_SCALED = r"[qkpv]\d*|input|output|partial|intermediate|weight|[kv]_cache|gate_up_proj|up_proj|down_proj"
+_SCALED = (
+    r"[qkpv]\d*|input(?:_key|_value)?|output|partial|intermediate|\w*weight(?:_[ih][hr]_l\d+(?:_reverse)?)?|[kv]_cache|"
+    r"gate_up_proj|up_proj|down_proj"
+)
 SCALE = re.compile(rf"(.+?)\.(?:{CHILD}\.)?((?:{_SCALED})_scale)$")
 Shapes = dict[str, dict[str, tuple[int, ...]]]
 
@@ -255,6 +258,8 @@ def _new_to(
         codes = len(found) == module.weight.ndim + 1
         other = codes and sorted(found) != sorted(stored_shape(module.weight.shape))
         return f"of another shape in the checkpoint: {found[1:]}" if other else None
+    if not set(names).isdisjoint(_scales_among(shapes)):  # its weights have names of their own
+        return None
     tail = ".".join(name.split(".")[-2:])
     renamed = "." in tail and any(key.endswith(f".{tail}.{_WEIGHT}") for key in shapes)
     had = _is_same_class(model) and (recorded is None or not set(names).isdisjoint(recorded))

@@ -14,7 +14,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import nn
 
 from ..errors import FP8CheckpointError, FP8StateError
-from ..lifecycle import refuse_no_module, refuse_second_time
+from ..lifecycle import expect_folded, refuse_no_module, refuse_second_time, unfolded_on_error
 from ..measure import architecture, difference
 from ..modules import part_of
 from ..selection import is_of_diffusers
@@ -97,11 +97,12 @@ def load(
     made_for = config.resolved_target
     config = config.replace(target=target_to_load(made_for, target))
     told, tensors = read(folder, layout, files)
-    if unlike := difference(told.get("architecture", {}), architecture(model)):
-        raise FP8CheckpointError(f"{folder} is of another architecture: {unlike}; give the one that was saved")
-    _check_part(folder, told.get("part"), part_of(model))
-    decisions = saved_decisions(model, config, files, {})
-    state = fill(model, config, decisions, tensors, made_for=made_for, where=folder, files=files, told=told)
+    with unfolded_on_error(expect_folded(model, config, tensors)):
+        if unlike := difference(told.get("architecture", {}), architecture(model)):
+            raise FP8CheckpointError(f"{folder} is of another architecture: {unlike}; give the one that was saved")
+        _check_part(folder, told.get("part"), part_of(model))
+        decisions = saved_decisions(model, config, files, {})
+        state = fill(model, config, decisions, tensors, made_for=made_for, where=folder, files=files, told=told)
     if made:
         in_saved_dtypes(model, told.get("dtypes", {}))
     if is_of_diffusers(model):

@@ -21,6 +21,7 @@ from ..scales import ScaleMethod
 from . import inc, method_dict
 from .contradictions import MODEL_RULES, MODULE_RULES, Rule
 from .keys import FORMAT_VERSION, KEYS, QUANT_METHOD, ConfigKeys, docstring_arguments
+from .presets import preset
 from .values import is_plain
 
 _MOST_SAMPLES = 4096  # of a dataset of which as many are used as it takes
@@ -56,6 +57,20 @@ class FP8Config(ConfigKeys, FineGrainedFP8Config):  # type: ignore[misc]
         for name, key in KEYS.items():
             setattr(self, name, options.get(name, key.default))
         self.post_init()
+
+    @classmethod
+    def preset(cls, name: str, **options: Any) -> FP8Config:
+        """The config of a scheme that published checkpoints have: "FP8" (calibrated, one scale a tensor), "FP8_DYNAMIC"
+        (a scale each output channel and token), "FP8_BLOCK" (128 × 128), "MXFP8" (groups of 32) or "W8A16".
+
+        Args:
+            name: of the preset, in any case.
+            options: other keys, which win over the preset's.
+
+        Raises:
+            FP8ConfigError: an unknown preset, and what the class itself raises.
+        """
+        return cls(**{**preset(name), **options})
 
     def post_init(self) -> None:
         """Check what single values cannot tell: keys that contradict each other, and versions from the future."""

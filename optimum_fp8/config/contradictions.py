@@ -72,6 +72,11 @@ MODEL_RULES = [
         "mode={c.mode!r} does not calibrate, but a dataset is given: use mode='AUTO', or drop the dataset",
     ),
     Rule(
+        lambda c: c.fold_batch_norm and c.calibration == "sequential",
+        "fold_batch_norm=True needs the weights in memory, which calibration='sequential' keeps on disk: use "
+        "calibration='whole'",
+    ),
+    Rule(
         lambda c: c.dequantize and (c.dataset is not None or c.mode == "MEASURE"),
         "dequantize=True loads a high-precision model: it cannot be combined with a dataset or mode='MEASURE'",
     ),

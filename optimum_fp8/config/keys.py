@@ -299,6 +299,13 @@ class ConfigKeys:
     quantize_embeddings: bool = key(
         False, BOOLEAN, "store embeddings in FP8", "ours", see="[layers](layers.md#embeddings)", of_module=True
     )
+    fold_batch_norm: bool = key(
+        False,
+        BOOLEAN,
+        "fold batch norms into the convolutions before them",
+        "ours",
+        see="[layers](layers.md#batch-norms)",
+    )
     attention: bool = key(
         False,
         BOOLEAN,

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, _IdentityOp
 
 from ..attention import CHILD
+from ..checkpoint.names import ScaleBesideWeight
 from ..config import FP8Config
 from ..errors import FP8ScaleError
 from ..formats import is_fp8, not_finite
@@ -218,8 +219,8 @@ def keys_of_codes(model: nn.Module) -> list[str]:
 
 
 def _is_ours(conversion: Any) -> bool:
-    operations = getattr(conversion, "operations", ())
-    return isinstance(conversion, ScaleRenaming) or any(isinstance(each, CheckCodes) for each in operations)
+    checks = any(isinstance(each, CheckCodes) for each in getattr(conversion, "operations", ()))
+    return checks or isinstance(conversion, (ScaleRenaming, ScaleBesideWeight))
 
 
 def _touches(conversion: Any, keys: list[str]) -> bool:

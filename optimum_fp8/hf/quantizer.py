@@ -19,7 +19,8 @@ from transformers.quantizers import HfQuantizer
 from ..attention import choices_by_config, chosen_before_loading
 from ..calibration import calibrate, calibrate_sequentially, check_dataset, check_sequential, facts_of
 from ..checkpoint.intact import RECORD, check_intact, record, recorded
-from ..checkpoint.native import check_complete, check_scales, saved_decisions, saved_scales, scales_in
+from ..checkpoint.names import ScaleBesideWeight
+from ..checkpoint.native import check_complete, check_scales, saved_decisions, saved_scales, saved_shapes, scales_in
 from ..checkpoint.ranges import Known, converted_targets, known_ranges, recorded_ranges
 from ..checkpoint.targets import fit_to_target
 from ..config import FP8Config
@@ -32,10 +33,13 @@ from ..lifecycle import (
     convert_with,
     dequantize,
     empty_measurements,
+    expect_folded,
     finalize_calibration,
+    fold_batch_norms,
     found_measurements,
     needs_ranges,
     prepare,
+    select_folded,
     set_state,
     start_observing,
     state_of,
@@ -44,7 +48,7 @@ from ..lifecycle import (
 from ..measure import architecture, check_dump_path, model_fingerprint, processes
 from ..modules import fp8_modules, swap
 from ..modules.handler import Change, Reason, Target, converted_modules, pack_all
-from ..selection import Decision, names_in_checkpoint, select
+from ..selection import Decision, names_in_checkpoint
 from .backends import set_up_devices
 from .conversions import (
     CheckCodes,
@@ -148,24 +152,25 @@ class FP8Quantizer(HfQuantizer):
             refuse_codes(model, files)
         if config.mode == "MEASURE":
             return
-        implementations = choices_by_config(model, self._chosen)
+        implementations, folded = choices_by_config(model, self._chosen), set[str]()
         if self.pre_quantized:
             adopt_parts(model, config)
             settle_target(config, self._made_for)
             told = recorded(files)
+            expect_folded(model, config, saved_shapes(files, model))
             self._decisions = saved_decisions(model, config, files, implementations, told.get("modules"))
             self._measured.tensors = recorded_ranges(told, self._decisions, f"{model.base_model_prefix}.")
             check_module_overrides(model, config, self._decisions)
             self._untied = untie(model, [each.name for each in self._decisions if each.selected])
         else:
-            self._decisions = select(model, config, implementations)
-        tied = tied_modules(model)
+            self._decisions, folded = select_folded(model, config, implementations)
+        later = tied_modules(model) | folded
         saved, prefix = saved_scales(files, model) if self.pre_quantized else {}, f"{model.base_model_prefix}."
         replacements: dict[nn.Module, nn.Module] = {}
         for decision in self._decisions:
-            # What is tied gets its weight after loading; what another implementation computes still has its scales.
+            # What is tied, or folded, gets its weight after loading; what another implementation computes has scales.
             expected = decision.selected or decision.why.reason is Reason.IMPLEMENTATION_CHOSEN
-            if not expected or decision.name in tied:
+            if not expected or decision.name in later:
                 continue
             target = self._target(model, decision)
             names = names_in_checkpoint(decision.name, prefix)
@@ -198,7 +203,8 @@ class FP8Quantizer(HfQuantizer):
         if kept and self.quantization_config.format_version < 2:
             renamings = [ScaleRenaming(kept)]
         check = WeightConverter(r"\.weight$", ".weight", [CheckCodes(self._loading)])
-        return [*renamings, *without_fp8(weight_conversions, keys_of_codes(model)), check]
+        known = without_fp8(weight_conversions, keys_of_codes(model))
+        return [*renamings, *known, ScaleBesideWeight(), check]
 
     def _look_first(self, model: Any) -> None:
         """Find what is wrong with paths and data before the weights are read, which takes long."""
@@ -292,12 +298,11 @@ class FP8Quantizer(HfQuantizer):
             finalize_calibration(model)
 
     def _finish_on_the_fly(self, model: Any) -> None:
-        config = self.quantization_config
+        config, folds = self.quantization_config, fold_batch_norms(model, self.quantization_config)
         self._measured.fingerprint = model_fingerprint(model, self._loading.digests)
         self._measured.architecture = architecture(model)
-        state = FP8State(
-            config, self._decisions, Phase.MEASURING, self._measured, origin=self._origin, digests=self._loading.digests
-        )
+        state = FP8State(config, self._decisions, Phase.MEASURING, self._measured, changes=folds)
+        state.origin, state.digests = self._origin, self._loading.digests
         set_state(model, state)
         if needs_ranges(state) and not self._find_ranges(model, state):
             logger.warning(

@@ -1,6 +1,7 @@
 """The steps of quantization, over handlers: every conductor (the public verbs, from_pretrained, …) calls these."""
 
 from .. import attention as attention  # registers its kinds of modules
+from .batch_norm import expect_folded, fold_batch_norms, select_folded, unfold_exactly, unfolded_on_error
 from .convert import convert_some, convert_with, refuse_unreached, unreached
 from .dequantize import dequantize
 from .inc_scales import inc_scales, weights_of
@@ -40,7 +41,9 @@ __all__ = [
     "convert_with",
     "dequantize",
     "empty_measurements",
+    "expect_folded",
     "finalize_calibration",
+    "fold_batch_norms",
     "found_measurements",
     "inc_scales",
     "is_unsigned",
@@ -55,12 +58,15 @@ __all__ = [
     "refuse_shares",
     "refuse_spread",
     "refuse_unreached",
+    "select_folded",
     "set_state",
     "settle_measurements",
     "signed",
     "start_observing",
     "state_of",
     "stored_measurements",
+    "unfold_exactly",
+    "unfolded_on_error",
     "unmeasured_state",
     "unreached",
     "unwrapped",

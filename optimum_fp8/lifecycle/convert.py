@@ -14,6 +14,7 @@ from ..config import FP8Config
 from ..errors import FP8MeasurementError
 from ..measure import Processes, processes
 from ..modules import frozen, swap
+from ..modules.folded_batch_norm import Fold
 from ..modules.handler import Conversion, Family, Reason, Target, Why, converted_modules, pack_all
 from ..scales import Scheme, quantize_weight
 from ..selection import leave_out, read_by_owner, reschemed
@@ -56,7 +57,7 @@ def convert_with(model: nn.Module, state: FP8State, finish: Callable[[Any], None
         phase=Phase.CONVERTED,
         observers=None,
         decisions=leave_out(state.decisions, missing),
-        changes=list(state.changes),
+        changes=[change for change in state.changes if not isinstance(change, Fold)],
     )
     before = len(converted.changes)
     done: list[Conversion] = []

@@ -7,6 +7,7 @@ from torch import nn
 
 from ..errors import FP8NotAvailableError
 from ..modules import swap
+from ..modules.folded_batch_norm import unfold
 from ..modules.handler import converted_modules
 from .sharded import refuse_spread
 from .state import set_state, state_of, unwrapped
@@ -40,4 +41,5 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         for change in reversed(state.changes):
             change.undo()
         set_state(part, None)
+    unfold(model)
     return given

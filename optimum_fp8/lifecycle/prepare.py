@@ -30,6 +30,7 @@ from ..measure import (
 from ..modules import part_of
 from ..modules.handler import find_all
 from ..selection import select
+from .batch_norm import fold_batch_norms, unfolded_on_error
 from .sharded import common_fingerprint, refuse_partial_activations
 from .state import FP8State, Phase, measuring_state, refuse_second_time, set_state, unwrapped
 from .unsigned import is_unsigned, signed
@@ -67,10 +68,11 @@ def prepare(model: nn.Module, config: FP8Config) -> nn.Module:
         )
     if config.mode == "MEASURE":
         check_dump_path(config.dump_stats_path)
-    decisions = select(model, config)
-    measurements = new_measurements(model, config)
-    state = FP8State(config, decisions, Phase.MEASURING, measurements)
-    start_observing(model, state)
+    with unfolded_on_error(fold_batch_norms(model, config)) as folds:
+        decisions = select(model, config)
+        measurements = new_measurements(model, config)
+        state = FP8State(config, decisions, Phase.MEASURING, measurements, changes=folds)
+        start_observing(model, state)
     set_state(model, state)
     return given
 
@@ -190,11 +192,13 @@ def _context(config: FP8Config) -> Context:
 def unmeasured_state(model: nn.Module, config: FP8Config) -> FP8State:
     """The state of a model that was not prepared: measurements come from the file, where there is one."""
     config.post_init()
-    state = FP8State(config, select(model, config), Phase.MEASURING, new_measurements(model, config))
-    if needs_ranges(state):
-        required = config.scheme == "static" or config.mode == "QUANTIZE"
-        stored = stored_measurements(config, model, state.measurements, required=required)
-        state.measurements = stored or state.measurements
+    with unfolded_on_error(fold_batch_norms(model, config)) as folds:
+        decisions, measurements = select(model, config), new_measurements(model, config)
+        state = FP8State(config, decisions, Phase.MEASURING, measurements, changes=folds)
+        if needs_ranges(state):
+            required = config.scheme == "static" or config.mode == "QUANTIZE"
+            stored = stored_measurements(config, model, state.measurements, required=required)
+            state.measurements = stored or state.measurements
     return state
 
 

@@ -24,9 +24,10 @@ class Padding:
         self._valid: dict[tuple[int, int], torch.Tensor] = {}  # by shape
         self._noted: dict[int, torch.Tensor] = {}  # by id, which is theirs as long as they are here
         self._number = next(_serial)
-        for mask in masks:
+        given = list(masks)
+        for mask in given:
             self._add(mask.bool())
-        self._given = frozenset(self._valid)
+        self._given = frozenset((mask.shape[0], mask.shape[1]) for mask in given)
 
     @property
     def state(self) -> tuple[int, int]:
@@ -87,7 +88,9 @@ class Padding:
         return x
 
     def _add_unless_given(self, valid: torch.Tensor) -> None:
-        if tuple(valid.shape) not in self._given:
+        """Add what modules say of lengths that no mask was given for; a mask that leaves nothing says what is padding,
+        in the way of torch's `key_padding_mask`: that there is none."""
+        if tuple(valid.shape) not in self._given and bool(valid.any()):
             self._add(valid)
 
     def _add(self, valid: torch.Tensor) -> None:

@@ -8,6 +8,7 @@ from .conv import FP8Conv, FP8Conv2d
 from .handler import ModuleHandler, register_handler
 from .layer import LayerHandler, fp8_modules
 from .linear import FP8Conv1D, FP8Linear
+from .own_forward import register_equivalent
 from .parallel import part_of
 from .swap import swap
 from .weight import FP8Weight, frozen
@@ -27,6 +28,7 @@ __all__ = [
     "fp8_modules",
     "frozen",
     "part_of",
+    "register_equivalent",
     "register_handler",
     "swap",
 ]

@@ -154,10 +154,12 @@ class FP8Module(StandsForOriginal):
 
     def _moved(self) -> nn.Parameter:
         """The codes for code that moves them; those that are to be brought (meta) in the form in which they are stored
-        and handed out by `state_dict`."""
+        and handed out by `state_dict`, and a weight that is quantized on its way in the form that the original has."""
         codes = self.codes
         if codes is None or not codes.is_meta:
             return codes
+        if not is_fp8(codes.dtype):
+            return frozen(self.to_out_in(codes), like=codes)
         moved = self._parameters["weight"] = frozen(stored_weight(codes), like=codes)
         return moved
 

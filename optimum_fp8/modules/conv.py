@@ -17,6 +17,7 @@ from .autocast import autocast
 from .base import FP8Module
 from .handler import register_handler
 from .layer import LayerHandler
+from .own_forward import run_own
 
 
 class FP8Conv(FP8Module):
@@ -144,14 +145,21 @@ def _padding(conv: Any, dimensions: int) -> tuple[list[int], tuple[int, ...]]:
     return border, none
 
 
+class FP8OwnConv(FP8Conv):
+    """A convolution in FP8 whose class has a forward of its own, which runs as it is around the product."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return run_own(self, self.origin, super().forward, *args, **kwargs)
+
+
 class LaterHandler(LayerHandler):
     """Layers of a kind that older versions left in high precision."""
 
     unlisted_before = True
 
 
-register_handler(LayerHandler("conv2d", (nn.Conv2d,), FP8Conv2d))
-register_handler(LaterHandler("conv1d", (nn.Conv1d,), FP8Conv))
-register_handler(LaterHandler("conv3d", (nn.Conv3d,), FP8Conv))
+register_handler(LayerHandler("conv2d", (nn.Conv2d,), FP8Conv2d, FP8OwnConv))
+register_handler(LaterHandler("conv1d", (nn.Conv1d,), FP8Conv, FP8OwnConv))
+register_handler(LaterHandler("conv3d", (nn.Conv3d,), FP8Conv, FP8OwnConv))
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 register_handler(LaterHandler("transposed conv", _TRANSPOSED, FP8ConvTranspose))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from .handler import (
     Why,
     spoken_type,
 )
+from .measured_forward import MeasuredForward, sees
+from .own_forward import EQUIVALENTS, is_known, measured
 from .weight import frozen
 from .weight_norm import take_hooks, with_weight_norm, without_weight_norm
 
@@ -45,7 +48,7 @@ class LayerHandler(ModuleHandler):
         kind: the kind's name.
         classes: the classes it is for, subclasses included.
         fp8_class: makes the counterpart from a module and a scheme.
-        equivalents: names of subclasses with a forward of their own that computes just what the class does.
+        own_class: makes the counterpart of subclasses with a forward of their own that goes through the class's.
     """
 
     family = LAYERS
@@ -56,14 +59,14 @@ class LayerHandler(ModuleHandler):
         kind: str,
         classes: tuple[type[nn.Module], ...],
         fp8_class: type[FP8Module],
-        equivalents: tuple[str, ...] = (),
+        own_class: type[FP8Module] | None = None,
     ):
-        self.kind, self.classes, self.fp8_class, self.equivalents = kind, classes, fp8_class, equivalents
+        self.kind, self.classes, self.fp8_class, self.own_class = kind, classes, fp8_class, own_class
         self.types = tuple(cls.__name__ for cls in classes)
 
     @property
     def known_types(self) -> tuple[str, ...]:
-        return (*self.types, *self.equivalents)
+        return (*self.types, *(EQUIVALENTS if self.own_class else ()))
 
     @property
     def spoken_types(self) -> tuple[str, ...]:
@@ -110,13 +113,23 @@ class LayerHandler(ModuleHandler):
 
     def computes_just_that(self, module: Any, base: Any) -> bool:
         """Whether a module's forward computes what that of the class `base` does, or is known to the FP8 module."""
-        return type(module).forward is base.forward or type(module).__name__ in self.equivalents
+        return type(module).forward is base.forward or self.runs_own(module)
+
+    def runs_own(self, module: Any) -> bool:
+        """Whether a module's class has a forward of its own that is run as it is, through the product of its class."""
+        base: Any = self.base_of(module)
+        return self.own_class is not None and type(module).forward is not base.forward and is_known(type(module))
 
     def observe(self, target: Target, observers: Observers) -> None:
         if not isinstance(target.module, FP8Module):
             observers.attach_weight(target.name, target.module, lambda module: self.to_out_in(self.plain(module)))
-        if target.scheme.needs_ranges:
+        if not target.scheme.needs_ranges:
+            return
+        if isinstance(target.module, FP8Module) or not self.runs_own(target.module):
             observers.attach(target.name, target.module)
+            return
+        forward = partial(measured, target.module, sees(observers, target.name))
+        observers.add(MeasuredForward(target.module, forward))
 
     def missing(self, target: Target) -> Why | None:
         reached = not target.scheme.needs_ranges or "input" in target.ranges.kinds
@@ -149,14 +162,16 @@ class LayerHandler(ModuleHandler):
             FP8StateError: the module's bias does not fit its weight.
         """
         plain = self.plain(target.module)
-        made = self.fp8_class(plain, target.scheme)  # type: ignore[call-arg, arg-type]
+        made_by = self.own_class if self.own_class and self.runs_own(plain) else self.fp8_class
+        made = made_by(plain, target.scheme)  # type: ignore[call-arg, arg-type]
         made.name, made.derived = target.name, plain is not target.module
         made.check_bias()
         return made
 
     def converted(self, model: nn.Module) -> dict[str, Any]:
         named = model.named_modules()
-        return {name: module for name, module in named if type(module) is self.fp8_class and self._stands_for(module)}
+        classes = (self.fp8_class, self.own_class)
+        return {name: module for name, module in named if type(module) in classes and self._stands_for(module)}
 
     def _stands_for(self, module: FP8Module) -> bool:
         return self.base_of(module.origin) is not None

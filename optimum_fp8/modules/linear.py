@@ -15,6 +15,7 @@ from .autocast import autocast
 from .base import FP8Module
 from .handler import register_handler
 from .layer import LayerHandler
+from .own_forward import run_own
 
 
 class FP8Linear(FP8Module):
@@ -72,6 +73,12 @@ class FP8Conv1D(FP8Linear):
         return super().forward(x)
 
 
-# FalconLinear has a forward of its own that computes just what nn.Linear's does.
+class FP8OwnLinear(FP8Linear):
+    """A linear layer in FP8 whose class has a forward of its own, which runs as it is around the product."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return run_own(self, self.origin, super().forward, *args, **kwargs)
+
+
 register_handler(LayerHandler("transposed linear", (Conv1D,), FP8Conv1D))
-register_handler(LayerHandler("linear", (nn.Linear,), FP8Linear, equivalents=("FalconLinear",)))
+register_handler(LayerHandler("linear", (nn.Linear,), FP8Linear, FP8OwnLinear))

@@ -23,6 +23,7 @@ from .all_reduce import Peers
 from .handler import Conversion, Quantize, Reason, Row, Surroundings, Target, Why, handlers
 from .layer import LayerHandler
 from .linear import FP8Linear
+from .measured_forward import MeasuredForward
 from .weight import frozen
 
 PARTIAL, SUM = "output", "output2"  # of a layer split by rows: what is measured of its results, by INC's numbering
@@ -177,8 +178,8 @@ class RowParallelHandler(ParallelHandler):
         if target.scheme.needs_ranges:
             observers.attach(target.name, target.module, outputs=False)
             see = partial(observers.observe, target.name)
-            target.module.__dict__["forward"] = partial(self._rows.measured, target.module, see)
-            observers.add(_MeasuredForward(target.module))
+            forward = partial(self._rows.measured, target.module, see)
+            observers.add(MeasuredForward(target.module, forward))
 
     def missing(self, target: Target) -> Why | None:
         if (why := super().missing(target)) or not target.scheme.needs_ranges:
@@ -226,16 +227,6 @@ class RowParallelHandler(ParallelHandler):
         if row is not None and module.partial_scale is not None:
             return Row(**{**vars(row), "scheme": f"{row.scheme}, all-reduce of new tokens in FP8"})
         return row
-
-
-class _MeasuredForward:
-    """The forward of a module that is measured; `remove` puts its own back."""
-
-    def __init__(self, module: nn.Module):
-        self.module = module
-
-    def remove(self) -> None:
-        self.module.__dict__.pop("forward", None)
 
 
 def part_of(model: nn.Module) -> tuple[int, int] | None:

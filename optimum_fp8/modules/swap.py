@@ -20,11 +20,13 @@ _HOOKS = (
 def swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
     """Put each replacement wherever its original stands in `model`, shared modules included.
 
-    Some models also keep modules in a plain list or dictionary, and call them from there.
+    Some models also keep modules in a plain list or dictionary, and call them from there. Replacements may hold
+    children of their originals, which are replaced in them as well.
     """
+    parents = dict.fromkeys(module for top in (model, *replacements.values()) for module in top.modules())
     places = [
         (parent, name, child)
-        for parent in list(model.modules())
+        for parent in parents
         for name, child in parent._modules.items()
         if child is not None and child in replacements
     ]

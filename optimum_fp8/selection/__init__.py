@@ -1,5 +1,6 @@
 """Which modules are quantized and how each of them, and why each of the others is not."""
 
+from .batch_norm import Pair, batch_norm_pairs
 from .decision import Decision, leave_out, with_limits
 from .default_skips import default_skips
 from .diffusion_ends import is_of_diffusers
@@ -20,7 +21,9 @@ from .weight_reads import read_by_owner
 
 __all__ = [
     "Decision",
+    "Pair",
     "all_names",
+    "batch_norm_pairs",
     "config_names",
     "default_skips",
     "is_of_diffusers",

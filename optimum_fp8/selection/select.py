@@ -16,7 +16,7 @@ from ..errors import FP8SelectionError, nearest
 from ..modules.fused_layout import layout_of
 from ..modules.handler import ModuleHandler, Reason, Surroundings, Why, find_all, handlers
 from ..scales import Scheme
-from .decision import Decision
+from .decision import Decision, leave_out
 from .default_skips import default_skips
 from .diffusion_ends import diffusion_ends
 from .idle import warn_of_idle_entries
@@ -65,6 +65,7 @@ def select(model: nn.Module, config: FP8Config, implementations: Mapping[int, st
         why = why or selected
         types = type_names(module)
         decisions.append(Decision(name, type(module).__name__, why, handler, scheme, types, in_config[name], limits))
+    decisions = _without_bypassed(model, decisions)
     _refuse_codes(decisions)
     _refuse_nothing(model, decisions)
     _warn_of_nothing_found(model, decisions, config)
@@ -216,18 +217,25 @@ def _precision_skips(model: nn.Module) -> list[str]:
 
 def _unfit_modules(model: nn.Module) -> dict[str, Why]:
     """Modules that would break the code around them in FP8, and why."""
-    bypassed = {module.out_proj for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
     first = first_modules(model)
     unfit = dict.fromkeys(read_by_owner(model), "the code around it multiplies by its weight")
     adapters = _adapters(model)
     for name, module in model.named_modules():
-        if module in bypassed:
-            unfit[name] = "nn.MultiheadAttention reads its weight and never calls it"
-        elif module in first:
+        if module in first:
             unfit[name] = "its weight is the first of the model and tells the model's dtype"
         elif module in adapters:
             unfit[name] = "it belongs to an adapter"
     return {name: Why(Reason.UNFIT, text) for name, text in unfit.items()}
+
+
+def _without_bypassed(model: nn.Module, decisions: list[Decision]) -> list[Decision]:
+    """The decisions without layers that an nn.MultiheadAttention in high precision multiplies by and never calls."""
+    selected = {decision.name for decision in decisions if decision.selected}
+    owners = {name: each for name, each in model.named_modules() if isinstance(each, nn.MultiheadAttention)}
+    bypassed = {id(each.out_proj) for name, each in owners.items() if name not in selected}
+    names = [name for name in selected if id(model.get_submodule(name)) in bypassed]
+    why = Why(Reason.UNFIT, "nn.MultiheadAttention reads its weight and never calls it")
+    return leave_out(decisions, dict.fromkeys(names, why))
 
 
 def _adapters(model: nn.Module) -> set[nn.Module]:

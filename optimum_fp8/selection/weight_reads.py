@@ -63,7 +63,7 @@ def first_modules(model: nn.Module) -> set[nn.Module]:
         if isinstance(getattr(type(part), "dtype", None), property):
             owner = next((module for module in part.modules() if _has_own_floats(module)), None)
             tells = isinstance(owner, (nn.Embedding, nn.EmbeddingBag))  # which in FP8 still tell the dtype
-            if owner is not None and not tells and getattr(owner, "bias", None) is None:
+            if owner is not None and not tells and not _has_bias(owner):
                 first.add(owner)
     return first
 
@@ -76,11 +76,19 @@ def _has_own_floats(module: nn.Module) -> bool:
     return any(parameter is not None and parameter.is_floating_point() for parameter in module._parameters.values())
 
 
+def _has_bias(owner: nn.Module) -> bool:
+    """Whether it has a parameter that stays in high precision, and can tell the dtype."""
+    return any(parameter is not None and parameter.ndim == 1 for parameter in owner._parameters.values())
+
+
 @cache
 def _weights_read_by(owner: Hashable) -> frozenset[Read]:
     """Every X in `….X.weight` or `….X[i].weight` in the forward pass of a class: its `forward`, and the methods of its
-    own that are called from there. Without source there are none."""
-    general = (*transformers.PreTrainedModel.__mro__, nn.Module)
+    own that are called from there. Without source there are none.
+
+    nn.MultiheadAttention does so unless it is in FP8 itself, which is known when all has been decided.
+    """
+    general = (*transformers.PreTrainedModel.__mro__, *nn.MultiheadAttention.__mro__)
     methods: dict[str, ast.FunctionDef] = {}
     for base in inspect.getmro(cast(type, owner)):
         tree = None if base in general else class_tree(base)

@@ -389,7 +389,7 @@ def test_a_module_may_have_scales_of_its_own_by_these_names(ids, save, tmp_path)
     assert next(row for row in quantization_report(model).attention).quantized
 
 
-def test_torch_own_attention_is_reported(ids):
+def test_torch_own_attention_is_a_layer_whose_products_stay(ids):
     class Net(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -402,7 +402,8 @@ def test_torch_own_attention_is_reported(ids):
     net = prepare(Net(), FP8Config(attention=True))
     net(torch.randn(1, 3, 8))
     report = quantization_report(convert(net))
-    assert [row.reason for row in report.attention] == ["torch's own attention is not covered"]
+    assert not report.attention and [row.name for row in report.quantized] == ["fc", "attn", "attn.out_proj"]
+    assert "attention's own products in high precision" in report.quantized[1].scheme
 
 
 def test_sub_models_get_the_implementation_too(save):

@@ -88,6 +88,19 @@ class Windowed(LlamaAttention):
         return self.o_proj(output.flatten(-2)), weights
 
 
+class OfBooleanMasks(LlamaAttention):
+    """Adds a score of its own, where its mask lets it: right with the masks of "sdpa" alone."""
+
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, cache=None, **kwargs):
+        q, k, v = call(self, hidden_states, position_embeddings, attention_mask)
+        if attention_mask is not None:
+            scores = torch.zeros(attention_mask.shape, dtype=q.dtype)
+            attention_mask = scores.masked_fill(attention_mask.logical_not(), float("-inf"))
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = attend(self, q, k, v, attention_mask, scaling=self.scaling, **kwargs)
+        return self.o_proj(output.flatten(-2)), weights
+
+
 def with_attention(cls, layers=(0, 1)):
     model = FAMILIES["llama"].make()
     for index in layers:
@@ -97,7 +110,13 @@ def with_attention(cls, layers=(0, 1)):
 
 @pytest.mark.parametrize(
     "cls, reason",
-    [(ByName, "'eager' and 'sdpa'"), (InAName, "'eager'"), (Selecting, "'block_indices'"), (Tempered, "'temperature'")],
+    [
+        (ByName, "'eager' and 'sdpa'"),
+        (InAName, "'eager'"),
+        (Selecting, "'block_indices'"),
+        (Tempered, "'temperature'"),
+        (OfBooleanMasks, "boolean"),
+    ],
 )
 def test_classes_of_users(cls, reason):
     assert reason in own_path(cls)

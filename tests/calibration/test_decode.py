@@ -46,6 +46,13 @@ def test_without_attention_nothing_is_decoded():
     assert calls == [1]
 
 
+def test_a_batch_without_a_cache_is_run_as_it_is():
+    calls, model = [], tiny_llama()
+    model.register_forward_pre_hook(lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True)
+    assert set(counts(model, 4, {"input_ids": IDS, "use_cache": False}).values()) == {2 * 7 * 32}
+    assert [set(call) for call in calls] == [{"input_ids", "use_cache"}] and calls[0]["use_cache"] is False
+
+
 def test_a_model_that_cannot_go_on_says_what_to_do():
     model = tiny_llama()
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as hf
 from attention_models import ENCODER, FAMILIES, GQA, IDS, MASK, PIXELS, SEQ2SEQ
+from grids import slow_but
 
 from optimum_fp8 import FP8Config, calibrate, prepare
 from optimum_fp8.errors import FP8CalibrationError
@@ -134,7 +135,7 @@ def same(x, y):
     return x is y or (x is not None and y is not None and torch.equal(x.long(), y.long()))
 
 
-@pytest.mark.parametrize("family", FAMILY)
+@pytest.mark.parametrize("family", slow_but(FAMILY, "llama", "qwen2_vl", "bart", "moonshine"))
 def test_the_inputs_are_those_of_generate(family):
     torch.manual_seed(1)
     model, inputs = FAMILY[family]()
@@ -207,6 +208,30 @@ def test_a_decoder_without_inputs_gets_its_start(family, attention):
     _, calls = calibrated(model, inputs, attention=attention, kv_cache=False)
     assert calls[0]["decoder_input_ids"].tolist() == [[1], [1]]
     assert [call["decoder_input_ids"].shape[1] for call in calls] == [1] * (STEPS + 1)
+
+
+def dia():
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 4, "head_dim": 8, "vocab_size": 64}
+    cross = {"cross_num_attention_heads": 4, "cross_num_key_value_heads": 4, "cross_head_dim": 8}
+    tokens = {"pad_token_id": 61, "eos_token_id": 60, "bos_token_id": 62}
+    decoder = text | cross | tokens | {"cross_hidden_size": 32, "num_channels": 3}
+    config = hf.DiaConfig(encoder_config=text, decoder_config=decoder, delay_pattern=[0, 1, 2])
+    return hf.DiaForConditionalGeneration(config).eval()
+
+
+@torch.no_grad()
+def test_a_decoder_that_reads_several_ids_at_a_place_begins_as_its_model_lets_it():
+    model = dia()
+    inputs = {"input_ids": IDS, "attention_mask": MASK}
+    _, calls = calibrated(model, inputs, kv_cache=False)
+    begun = model(**inputs, decoder_input_ids=calls[0]["decoder_input_ids"])
+    assert torch.equal(begun.logits, model(**inputs).logits), "Dia's forward knows where to begin"
+    _, calls = calibrated(model, inputs | {"use_cache": True})
+    assert [tuple(call["decoder_input_ids"].shape) for call in calls[1:]] == [(2, 1, 3)] * STEPS
+    given = torch.full((2, 4, 3), 5)
+    _, calls = calibrated(model, inputs | {"use_cache": True, "decoder_input_ids": given})
+    assert len(calls) == 1 and torch.equal(calls[0]["decoder_input_ids"], given), "what it predicts has another shape"
 
 
 class Letters:

@@ -103,6 +103,12 @@ def test_the_model_itself_takes_just_that(make):
         run(limit + 1)
 
 
+def test_of_several_main_inputs_the_first_is_the_main_one():
+    model = nn.Linear(2, 2)
+    model.main_input_name = ["pixel_values", "task_inputs"]  # as OneFormer says
+    assert facts_of(model).main_input == "pixel_values"
+
+
 def test_inputs_are_those_of_forward():
     assert {"labels", "decoder_input_ids"} < facts_of(t5()).inputs and facts_of(t5()).main_input == "input_ids"
     assert facts_of(tiny_llama()).takes("position_ids") and not facts_of(tiny_llama()).takes("label")

@@ -12,8 +12,19 @@ from optimum_fp8.lifecycle.state import state_of
 
 
 def inputs_seen(model, batch) -> dict[str, float]:
-    """max|x| of what goes into each module that is called with a tensor, by hooks of torch alone."""
+    """max|x| of what goes into each module that is called with a tensor, by hooks of torch alone.
+
+    nn.MultiheadAttention never calls its `out_proj`: what is multiplied by its weight is seen as that happens.
+    """
     seen: dict[str, float] = {}
+    product = torch.nn.functional.linear
+    attentions = {name: each for name, each in model.named_modules() if isinstance(each, torch.nn.MultiheadAttention)}
+    owners = {id(each.out_proj.weight): f"{name}.out_proj" for name, each in attentions.items()}
+
+    def seen_product(x, weight, bias=None):
+        if name := owners.get(id(weight)):
+            seen[name] = max(seen.get(name, 0.0), x.abs().max().item())
+        return product(x, weight, bias)
 
     def hook(name):
         def record(module, args):
@@ -24,7 +35,8 @@ def inputs_seen(model, batch) -> dict[str, float]:
 
     handles = [module.register_forward_pre_hook(hook(name)) for name, module in model.named_modules()]
     torch.manual_seed(1)
-    with torch.no_grad():
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.nn.functional, "linear", seen_product)
         model(**batch)
     for handle in handles:
         handle.remove()

@@ -147,6 +147,7 @@ if count > 1:
 )
 
 
+@pytest.mark.slow
 def test_shards_are_measured_as_the_whole_model(folder):
     files = []
     for count in (1, 2):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from grids import slow_but
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -68,9 +69,9 @@ def saved(model, folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("config", [STATIC, DYNAMIC], ids=["static", "dynamic"])
+@pytest.mark.parametrize("config", [STATIC, pytest.param(DYNAMIC, marks=pytest.mark.slow)], ids=["static", "dynamic"])
 @pytest.mark.parametrize("way", [converted, while_loading])
-@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("make", slow_but(MODELS, llava))
 def test_a_head_in_fp8(tmp_path, make, way, config, tied):
     model = way(make(tie_word_embeddings=tied).eval(), tmp_path, config)
     assert HEAD in fp8_modules(model)

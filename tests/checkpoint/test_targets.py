@@ -8,6 +8,7 @@ import logging
 
 import pytest
 import torch
+from grids import slow_but
 from hf.conftest import llama
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -93,9 +94,9 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 # --- against quantizing for the target ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("made_for, to", PAIRS)
+@pytest.mark.parametrize("made_for, to", slow_but(PAIRS, ("cpu", "gaudi2"), ("gaudi2", "gaudi3"), ("gaudi3", "cpu")))
 @pytest.mark.parametrize("method", STATIC)
-@pytest.mark.parametrize("fp8", ["E4M3", "E5M2"])
+@pytest.mark.parametrize("fp8", slow_but(["E4M3", "E5M2"], "E4M3"))
 @torch.no_grad()
 def test_loaded_for_another_target_it_is_what_quantizing_for_that_gives(tmp_path, method, made_for, to, fp8):
     options = {"scale_method": method, "fp8_config": fp8}
@@ -122,7 +123,7 @@ def test_every_observer_chooses_for_the_target_it_is_loaded_for(tmp_path, observ
     assert_same_scales(found, quantized(target=to, **options))
 
 
-@pytest.mark.parametrize("made_for, to", [("cpu", "gaudi2"), ("gaudi2", "gaudi3")])
+@pytest.mark.parametrize("made_for, to", slow_but([("cpu", "gaudi2"), ("gaudi2", "gaudi3")], ("cpu", "gaudi2")))
 @pytest.mark.parametrize(
     "options",
     [

@@ -52,7 +52,7 @@ print(optimum_fp8.quantization_report(model))
         pytest.param("from transformers import LlamaForCausalLM; import optimum_fp8", marks=pytest.mark.slow),
         pytest.param("from optimum_fp8 import FP8Config", marks=pytest.mark.slow),
         pytest.param("import optimum_fp8.modules", marks=pytest.mark.slow),
-        "import pickle; pickle.loads(b'coptimum_fp8.config\\nFP8Config\\n.')",
+        pytest.param("import pickle; pickle.loads(b'coptimum_fp8.config\\nFP8Config\\n.')", marks=pytest.mark.slow),
     ],
 )
 def test_registered_in_whatever_order(first):

@@ -58,7 +58,7 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, torch.Tensor], int]] = {
         PIXELS,
         15,
     ),
-    "siglip, attention pooling": (hf.SiglipVisionModel, hf.SiglipVisionConfig(**ENCODER), PIXELS, 14),
+    "siglip, attention pooling": (hf.SiglipVisionModel, hf.SiglipVisionConfig(**ENCODER), PIXELS, 16),
 }
 
 

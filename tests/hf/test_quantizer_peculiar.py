@@ -1,11 +1,12 @@
-"""Round trips of families that call layers from lists, read weights in helpers, call a module `….…_weight`, or cache
-keys alone."""
+"""Round trips of families that call layers from lists, read weights in helpers, call a module `….…_weight`, cache keys
+alone, or whose files hold the weights of several layers in one, or call a weight by its module's name."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import transformers as hf
+from grids import slow_but
 from transformers.models.glm5_next.configuration_glm5_next import Glm5NextConfig
 from transformers.models.qwen4_exp.configuration_qwen4_exp import Qwen4ExpTextConfig
 
@@ -89,11 +90,40 @@ def shieldgemma2():
     return hf.ShieldGemma2ForImageClassification, config, inputs
 
 
-CASES = [(mask2former, False), (layoutlmv3, False)]
+def lara_mini():
+    """Its files hold the weights of four layers one below the other, and only the layers tell where to cut."""
+    linear = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2}
+    config = hf.LaraMiniConfig(
+        **(linear | {"vocab_size": 64, "hidden_size": 32, "head_dim": 16, "num_hidden_layers": 2}),
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        linear_num_value_heads=4,
+        layer_types=["linear_attention", "full_attention"],
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    return hf.LaraMiniForCausalLM, config, {"input_ids": IDS}
+
+
+def inkling2():
+    """Its files call the weight of a layer `weight_proj`, without `.weight`."""
+    sizes = {"vocab_size": 64, "unpadded_vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "d_rel": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    heads |= {f"swa_{name}": value for name, value in heads.items()}
+    experts = {"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2}
+    config = hf.Inkling2TextConfig(
+        **sizes, **heads, **experts, layer_types=["hybrid", "hybrid_sliding"], rel_extent=64, eos_token_id=2
+    )
+    return hf.Inkling2ForCausalLM, config, {"input_ids": IDS}
+
+
+CASES = [(mask2former, False), (layoutlmv3, False), (lara_mini, False), (inkling2, False)]
 CASES += [(family, kv_cache) for family in (qwen4_exp, glm5_next, shieldgemma2) for kv_cache in (False, True)]
 
 
-@pytest.mark.parametrize(("family", "kv_cache"), CASES)
+@pytest.mark.parametrize("family, kv_cache", slow_but(CASES, *CASES[:4], (qwen4_exp, True)))
 def test_calibrated_while_loading_saved_and_reloaded(family, kv_cache, tmp_path):
     torch.manual_seed(0)
     model_class, config, inputs = family()

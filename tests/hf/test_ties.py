@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from grids import slow_but
 from torch import nn
 
 from optimum_fp8 import FP8Config, convert, dequantize
@@ -58,7 +59,7 @@ def tied_heads(model: Any) -> list[str]:
 
 @pytest.mark.core
 @pytest.mark.parametrize("how", ["from_pretrained", pytest.param("convert", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("family", TIED)
+@pytest.mark.parametrize("family", slow_but(TIED, "t5", "bart", "llama", "bert, tied bias"))
 def test_a_head_in_fp8_computes_as_it_did_when_it_was_tied(save, tmp_path, family, how, caplog):
     model_class, config, inputs = TIED[family]
     original = model_class(config).eval()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_models import tiny_gpt2, tiny_llama
 from torch import nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from optimum_fp8 import FP8Config, convert, dequantize, finalize_calibration, prepare, quantization_report
 from optimum_fp8.attention import plan_of, scales_of
@@ -222,6 +223,35 @@ def test_ranges_of_caches_that_nothing_was_written_to():
         convert(model)
     model(IDS, use_cache=True)
     convert(model)
+
+
+class OwnLayer(DynamicLayer):
+    """A layer of a cache that may compute with what it holds."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        return super().update(key_states, value_states, *args, **kwargs)
+
+
+@torch.no_grad()
+def test_a_cache_that_stays_as_it_is_does_not_keep_a_model_from_being_converted():
+    model = tiny_llama()
+    plain = copy.deepcopy(model)
+
+    def cache():
+        layers = [OwnLayer() for _ in range(model.config.num_hidden_layers)]
+        made = DynamicCache()
+        made.layers = layers
+        return made
+
+    prepare(model, FP8Config(**FULL))
+    model(IDS, past_key_values=cache())
+    convert(model)
+    used = cache()
+    found, expected = model(IDS, past_key_values=used).logits, plain(IDS).logits
+    assert all(type(layer) is OwnLayer and layer.keys.is_floating_point() for layer in used.layers)
+    assert torch.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.98
+    (row, *_) = quantization_report(model).attention
+    assert "OwnLayer does more than hold keys and values" in str(row.cache_refused)
 
 
 def test_unreached_modules_are_left_out_of_both_families_if_asked(caplog):

@@ -51,6 +51,19 @@ def test_masks_of_attention_tell_padding_of_lengths_of_their_own(kind):
     assert bool((padding.tokens_of(marked()) == 1).all())
 
 
+def test_masks_that_say_what_is_padding_leave_what_was_given():
+    for given in ([torch.ones_like(VALID)], []):
+        padding = Padding(given, active=True)
+        padding.note(torch.zeros(2, LENGTH, dtype=torch.bool))  # Grounding DINO's `key_padding_mask`: none is padding
+        assert padding.rows_of(marked()).shape[:2] == (ROWS, LENGTH)
+    padding = Padding([VALID], active=True)
+    padding.note(VALID == 0)
+    assert bool((padding.rows_of(marked()) == 1).all())
+    padding = Padding([torch.ones_like(VALID)], active=True)
+    padding.note(VALID == 0)
+    assert padding.rows_of(marked()).shape[:2] == (ROWS, LENGTH)
+
+
 def test_masks_that_say_what_is_masked_tell_nothing():
     causal = torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool).triu(1)  # as MPT has it: True is masked
     padding = Padding(active=True)

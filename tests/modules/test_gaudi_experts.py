@@ -22,7 +22,7 @@ from gaudi_expert_models import (
     VllmMixtureOfExpertsOpFP8PerChannel,
     expert_model,
 )
-from grids import over
+from grids import over, slow_but
 from torch import nn
 
 from optimum_fp8 import (
@@ -148,7 +148,7 @@ def test_computes_what_inc_computes(model_class, chip):
     assert scales["down_proj_scale"].flatten().tolist() == s_w[-1]
 
 
-@pytest.mark.parametrize("model_class", MODELS)
+@pytest.mark.parametrize("model_class", slow_but(MODELS, GaudiMixtral))
 @over(chip=CHIPS, constant=["scalar", "const"])
 def test_the_whole_model_runs_on_gaudis_operator(model_class, chip, constant):
     model = converted(model_class, chip, scale_format=constant)

@@ -119,7 +119,7 @@ class OwnConv(nn.Conv1d):
     """A class that the package does not know."""
 
     def forward(self, x):
-        return super().forward(x)
+        return nn.functional.conv1d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 def own_net():

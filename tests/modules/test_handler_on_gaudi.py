@@ -18,6 +18,8 @@ from gaudi_expert_models import GaudiMixtral, VllmMixtral, expert_model
 from gaudi_models import CONFIG, gaudi_model, generate
 from grids import over
 from on_gaudi import NothingIsRead, as_on_a_card, compared
+from scale_methods import FOR_ANY_SHAPE
+from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 from vllm_gaudi_model import Runner
 
@@ -26,10 +28,10 @@ from optimum_fp8.attention.handlers import UnsupportedHandler
 from optimum_fp8.formats import FP8_DTYPES
 from optimum_fp8.modules import LayerHandler
 from optimum_fp8.modules.handler import converted_modules, handlers
-from optimum_fp8.scales import SCALE_METHODS
 from optimum_fp8.test_utils import gaudi
 
 IDS = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(1))
+HIDDEN = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(2)).bfloat16()
 TARGETS = ["gaudi2", "gaudi3"]
 
 
@@ -95,13 +97,46 @@ def with_fused_experts():
     return Subject("experts", make, lambda model, dtype: model(IDS), blocklist={"types": ["Linear"]})
 
 
+def with_torch_attention():
+    def make():
+        torch.manual_seed(5)
+        return TwoInputs(nn.MultiheadAttention(32, 4, batch_first=True)).bfloat16().eval()
+
+    call = lambda model, dtype: model(HIDDEN)  # noqa: E731
+    return Subject("linear", make, call, blocklist={"names": ["out_proj"]})
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(5)
+        self.rnn = nn.GRU(32, 16, batch_first=True)
+
+    def forward(self, x):
+        return self.rnn(x)[0]
+
+
+class TwoInputs(nn.Module):
+    """Attention to itself, and to something else."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x):
+        x = self.attention(x, x, x)[0]
+        return self.attention(x, HIDDEN, HIDDEN, need_weights=False)[0]
+
+
 ATTENTION = {
     "interface": of_family("attention", "llama"),
     "functions": of_family("matmul", "bloom"),
     "products": with_helpers("matmul", False, ["fused_scaled"]),
     "fused": with_helpers("attention", True, ["matmul", "softmax"]),
     "blocks": with_blocks(),
+    "torch": with_torch_attention(),
 }
+RECURRENT = Subject("cast_from_fp8", lambda: Recurrent().bfloat16().eval(), lambda model, dtype: model(HIDDEN))
 EXPERTS = {
     "optimum-habana": with_experts(GaudiMixtral),
     "vLLM": with_experts(VllmMixtral),
@@ -116,7 +151,7 @@ def ways(*parts: str, searched: bool = False) -> list[tuple[str, str]]:
         searched: those that search for the scales of weights, which takes longer, or the others.
     """
     found: dict[Any, tuple[str, str]] = {}
-    for name, method in SCALE_METHODS.items():
+    for name, method in FOR_ANY_SHAPE.items():
         rules = [getattr(method, part) for part in parts]
         if ("weight" in parts and method.weight.value == "search") is not searched:
             continue
@@ -155,6 +190,10 @@ def quantized(subject, path, target, fp8_config, way):
     return convert(subject.make(), FP8Config(mode="QUANTIZE", dump_stats_path=path, **subject.config, **keys))
 
 
+def recurrent(target, method):
+    return convert(RECURRENT.make(), FP8Config(target=target, scale_method=method, activation_scheme="weight_only"))
+
+
 def assert_predicted(subject, path, target, fp8_config, way):
     with compared(target) as comparison:
         model = quantized(subject, path, target, fp8_config, way)
@@ -169,6 +208,7 @@ def test_every_kind_is_there(measured):
     for name, subject in (ATTENTION | EXPERTS).items():
         model = quantized(subject, measured[name], "gaudi2", "E4M3", ("maxabs_hw", "static"))
         found |= {handler.kind for _, handler in converted_modules(model).values()}
+    found |= {handler.kind for _, handler in converted_modules(recurrent("gaudi2", "maxabs_hw")).values()}
     others = (LayerHandler, UnsupportedHandler)
     assert found == {handler.kind for handler in handlers() if not isinstance(handler, others)}
 
@@ -210,3 +250,14 @@ def test_no_value_is_read(measured, name, way):
         with as_on_a_card(), NothingIsRead():
             subject.call(model, torch.float8_e4m3fn)
     assert set(quantization_report(model).kernels) == {"hpu"}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@over(way=[method for method, scheme in ways("weight") if scheme == "static"])
+def test_recurrent_layers(target, way):
+    """Their weights are dequantized by the card's operator; torch computes with the values."""
+    expected = RECURRENT.call(recurrent(target, way), torch.bfloat16)
+    with gaudi.emulated(target), ops.backend("hpu"):
+        model = recurrent(target, way)
+        found = RECURRENT.call(model, torch.bfloat16)
+    assert torch.equal(found, expected) and set(quantization_report(model).kernels) == {"hpu"}

@@ -14,18 +14,19 @@ from optimum_fp8.formats import number_format
 from optimum_fp8.measure import KnownRange, Measurements
 from optimum_fp8.modules import FP8Linear, LayerHandler, frozen
 from optimum_fp8.modules.handler import Reason, Surroundings, Target
+from optimum_fp8.modules.linear import FP8OwnLinear
 from optimum_fp8.scales import fit_weight
 from optimum_fp8.selection import scheme_for
 
-HANDLER = LayerHandler("mine", (nn.Linear,), FP8Linear, equivalents=("Equivalent",))
+HANDLER = LayerHandler("mine", (nn.Linear,), FP8Linear, FP8OwnLinear)
 
 
 class Other(nn.Linear):
     def forward(self, x):
-        return super().forward(x) + 1
+        return nn.functional.linear(x, self.weight) + 1
 
 
-class Equivalent(nn.Linear):
+class PassesOn(nn.Linear):
     def forward(self, x):
         return super().forward(x)
 
@@ -58,7 +59,7 @@ def empty(module):
     "module, text",
     [
         (nn.Linear(4, 3), None),
-        (Equivalent(4, 3), None),
+        (PassesOn(4, 3), None),
         (Other(4, 3), "Other has a forward of its own"),
         (replaced(nn.Linear(4, 3)), "its forward was replaced"),
         (parametrized(nn.Linear(4, 3)), "its weight is parametrized"),
@@ -94,7 +95,7 @@ def test_a_scale_beside_the_weight():
 
 
 def test_names_of_its_classes():
-    assert (HANDLER.types, HANDLER.known_types) == (("Linear",), ("Linear", "Equivalent"))
+    assert (HANDLER.types, HANDLER.known_types) == (("Linear",), ("Linear", "FalconLinear", "IdeficsDecoupledLinear"))
     assert HANDLER.matches(Other(2, 2)) and not HANDLER.matches(nn.Conv1d(2, 2, 1))
 
 

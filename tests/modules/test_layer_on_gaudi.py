@@ -10,17 +10,21 @@ import deepspeed_layers as deepspeed
 import pytest
 import torch
 import vllm_layers as vllm
-from grids import over
+from grids import over, slow_but
 from on_gaudi import NothingIsRead, as_on_a_card, assert_near, before_bias, same_bytes
+from scale_methods import FOR_ANY_SHAPE
 from torch import nn
 from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4GroupedLinear
+from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.models.voxtral_realtime.modeling_voxtral_realtime import VoxtralRealtimeCausalConv1d
 from transformers.pytorch_utils import Conv1D
 
 from optimum_fp8 import FP8Config, convert, finalize_calibration, ops, prepare
 from optimum_fp8.modules import LayerHandler
 from optimum_fp8.modules import handler as registry
 from optimum_fp8.modules.embedding import EmbeddingHandler
-from optimum_fp8.scales import SCALE_METHODS, inf_as_nan
+from optimum_fp8.scales import inf_as_nan
 from optimum_fp8.test_utils import gaudi
 
 IN, OUT, TOKENS = 40, 24, 6
@@ -59,6 +63,9 @@ def layers() -> nn.ModuleDict:
         "conv3d": nn.Conv3d(4, OUT, 3, padding=1),
         "conv transposed in groups": nn.ConvTranspose1d(8, OUT, 4, stride=2, groups=2),
         "conv standardized": WeightStandardizedConv2d(8, OUT, 3, padding=1),
+        "linear with a forward of its own": FalconLinear(IN, OUT),
+        "conv1d with a forward of its own": VoxtralRealtimeCausalConv1d(IN, OUT, 3, "key"),
+        "linear in groups": DeepseekV4GroupedLinear(IN, OUT, 3),
     }
     return nn.ModuleDict(made).bfloat16().requires_grad_(False)
 
@@ -87,6 +94,7 @@ def input_of(name: str, seed: int, outliers: float) -> torch.Tensor:
     shape = {"conv1d": (2, IN, 9), "conv2d": (2, 8, 7, 9), "conv2d in groups": (2, 8, 7, 9), "LoRA conv": (8, 5, 6)}
     shape |= {"conv3d": (2, 4, 3, 4, 5), "conv transposed in groups": (2, 8, 5), "conv standardized": (2, 8, 5, 6)}
     made = torch.Generator().manual_seed(seed)
+    shape |= {"conv1d with a forward of its own": (2, IN, 9), "linear in groups": (2, TOKENS // 2, 3, IN)}
     x = torch.randn(shape.get(name, (2, TOKENS // 2, IN)), generator=made)
     return torch.where(torch.rand(x.shape, generator=made) < 0.02, x * outliers, x).bfloat16()
 
@@ -116,7 +124,7 @@ def ranges(tmp_path_factory):
 def ways() -> list[tuple[str, str]]:
     """Every method with every way to scale activations; where they are not rounded, one method of each weight's."""
     found, rules = [], set()
-    for name, method in SCALE_METHODS.items():
+    for name, method in FOR_ANY_SHAPE.items():
         found += [] if method.dynamic_only else [(name, "static")]
         found += [(name, "dynamic")] if method.activation.needs_range else []
         found += [] if method.weight in rules else [(name, "weight_only")]
@@ -182,11 +190,11 @@ def test_every_kind_of_layer_is_there(ranges):
         assert len(modules) == len(model)
         found |= {handler.kind for _, handler in modules.values()}
     assert found == kinds
-    assert {method for method, _ in ways()} == set(SCALE_METHODS) and len(SCALE_METHODS) == 13
+    assert {method for method, _ in ways()} == set(FOR_ANY_SHAPE) and len(ways()) > 26
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("fp8_config", FORMATS)
+@pytest.mark.parametrize("fp8_config", slow_but(FORMATS, "E4M3"))
 @over(way=ways())
 def test_layers(ranges, target, fp8_config, way):
     plain = quantized(layers, ranges, target, fp8_config, way)

@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from grids import slow_but
 from tiny_models import tiny_llama
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
@@ -67,7 +68,7 @@ def in_high_precision():
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but(CASES, "static", "dynamic", "attention"))
 def test_equal_layers_share_one_graph(case, in_high_precision):
     model = converted(llama(), **CASES[case])
     expected = logits(model)

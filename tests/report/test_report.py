@@ -14,7 +14,7 @@ from optimum_fp8.ops import Kernel, dispatch
 
 class OwnForward(nn.Linear):
     def forward(self, x):
-        return super().forward(x)
+        return nn.functional.linear(x, self.weight, self.bias)
 
 
 def net():

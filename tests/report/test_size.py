@@ -32,7 +32,9 @@ def t5():
 
 
 def plain():
-    return nn.Sequential(nn.Embedding(10, 8), nn.LSTM(8, 8), nn.Bilinear(8, 8, 3), nn.LayerNorm(8), nn.Linear(8, 16))
+    return nn.Sequential(
+        nn.Embedding(10, 8), nn.LSTMCell(8, 8), nn.Bilinear(8, 8, 3), nn.LayerNorm(8), nn.Linear(8, 16)
+    )
 
 
 MAKERS = {"llama": tiny_llama, "gpt2, tied": tiny_gpt2, "mixtral": mixtral, "t5, shared": t5, "plain": plain}
@@ -104,7 +106,7 @@ def test_what_no_handler_knows_has_a_row_by_class():
     report = quantization_report(in_fp8(plain()))
     others = {row.type: (row.names, row.parameters) for row in report.others}
     expected = {name: ([str(index)], sum(p.numel() for p in plain()[index].parameters())) for index, name in
-                enumerate(["Embedding", "LSTM", "Bilinear", "LayerNorm"])}  # fmt: skip
+                enumerate(["Embedding", "LSTMCell", "Bilinear", "LayerNorm"])}  # fmt: skip
     assert others == expected
     reasons = {row.type: row.reason for row in report.others}
     assert reasons.pop("Embedding") == "not asked for by the configuration"

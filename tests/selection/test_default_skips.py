@@ -57,6 +57,7 @@ def test_a_classifier_stays_out():
     assert default_skips(hf.ViTForImageClassification(config)) == ["classifier"]
 
 
+@pytest.mark.slow
 def test_projections_of_a_trained_clip_cost_alike():
     case = tiny_clip()
     expected = outputs(case.load().eval(), case)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from diffusion_models import TINY, output, tiny
+from grids import slow_but
 
 from optimum_fp8 import FP8Config, convert, load, prepare, quantization_report, save
 
@@ -21,7 +22,7 @@ DYNAMIC = {"target": "cpu", "activation_scheme": "dynamic"}
 WORDS = ("it reads the noisy sample", "it writes the prediction")
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", slow_but(TINY, "stable diffusion", "flux", "dit"))
 def test_ends_are_kept_and_the_report_says_why(name):
     report = quantization_report(prepare(tiny(name), FP8Config(target="cpu")))
     kept = {row.name for row in report.modules if row.reason.endswith(WORDS)}
