@@ -21,11 +21,13 @@ PYTEST = bin/pytest -n $(WORKERS) --dist worksteal
 test: .venv/.ready
 	.venv/$(PYTEST) -m "not slow"
 
-test-slow: .venv/.embeddings .venv-inc/.ready test-oldest test-newest
+READERS = $(addsuffix /.ready,$(addprefix .venv-compressed-tensors-,0.17.0 0.20.1))
+
+test-slow: .venv/.embeddings .venv-inc/.ready $(READERS) test-oldest test-newest
 	.venv/$(PYTEST) -m slow
 
 test-oldest: .venv-oldest/.ready
-	.venv-oldest/$(PYTEST) -m core
+	.venv-oldest/$(PYTEST) -m "core and not slow"
 
 # Where that Python is installed. On x86-64, PyPI's torch for it is a CUDA build of several gigabytes.
 ifeq ($(shell $(NEWEST) -c "print(1)" 2>/dev/null),1)
@@ -77,4 +79,11 @@ LARGE = datasets scikit-learn
 	$(PY) -m venv $(@D)
 	$(@D)/bin/pip install -q --no-compile $(TORCH)
 	$(@D)/bin/pip install -q --no-compile $(INC)
+	touch $@
+
+# A package that reads exported checkpoints, in a folder of its own that tests put on the path of .venv's Python: where it
+# is installed, transformers behaves otherwise.
+.venv-compressed-tensors-%/.ready: .venv/.ready
+	.venv/bin/pip install -q --no-compile --target $(@D) --no-deps compressed-tensors==$*
+	.venv/bin/pip install -q --no-compile --target $(@D) pydantic loguru
 	touch $@

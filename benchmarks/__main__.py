@@ -1,6 +1,6 @@
 """Everything, in one table, which is also written to `benchmarks/results/NAME.md`.
 
-    python -m benchmarks [--only linear casts attention experts generate memory loading overhead calibrate]
+    python -m benchmarks [--only linear casts conv attention experts generate memory loading overhead calibrate]
                          [--compile] [--samples N] [--name NAME]
 
 Needs the extra `benchmark` (`pip install -e '.[benchmark]'`), about 6 GB of memory, and a quiet machine: the load
@@ -16,13 +16,27 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from . import attention, calibrate, cpu_casts, cpu_linear, experts, generate, loading, machine, memory, overhead, table
+from . import (
+    attention,
+    calibrate,
+    conv,
+    cpu_casts,
+    cpu_linear,
+    experts,
+    generate,
+    loading,
+    machine,
+    memory,
+    overhead,
+    table,
+)
 
 Part = Callable[[argparse.Namespace], tuple[list[table.Row], list[str]]]
 
 PARTS: dict[str, Part] = {
     "linear": lambda options: cpu_linear.run(budget=options.budget, static=options.static),
     "casts": lambda options: cpu_casts.run(budget=options.budget),
+    "conv": lambda options: conv.run(options.budget, options.single_thread),
     "attention": lambda options: attention.run(budget=options.budget),
     "experts": lambda options: experts.run(budget=4 * options.budget),
     "generate": lambda options: generate.run(options.scale_method, options.rivals),
@@ -40,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     found.add_argument("--compile", action="store_true", help="generate under torch.compile too")
     found.add_argument("--static", action="store_true", help="linear layers with FP8 activations too")
+    found.add_argument("--single-thread", action="store_true", help="convolutions by the CPU time of one thread")
     found.add_argument("--rivals", nargs="*", default=generate.RIVALS, choices=generate.RIVALS)
     found.add_argument("--scale-method", default=generate.models.SCALES_PER_CHANNEL)
     found.add_argument(

@@ -1,9 +1,12 @@
-"""Many combinations of values in one test: quicker than a test for each, and a failure names the combination."""
+"""Many combinations of values in one test: quicker than a test for each, and a failure names the combination; and
+parameters most of which are slow.
+"""
 
 import functools
 import inspect
 import itertools
 
+import pytest
 import torch
 
 
@@ -28,3 +31,10 @@ def over(**values):
         return run
 
     return decorate
+
+
+def slow_but(values, *fast):
+    """Parameters for `pytest.mark.parametrize`, all of them slow but those in `fast`."""
+    assert set(fast) <= set(values)
+    several = lambda value: value if isinstance(value, tuple) else (value,)  # noqa: E731
+    return [value if value in fast else pytest.param(*several(value), marks=pytest.mark.slow) for value in values]

@@ -103,6 +103,7 @@ def test_logged_for_a_test(): run(LOGGED, "test_something")
 """
 
 
+@pytest.mark.slow
 def test_what_transformers_calls_deprecated_is_an_error(suite):
     (suite / "test_suite.py").write_text(DEPRECATED)
     run = fresh.TORCH.try_to_run(PYTEST, "test_suite.py", folder=suite).stdout.partition("short test summary")[0]

@@ -74,12 +74,12 @@ def registries():
     """What a page registers is gone afterwards."""
     from optimum_fp8 import checkpoint, measure, rounding, scales
     from optimum_fp8.calibration import SOURCES
-    from optimum_fp8.modules import handler
+    from optimum_fp8.modules import handler, own_forward
     from optimum_fp8.ops import dispatch
 
     tables = (
         *(checkpoint.FORMATS, measure.OBSERVERS, scales.VALUES, scales.SCALE_METHODS, rounding.ROUNDINGS),
-        *(handler._handlers, SOURCES, *dispatch._kernels.values()),
+        *(handler._handlers, SOURCES, own_forward.EQUIVALENTS, *dispatch._kernels.values()),
     )
     before = [table.copy() for table in tables]
     yield

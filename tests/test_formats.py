@@ -152,6 +152,7 @@ def test_a_bridge_that_was_imported_is_asked(chip):
     assert detect_target() not in GAUDI_TARGETS
 
 
+@pytest.mark.slow
 def test_a_bridge_is_not_imported_to_find_out(tmp_path):
     (tmp_path / "habana_frameworks").mkdir()
     (tmp_path / "habana_frameworks" / "__init__.py").write_text("raise SystemExit('imported')")

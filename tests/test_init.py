@@ -46,10 +46,12 @@ def test_import_is_light(tmp_path):
     assert of_the_package(found) == {"optimum_fp8", "optimum_fp8.hf", "optimum_fp8.import_hook"}
 
 
+@pytest.mark.slow
 def test_import_beside_transformers_is_light(steps):
     assert not [name for name in steps["ours"] if name.startswith(("torch", "transformers"))]
 
 
+@pytest.mark.slow
 def test_what_loading_needs_brings_no_more_than_it(steps):
     assert "optimum_fp8.hf.quantizer" in steps["loading"]
     found = {name for names in (steps["before"], steps["ours"], steps["loading"]) for name in names}
@@ -57,6 +59,7 @@ def test_what_loading_needs_brings_no_more_than_it(steps):
     assert not [name for name in found if name.startswith("transformers.models.") and ".modeling_" in name]
 
 
+@pytest.mark.slow
 def test_import_does_not_touch_cuda(steps):
     assert steps["cuda"] is False
 

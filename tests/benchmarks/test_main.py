@@ -64,9 +64,14 @@ def test_linear_makes_a_row_for_each_kind_of_scale(few_copies):
     assert all(row.wanted == 3.3 and row.wanted_limit == 0.8 and row.ratio and row.limit for row in rows)
 
 
+def test_linear_has_blocks_and_groups_beside_channels_on_the_same_kernel(few_copies):
+    rows = cpu_linear.measure(cpu_linear.Weights.of((32, 256)), rows=2, peak=1e9, static=False, budget=0, blocks=True)
+    assert [row.what.split("per ")[1].split(", dynamic")[0] for row in rows[2:]] == list(cpu_linear._DYNAMIC)
+
+
 def test_linear_compares_only_equal_results(few_copies):
     weights, x = cpu_linear.Weights.of((32, 64)), torch.randn(4, 64).bfloat16()
-    cpu_linear.check(cpu_linear.sides_of(weights, x, static=True))
+    cpu_linear.check(cpu_linear.sides_of(weights, x, static=True, blocks=True))
     weights.scales["channel"] *= 2
     with pytest.raises(RuntimeError, match="channel"):
         cpu_linear.check(cpu_linear.sides_of(weights, x, static=False))

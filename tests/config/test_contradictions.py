@@ -28,6 +28,7 @@ DYNAMIC_ONLY = {"granularity": "PCS", "rounding_method": "POW2"}
         ({"mode": "LOAD", "dataset": ["a"]}, "drop the dataset"),
         ({"dequantize": True, "dataset": ["a"]}, "cannot be combined"),
         ({"dequantize": True, "mode": "MEASURE"}, "cannot be combined"),
+        ({"fold_batch_norm": True, "calibration": "sequential"}, "use calibration='whole'"),
         ({"scale_params": {"input_backoff": 0.5}, "input_backoff": 0.25}, "give one of them"),
         ({"scale_params": {"alpha": 0.5}}, "input_backoff, weight_backoff"),
         ({"scale_params": [0.5]}, "must be a dict"),
