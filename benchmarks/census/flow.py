@@ -248,9 +248,12 @@ def _plain(model_class: Any, folder: str, dtype: torch.dtype) -> Any:
     """The model in high precision, reloaded.
 
     Raises:
-        CannotBuild: not all of its weights come back.
+        CannotBuild: it cannot be reloaded, or not all of its weights come back.
     """
-    model, said = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    try:
+        model, said = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except Exception as error:
+        raise CannotBuild(f"in high precision, what is saved cannot be loaded: {described(error)}") from None
     wrong = [*said["missing_keys"], *said["unexpected_keys"]]
     if wrong:
         raise CannotBuild(f"in high precision, {len(wrong)} weights are lost between saving and loading: {wrong[0]}")

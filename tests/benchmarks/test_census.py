@@ -304,3 +304,13 @@ def test_the_independent_quantization_knows_attention_and_recurrent_layers_of_to
     for name, args in (("attention", (x, x, x)), ("lstm", (x,))):
         found, expected = model[name](*args)[0], other[name](*args)[0]
         assert (found - expected).norm() / expected.norm() < 0.04  # torch gives out_proj its input unrounded
+
+
+def test_what_transformers_cannot_load_in_high_precision_is_not_built():
+    class Unloadable:
+        @staticmethod
+        def from_pretrained(*args, **kwargs):
+            raise AttributeError("no such thing")
+
+    with pytest.raises(build.CannotBuild, match="what is saved cannot be loaded: AttributeError: no su"):
+        flow._plain(Unloadable, "folder", torch.float32)
