@@ -12,11 +12,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from tqdm.auto import tqdm
 
 from .. import ops
-from ..checkpoint import Checkpoint, Format, Record, format_called
+from ..checkpoint import Checkpoint, Format, Record, checkpoint_of, format_called
 from ..checkpoint.format import whole_folder
 from ..checkpoint.native import refuse_unsound
 from ..checkpoint.safetensors_writer import SafetensorsWriter, TensorSpec
@@ -53,23 +54,25 @@ def export(
         the path of the folder.
 
     Raises:
-        FP8ConfigError: an unknown format.
+        FP8ConfigError: an unknown format, or a scale in `without` that attention does not have.
+        FP8StateError: the model is not converted.
         FP8CheckpointError: the format cannot express the model, before anything is written; the folder exists; or the
             source is no FP8 checkpoint of a model of transformers.
     """
+    if isinstance(without, str):
+        raise FP8ConfigError(f"without={without!r}: expected a list of names, [{without!r}]")
     if format not in FORMATS:
         raise FP8ConfigError(f"format={format!r} is not one to export to: expected {' or '.join(map(repr, FORMATS))}")
     chosen = format_called(format)
-    with _folder_of(model, output) as folder:
+    with whole_folder(output) as temporary, _folder_of(model, output) as folder:
         source = open_native(folder)
         checkpoint = _prepared(source.checkpoint, set(without))
         chosen.refuse(checkpoint)
-        with whole_folder(output) as temporary:
-            _write(source, checkpoint, chosen, temporary)
-            config = {**source.config, "quantization_config": chosen.config(checkpoint)}
-            with open(os.path.join(temporary, CONFIG), "w", encoding="utf-8") as file:
-                file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
-            copy_companions(source.folder, temporary, apart_from=os.path.abspath(output))
+        _write(source, checkpoint, chosen, temporary)
+        config = {**source.config, "quantization_config": chosen.config(checkpoint)}
+        with open(os.path.join(temporary, CONFIG), "w", encoding="utf-8") as file:
+            file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        copy_companions(source.folder, temporary, apart_from=os.path.abspath(output))
     return os.path.abspath(output)
 
 
@@ -78,17 +81,24 @@ def _folder_of(model: Any, output: str | os.PathLike[str]) -> Iterator[str]:
     if not isinstance(model, nn.Module):
         yield os.fspath(model)
         return
-    beside = os.path.dirname(os.path.abspath(output))
-    os.makedirs(beside, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=beside, prefix=".fp8-") as folder:
-        model.save_pretrained(folder)  # type: ignore[operator]
+    checkpoint_of(model)  # refuses what is not converted
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise FP8CheckpointError(f"{type(model).__name__} is no model of transformers, which engines load")
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(output)), prefix=".fp8-") as folder:
+        model.save_pretrained(folder)
         yield folder
 
 
 def _prepared(checkpoint: Checkpoint, without: Collection[str]) -> Checkpoint:
     """What is to be exported: sound scales, tied where layers are fused, without those that are left to the engine."""
+    of_attention = {name for record in checkpoint.records if "weight" not in record.tensors for name in record.tensors}
+    if unknown := sorted(set(without) - of_attention):
+        found = ", ".join(sorted(of_attention)) or "none"
+        raise FP8ConfigError(f"without={unknown}: attention has no such scale in this checkpoint, only: {found}")
     records = [
         replace(record, tensors={name: tensor for name, tensor in record.tensors.items() if name not in without})
+        if "weight" not in record.tensors
+        else record
         for record in checkpoint.records
     ]
     scales = (

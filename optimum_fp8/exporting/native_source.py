@@ -55,6 +55,8 @@ def open_native(folder: str | os.PathLike[str]) -> NativeSource:
         FP8CheckpointError: it holds no FP8 checkpoint of a model of transformers, or one that is damaged.
     """
     folder = os.path.abspath(folder)
+    if not os.path.isdir(folder):
+        raise FP8CheckpointError(f"{folder} is not a folder: expected one that an FP8 model was saved to")
     config = _config(folder)
     model = _class(folder, config).from_pretrained(folder, device_map="meta")
     files, stored = tensors_in(folder)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from exporting.conftest import CALIBRATED_CACHE, wide_llama, wide_mixtral
 from safetensors.torch import load_file
+from torch import nn
 
-from optimum_fp8 import FP8Config, export
-from optimum_fp8.errors import FP8CheckpointError, FP8ConfigError
+from optimum_fp8 import FP8Config, convert, export, prepare
+from optimum_fp8.errors import FP8CheckpointError, FP8ConfigError, FP8StateError
 
 Q, K, V = (f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
 GATE, UP, DOWN = (f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down"))
@@ -201,5 +202,29 @@ def test_an_existing_folder_is_kept(quantized, tmp_path):
         export(folder, tmp_path / "out")
 
 
-def test_presets_are_configs():
-    assert FP8Config.preset("MXFP8").scale_method == "mxfp8"
+def test_what_is_no_converted_model_of_transformers(tmp_path):
+    dynamic = FP8Config.preset("FP8_DYNAMIC")
+    with pytest.raises(FP8StateError, match="not converted to FP8"):
+        export(wide_llama(), tmp_path / "out")
+    with pytest.raises(FP8StateError, match="in measuring state"):
+        export(prepare(wide_llama(), FP8Config.preset("FP8")), tmp_path / "out")
+    with pytest.raises(FP8CheckpointError, match="Sequential is no model of transformers"):
+        export(convert(nn.Sequential(nn.Linear(4, 4)), dynamic), tmp_path / "out")
+    with pytest.raises(FP8CheckpointError, match="nowhere is not a folder"):
+        export(tmp_path / "nowhere", tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "without, message",
+    [
+        (["p_scal"], r"without=\['p_scal'\]: attention has no such scale in this checkpoint, only: none"),
+        (["weight_scale"], r"without=\['weight_scale'\]: attention has no such scale"),
+        ("p_scale", r"expected a list of names, \['p_scale'\]"),
+    ],
+)
+def test_what_cannot_be_left_out(quantized, tmp_path, without, message):
+    _, folder = quantized(wide_llama(), "FP8_DYNAMIC")
+    with pytest.raises(FP8ConfigError, match=message):
+        export(folder, tmp_path / "out", without=without)
+    assert not os.path.exists(tmp_path / "out")
