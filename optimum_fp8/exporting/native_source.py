@@ -16,7 +16,8 @@ from ..checkpoint.names import names_in_model
 from ..checkpoint.native import SCALE
 from ..config import QUANT_METHOD
 from ..errors import FP8CheckpointError
-from ..files.source import Stored, reading, tensors_in
+from ..files.skeleton import known_class
+from ..files.source import Source, Stored, reading, tensors_in
 from ..formats import is_fp8
 from ..lifecycle import state_of
 from ..modules.experts import SCALES
@@ -58,8 +59,13 @@ def open_native(folder: str | os.PathLike[str]) -> NativeSource:
     if not os.path.isdir(folder):
         raise FP8CheckpointError(f"{folder} is not a folder: expected one that an FP8 model was saved to")
     config = _config(folder)
-    model = _class(folder, config).from_pretrained(folder, device_map="meta")
     files, stored = tensors_in(folder)
+    model_class = known_class(Source(folder, files, stored, config))
+    if model_class is None:
+        raise FP8CheckpointError(
+            f"{folder} is of {config.get('architectures')}, which transformers {transformers.__version__} does not have"
+        )
+    model = model_class.from_pretrained(folder, device_map="meta")
     state = state_of(model)
     assert state is not None
     _refuse_stacks(stored)
@@ -79,14 +85,6 @@ def _config(folder: str) -> dict[str, Any]:
             "model with from_pretrained(…, quantization_config=FP8Config(…)) and save_pretrained first"
         )
     return said
-
-
-def _class(folder: str, config: Mapping[str, Any]) -> Any:
-    name = config["quantization_config"].get("model_class") or (config.get("architectures") or [None])[0]
-    found = getattr(transformers, str(name), None)
-    if found is None:
-        raise FP8CheckpointError(f"{folder} is of a {name}, which transformers {transformers.__version__} has not")
-    return found
 
 
 def _parts(stored: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]:
