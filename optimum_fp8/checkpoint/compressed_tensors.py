@@ -21,7 +21,7 @@ from .engine_schemes import (
     input_of,
     is_microscaled,
     layers,
-    refuse,
+    not_expressed,
 )
 from .format import Checkpoint, Record, register_format
 
@@ -102,11 +102,15 @@ def _arguments(record: Record) -> dict[str, Any]:
     elif isinstance(granularity, PerGroup) and microscaled:
         weights = {"strategy": "group", "group_size": granularity.size, "scale_dtype": "torch.uint8"}
     else:
-        raise refuse(record, NAME, f"weights scaled {granularity}", "use FP8Config.preset('FP8_BLOCK') or 'MXFP8'")
+        raise not_expressed(
+            record, NAME, f"weights scaled {granularity}", "use FP8Config.preset('FP8_BLOCK') or 'MXFP8'"
+        )
     if (inputs == "group_32") != (microscaled and inputs != "none") or (
         inputs == "group_128" and not isinstance(granularity, PerBlock)
     ):
-        raise refuse(record, NAME, f"weights scaled {granularity} with inputs scaled by {inputs}", "use a preset")
+        raise not_expressed(
+            record, NAME, f"weights scaled {granularity} with inputs scaled by {inputs}", "use a preset"
+        )
     common = {"num_bits": 8, "type": "float", "symmetric": True}
     taken = None if inputs == "none" else {**common, **_INPUTS[inputs]}
     if taken is not None and microscaled:
@@ -122,7 +126,7 @@ def _arguments(record: Record) -> dict[str, Any]:
 def _check_attention(record: Record) -> None:
     others = sorted(set(record.tensors) - set(QUERY_KEY_VALUE))
     if others:
-        raise refuse(
+        raise not_expressed(
             record,
             NAME,
             f"{' and '.join(others)}",
@@ -130,7 +134,7 @@ def _check_attention(record: Record) -> None:
         )
     if not {"k_scale", "v_scale"} <= set(record.tensors):
         found = ", ".join(sorted(record.tensors)) or "no calibrated scales"
-        raise refuse(
+        raise not_expressed(
             record,
             NAME,
             f"a cache in FP8 with {found}",
@@ -144,6 +148,6 @@ def _kv_cache_scheme(records: Sequence[Record]) -> dict[str, Any] | None:
         return None
     by_head = {record.tensors["k_scale"].ndim == 3 for record in caches}
     if len(by_head) > 1:
-        raise refuse(caches[-1], NAME, "caches by tensor beside caches by head", "use one attention_granularity")
+        raise not_expressed(caches[-1], NAME, "caches by tensor beside caches by head", "use one attention_granularity")
     strategy = "attn_head" if by_head.pop() else "tensor"
     return {"num_bits": 8, "type": "float", "strategy": strategy, "dynamic": False, "symmetric": True}

@@ -57,7 +57,7 @@ def check_layer(record: Record, format: str) -> None:
         raise FP8CheckpointError(f"format={format!r}: {record.name} {wrong}; engines have no such linear layer")
 
 
-def refuse(record: Record, format: str, what: str, advice: str) -> FP8CheckpointError:
+def not_expressed(record: Record, format: str, what: str, advice: str) -> FP8CheckpointError:
     """The error for a feature that a format cannot express."""
     return FP8CheckpointError(f"format={format!r} cannot express {what}, which {record.name} has: {advice}")
 

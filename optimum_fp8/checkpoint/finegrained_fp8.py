@@ -11,7 +11,16 @@ import torch
 from ..errors import FP8CheckpointError
 from ..ops.operands import BLOCK
 from ..scales import PerBlock
-from .engine_schemes import MX_GROUP, as_e8m0, check_layer, granularity_of, input_of, is_microscaled, layers, refuse
+from .engine_schemes import (
+    MX_GROUP,
+    as_e8m0,
+    check_layer,
+    granularity_of,
+    input_of,
+    is_microscaled,
+    layers,
+    not_expressed,
+)
 from .format import Checkpoint, Record, register_format
 
 NAME = "fp8"
@@ -26,13 +35,13 @@ class FineGrainedFP8:
         microscaled = set()
         for record in checkpoint.records:
             if "weight" not in record.tensors:
-                raise refuse(record, NAME, "scales of attention and caches", _ELSE)
+                raise not_expressed(record, NAME, "scales of attention and caches", _ELSE)
             check_layer(record, NAME)
             _check_scheme(record)
             assert record.scheme is not None
             microscaled.add(is_microscaled(record.scheme))
             if len(microscaled) > 1:
-                raise refuse(record, NAME, "another size of blocks than other layers", _ELSE)
+                raise not_expressed(record, NAME, "another size of blocks than other layers", _ELSE)
 
     def tensors(self, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
         """Codes as they are, and scales by the names that transformers gives them."""
@@ -70,6 +79,6 @@ def _check_scheme(record: Record) -> None:
     assert record.scheme is not None
     if is_microscaled(record.scheme):
         if inputs != "group_32":
-            raise refuse(record, NAME, f"MXFP8 with inputs scaled by {inputs}", _ELSE)
+            raise not_expressed(record, NAME, f"MXFP8 with inputs scaled by {inputs}", _ELSE)
     elif not isinstance(granularity, PerBlock) or inputs != "group_128":
-        raise refuse(record, NAME, f"weights scaled {granularity} with inputs scaled by {inputs}", _ELSE)
+        raise not_expressed(record, NAME, f"weights scaled {granularity} with inputs scaled by {inputs}", _ELSE)
