@@ -74,16 +74,13 @@ def expect_folded(model: nn.Module, config: FP8Config, tensors: Collection[str])
         return not holders or (is_there(pair.conv) and not is_there(pair.norm))
 
     folds = _fold(model, [pair for pair in batch_norm_pairs(model) if is_gone(pair)])
-    around = {
-        holder.rpartition(".")[0] for holder in holders
-    }  # what is new to a checkpoint has nothing around it there
+    parents = {holder.rpartition(".")[0] for holder in holders}
+
+    def is_new(name: str) -> bool:  # then the checkpoint has nothing around it either
+        return parents.isdisjoint(f".{each}".rpartition(".")[0] for each in names_in_checkpoint(name, prefix))
+
     norms = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
-    lost = [
-        name
-        for name in norms
-        if not is_there(name)
-        and any(f".{each}".rpartition(".")[0] in around for each in names_in_checkpoint(name, prefix))
-    ]
+    lost = [name for name in norms if not is_there(name) and not is_new(name)]
     if lost:
         unfold_exactly(folds)
         raise FP8CheckpointError(
