@@ -105,7 +105,7 @@ def dynamic_scale(
         x: `[…, features]`, a floating-point dtype.
         group: what shares a scale, as in `maxabs`.
         divisor: full scale times backoff.
-        rounding: "identity", "pow2" or "hardware" (of `fp8_config` on `target`).
+        rounding: a name from `rounding.ROUNDINGS`, as "hardware" (of `fp8_config` on `target`).
         hp_dtype: the dtype the range is rounded to and divided in.
 
     Returns:
