@@ -3,7 +3,7 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
-from .activation import activation_divisor, activation_scale, dynamic_scale, inf_as_nan, scale_of_range
+from .activation import activation_scale, dynamic_scale, inf_as_nan, scale_of_range
 from .check import is_sound, unsound
 from .fit import always_fits, fit_weight
 from .granularity import Granularity, PerBlock, PerChannel, PerGroup, PerHead, PerTensor, PerToken
@@ -33,7 +33,6 @@ __all__ = [
     "ScaleRule",
     "ScaleValue",
     "Scheme",
-    "activation_divisor",
     "activation_scale",
     "always_fits",
     "dynamic_scale",

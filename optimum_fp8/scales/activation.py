@@ -85,8 +85,3 @@ def inf_as_nan(x: torch.Tensor) -> torch.Tensor:
     A cast keeps NaN; it would saturate Inf, and make of it a value like any other.
     """
     return x.nan_to_num(nan=torch.nan, posinf=torch.nan, neginf=torch.nan)
-
-
-def activation_divisor(rule: ScaleRule, fmt: NumberFormat, *, backoff: float | None, dynamic: bool) -> float:
-    """The FP8 value that the largest activation is mapped to: full scale times backoff."""
-    return rule.with_backoff(backoff, dynamic=dynamic).divisor(fmt)

@@ -48,13 +48,13 @@ class ScaleRule:
         """Whether the value depends on the data at all."""
         return value_of(self).needs_range
 
-    def with_backoff(self, backoff: float | None, *, dynamic: bool = False) -> ScaleRule:
-        """The rule with another backoff; None leaves the rule's, or that of dynamic scales, 0.5.
+    def with_backoff(self, backoff: float | None) -> ScaleRule:
+        """The rule with another backoff; None leaves the rule's.
 
         Raises:
             FP8ConfigError: the backoff is not above 0 and at most 1.
         """
-        chosen = (DYNAMIC_BACKOFF if dynamic else self.backoff) if backoff is None else backoff
+        chosen = self.backoff if backoff is None else backoff
         if not 0.0 < chosen <= 1.0:
             raise FP8ConfigError(f"backoff={chosen} is out of range: expected 0 < backoff <= 1")
         return self if chosen == self.backoff else replace(self, backoff=chosen)

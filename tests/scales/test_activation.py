@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from optimum_fp8.errors import FP8ConfigError, FP8ScaleError
 from optimum_fp8.formats import FP8_DTYPES, HP_DTYPES, TARGETS, number_format
-from optimum_fp8.scales import SCALE_METHODS, activation_divisor, activation_scale, scale_method
+from optimum_fp8.scales import SCALE_METHODS, activation_scale, scale_method
 
 HARDWARE_METHODS = [name for name, method in SCALE_METHODS.items() if method.activation.rounding == "hardware"]
 EVERYWHERE = [(target, fp8) for target in TARGETS for fp8 in FP8_DTYPES]
@@ -168,9 +168,8 @@ def test_backoff():
     assert activation_scale(448.0, **common, backoff=1.0).item() == 1.0
     assert activation_scale(448.0, **common, backoff=0.125, dynamic=True).item() == 8.0
     assert activation_scale(448.0, method="maxabs_pcs_pow2").item() == 2.0
-    rule, fmt = scale_method("maxabs_pow2").activation, number_format("E4M3", "gaudi2")
-    assert activation_divisor(rule, fmt, backoff=None, dynamic=False) == 60.0
-    assert activation_divisor(rule, fmt, backoff=None, dynamic=True) == 120.0
+    method, fmt = scale_method("maxabs_pow2"), number_format("E4M3", "gaudi2")
+    assert (method.activation.divisor(fmt), method.dynamic_activation.divisor(fmt)) == (60.0, 120.0)
 
 
 @pytest.mark.parametrize("backoff", [0.0, -0.5, 1.5, float("nan")])

@@ -22,7 +22,6 @@ from optimum_fp8.scales import (
     INC_METHODS,
     SCALE_METHODS,
     PerToken,
-    activation_divisor,
     activation_scale,
     scale_method,
     weight_scale,
@@ -169,14 +168,14 @@ def test_dynamic_scales():
     cases = [(v["input"], v["expected"]) for v in vectors("dynamic_scale")]
     found = Counter()
     for case, expected in cases:
-        rule, fmt = scale_method(case["method"]).activation, number_format("E4M3", case["device"])
+        rule, fmt = scale_method(case["method"]).dynamic_activation, number_format("E4M3", case["device"])
         per_token = expected["class"] == "MaxAbsDynamicPcs"
         assert per_token == (rule.granularity == PerToken())
         rows = x.T if per_token and case["scale_dim_index"] == -2 else x
         scale = ops.dynamic_scale(
             rows,
             group=-1 if per_token else 0,
-            divisor=activation_divisor(rule, fmt, backoff=None, dynamic=True),
+            divisor=rule.divisor(fmt),
             rounding=rule.rounding,
             fp8_config="E4M3",
             target=case["device"],

@@ -127,8 +127,7 @@ def test_sizes_that_operators_would_take_for_others_are_refused(granularity):
 def test_with_backoff():
     rule = ScaleRule(PerTensor(), "maxabs", "pow2", 0.25)
     assert rule.with_backoff(None) is rule and rule.with_backoff(0.25) is rule
-    assert rule.with_backoff(None, dynamic=True) == ScaleRule(PerTensor(), "maxabs", "pow2", 0.5)
-    assert rule.with_backoff(1.0, dynamic=True).backoff == 1.0
+    assert rule.with_backoff(0.5) == ScaleRule(PerTensor(), "maxabs", "pow2", 0.5)
     assert rule.with_backoff(1.0).divisor(number_format("E4M3", "gaudi2")) == 240.0
     assert rule.divisor(number_format("E5M2")) == 57344 / 4
 
