@@ -38,7 +38,9 @@ PARTS: dict[str, Part] = {
     "casts": lambda options: cpu_casts.run(budget=options.budget),
     "conv": lambda options: conv.run(options.budget, options.single_thread),
     "attention": lambda options: attention.run(budget=options.budget),
-    "experts": lambda options: experts.run(budget=4 * options.budget),
+    "experts": lambda options: experts.run(
+        budget=4 * options.budget, library=options.vllm, single_thread=options.single_thread
+    ),
     "generate": lambda options: generate.run(options.scale_method, options.rivals),
     "memory": lambda options: memory.run(options.scale_method),
     "loading": lambda options: loading.run(options.scale_method),
@@ -54,7 +56,10 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     found.add_argument("--compile", action="store_true", help="generate under torch.compile too")
     found.add_argument("--static", action="store_true", help="linear layers with FP8 activations too")
-    found.add_argument("--single-thread", action="store_true", help="convolutions by the CPU time of one thread")
+    found.add_argument(
+        "--single-thread", action="store_true", help="convolutions and experts by the CPU time of one thread"
+    )
+    found.add_argument("--vllm", metavar="LIBRARY", help="vLLM's library for CPUs, whose experts are measured too")
     found.add_argument("--rivals", nargs="*", default=generate.RIVALS, choices=generate.RIVALS)
     found.add_argument("--scale-method", default=generate.models.SCALES_PER_CHANNEL)
     found.add_argument(

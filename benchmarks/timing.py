@@ -15,6 +15,7 @@ from typing import Generic, TypeVar, cast
 Side = TypeVar("Side")
 
 Times = dict[str, list[float]]
+Clock = Callable[[Callable[[], object]], float]
 
 
 def rounds(sides: Sequence[Side]) -> Iterator[list[Side]]:
@@ -53,7 +54,7 @@ def interleave(
     least: int = 5,
     most: int = 60,
     warmup: int = 1,
-    measure: Callable[[Callable[[], object]], float] = seconds,
+    measure: Clock = seconds,
 ) -> Times:
     """Run all sides in turns until the time is up; the value of each call, in the order of the rounds.
 
