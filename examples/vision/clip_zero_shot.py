@@ -19,6 +19,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 from digits import load_split  # noqa: E402
+from loading import pretrained  # noqa: E402
 
 TINY_CLIP = HERE / "tiny_clip"
 PROMPT = "a photo of the digit {}"
@@ -43,21 +44,23 @@ def predictions(model: PreTrainedModel, inputs: list[dict]) -> torch.Tensor:
 
 def main(arguments: list[str] | None = None) -> dict[str, torch.Tensor]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(TINY_CLIP))
+    parser.add_argument("--model", default=str(TINY_CLIP), help="a folder, or the name of a CLIP on the Hub")
     parser.add_argument("--prompt", default=PROMPT, help="a sentence with {} for the number")
     parser.add_argument("--images", type=int, default=360, help="how many of the held-out images")
     options = parser.parse_args(arguments)
 
-    processor = AutoProcessor.from_pretrained(options.model, backend="pil")
+    if "{}" not in options.prompt:
+        parser.error(f"--prompt has no {{}} where the number goes: {options.prompt!r}")
+    processor = pretrained(AutoProcessor, options.model, backend="pil")
     texts = [options.prompt.format(number) for number in NUMBERS]
     images, labels = load_split("heldout")
     inputs, truth = batches(processor, images[: options.images], texts), torch.tensor(labels[: options.images])
     calibration = batches(processor, load_split("train")[0][:128], texts)
 
     models = {
-        "bfloat16": AutoModel.from_pretrained(options.model, dtype=torch.bfloat16),
-        "FP8": AutoModel.from_pretrained(
-            options.model, dtype=torch.bfloat16, quantization_config=FP8Config(dataset=calibration)
+        "bfloat16": pretrained(AutoModel, options.model, dtype=torch.bfloat16),
+        "FP8": pretrained(
+            AutoModel, options.model, dtype=torch.bfloat16, quantization_config=FP8Config(dataset=calibration)
         ),
     }
     found = {name: predictions(model, inputs) for name, model in models.items()}

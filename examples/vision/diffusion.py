@@ -25,6 +25,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 from digits import load_split  # noqa: E402
+from loading import pretrained  # noqa: E402
 
 TINY = HERE / "tiny_diffusion"
 PARTS = ("unet", "transformer")
@@ -81,14 +82,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", default=str(TINY), help="a folder, or a name on the Hub")
     parser.add_argument("--prompt", default="a photograph of a bicycle", help="for pipelines that take one")
-    parser.add_argument("--samples", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--output", type=Path, default=Path("samples.png"))
+    parser.add_argument("--samples", type=int, default=256, help="how many images each of both draws")
+    parser.add_argument("--steps", type=int, default=20, help="of denoising")
+    parser.add_argument("--output", type=Path, default=Path("samples.png"), help="where the first 16 of both are saved")
     args = parser.parse_args()
 
     # DDIMPipeline hands images to numpy, which has no bfloat16.
     dtype = torch.float32 if args.pipeline == str(TINY) else torch.bfloat16
-    pipeline = DiffusionPipeline.from_pretrained(args.pipeline, dtype=dtype)
+    pipeline = pretrained(DiffusionPipeline, args.pipeline, dtype=dtype)
+    if not any(hasattr(pipeline, name) for name in PARTS):
+        raise SystemExit(f"{args.pipeline}: no {' or '.join(PARTS)} in a {type(pipeline).__name__}")
     pipeline.set_progress_bar_config(disable=True)
     in_fp8 = quantized(pipeline, args.prompt, min(args.samples, 16), args.steps)
     before = samples(pipeline, args.prompt, args.samples, args.steps, seed=0)

@@ -32,9 +32,16 @@ Passes = Generator[Pass, Any, None]
 
 
 def decodes(model: nn.Module) -> bool:
-    """Whether `model` is one of transformers' models that generate."""
+    """Whether `model` is one of transformers' models that generate token by token.
+
+    One that denoises blocks of tokens generates too, without the method that goes on from a prompt. Decoders that begin
+    after an encoder need none.
+    """
     can_generate = getattr(model, "can_generate", None)
-    return callable(can_generate) and bool(can_generate())
+    if not callable(can_generate) or not can_generate():
+        return False
+    config: Any = model.config
+    return bool(config.is_encoder_decoder) or hasattr(model, "_update_model_kwargs_for_generation")
 
 
 def needs_decoder_start(model: Any, inputs: Any) -> bool:

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+from torch import nn
+
+from ..modules.fused_layout import layout_of
 from ..modules.handler import Change
 
 _KEYS, _EXPANDED = "_tied_weights_keys", "all_tied_weights_keys"
@@ -23,9 +26,11 @@ class Untied(Change):
 
 
 def tied_modules(model: Any) -> set[str]:
-    """Names of the modules whose weight is tied to another one's, or another one's to theirs."""
+    """Names of the modules whose weight, or stacks of weights, is tied to another one's, or another one's to theirs."""
     ties: dict[str, str] = getattr(model, _EXPANDED, None) or {}
-    return {key.removesuffix(".weight") for key in (*ties, *ties.values()) if key.endswith(".weight")}
+    keys, experts = {*ties, *ties.values()}, _experts_of_stacks(model) if ties else {}
+    layers = {key.removesuffix(".weight") for key in keys if key.endswith(".weight")}
+    return layers | {experts[key] for key in keys if key in experts}
 
 
 def untie(model: Any, names: Collection[str]) -> list[Change]:
@@ -34,7 +39,9 @@ def untie(model: Any, names: Collection[str]) -> list[Change]:
     Returns:
         what was changed.
     """
-    keys = {f"{name}.weight" for name in names}
+    chosen = set(names)
+    keys = {f"{name}.weight" for name in chosen}
+    keys |= {key for key, name in _experts_of_stacks(model).items() if name in chosen}
     changes: list[Change] = []
     for prefix, part in model.named_modules():
         if _EXPANDED not in part.__dict__:  # no model of transformers, but perhaps one that passes on what is in it
@@ -46,6 +53,16 @@ def untie(model: Any, names: Collection[str]) -> list[Change]:
             changes += [Change(part, _KEYS, getattr(part, _KEYS)), Untied(part, _EXPANDED, ties)]
             part._tied_weights_keys, part.all_tied_weights_keys = left, left.copy()
     return changes
+
+
+def _experts_of_stacks(model: nn.Module) -> dict[str, str]:
+    """The names of experts, in FP8 or not, by those of the stacks that hold their weights: `layers.0.experts.w1`."""
+    return {
+        f"{name}.{stack}": name
+        for name, module in model.named_modules()
+        if (layout := layout_of(module)) is not None
+        for stack in layout.stacks
+    }
 
 
 def _without(ties: dict[str, str], keys: set[str]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from ..modules.fused_layout import layout_of
 from ..modules.handler import ModuleHandler, Reason, Surroundings, Why, find_all, handlers
 from ..scales import Scheme
 from .decision import Decision, leave_out
-from .default_skips import default_skips
+from .default_skips import default_skips, measured_skips
 from .diffusion_ends import diffusion_ends
 from .idle import warn_of_idle_entries
 from .operations import allowlist_tells, helper_names, limits_by_lists
@@ -197,7 +197,7 @@ def _warn_of_nothing_found(model: nn.Module, decisions: list[Decision], config: 
 
 def _skipped(model: nn.Module, config: FP8Config, found: Iterable[str]) -> dict[str, Why]:
     """The layers that stay in high precision by default, by name, and why."""
-    ends = {} if config.quantize_lm_head else diffusion_ends(model)
+    ends = {} if config.quantize_lm_head else diffusion_ends(model) | measured_skips(model)
     heads = [] if config.quantize_lm_head else default_skips(model)
     precise = [name for name in found if any(matches_name(re.escape(key), name) for key in _precision_skips(model))]
     kept = dict.fromkeys([*heads, *precise], "")

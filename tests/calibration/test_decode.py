@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers as hf
 from attention_models import FAMILIES
 from tiny_models import tiny_bert, tiny_llama
 
@@ -36,6 +37,23 @@ def test_decoding_adds_to_what_was_measured(family, inside):
 def test_models_that_do_not_generate_are_run_forward_only():
     model = tiny_bert()
     assert not decodes(model) and not decodes(torch.nn.Linear(2, 2)) and decodes(tiny_llama())
+    assert set(counts(model, 4, {"input_ids": IDS}).values()) == {2 * 7 * 32}
+
+
+class Denoiser(hf.LlamaModel):
+    """A model that generates, but not token by token: it has none of the methods of transformers' generation."""
+
+    def generate(self, input_ids):
+        return self(input_ids).last_hidden_state.argmax(-1)
+
+    @classmethod
+    def can_generate(cls):
+        return True
+
+
+def test_models_that_generate_otherwise_are_run_forward_only():
+    model = Denoiser(tiny_llama().config)
+    assert not decodes(model)
     assert set(counts(model, 4, {"input_ids": IDS}).values()) == {2 * 7 * 32}
 
 

@@ -96,6 +96,8 @@ PER_TENSOR = (
     "maxabs_pow2_opt_weight",
     "act_maxabs_pow2_weights_pcs_maxabs_pow2",
     "act_maxabs_pow2_weights_pcs_opt_pow2",
+    "full_range_by_tensor",
+    "full_range_pcs_by_tensor",
 )
 
 

@@ -31,3 +31,10 @@ def test_the_distance_is_that_of_normal_distributions():
     assert frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
     # Means 2 apart in one dimension, and twice the deviation in each: 4 + 3 · (2 − 1)².
     assert frechet_distance(x, 2 * x + torch.tensor([2.0, 0, 0])) == pytest.approx(7, rel=0.05)
+
+
+def test_a_folder_that_is_no_pipeline_ends_with_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--pipeline", str(tmp_path)])
+    with pytest.raises(SystemExit, match="DiffusionPipeline cannot load it") as caught:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert "\n" not in str(caught.value)
