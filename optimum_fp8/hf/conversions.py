@@ -133,14 +133,28 @@ class QuantizeWeight(ConversionOps):
         return codes, scale
 
 
-class CheckCodes(ConversionOps):
-    """Take FP8 codes as they are stored, `[1, out, in]`, and nothing else for the weight of an FP8 module."""
+class OwnOperation(ConversionOps):
+    """What is done to tensors of an FP8 checkpoint while they are loaded, and never taken back."""
 
     def __init__(self, loading: Loading):
         self.loading = loading
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> CheckCodes:
+    def __deepcopy__(self, memo: dict[int, Any]) -> OwnOperation:
         return self  # one converter is copied for every key
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return _IdentityOp()
+
+
+class OwnRenaming(WeightRenaming):
+    """What tensors of an FP8 checkpoint are called while they are loaded, and never taken back."""
+
+    __slots__ = ()
+
+
+class CheckCodes(OwnOperation):
+    """Take FP8 codes as they are stored, `[1, out, in]`, and nothing else for the weight of an FP8 module."""
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """`{pattern: [tensor]}` to `{full name: tensor}`; weights of other modules pass through."""
@@ -159,10 +173,6 @@ class CheckCodes(ConversionOps):
                 tensor = torch.zeros(expected[1], dtype=expected[0], device=tensor.device)
         return {full_name: tensor}
 
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return _IdentityOp()
-
 
 def freeze(model: nn.Module) -> None:
     """Take the gradient from codes and scales, to which transformers gives one."""
@@ -172,7 +182,7 @@ def freeze(model: nn.Module) -> None:
                 tensor.requires_grad_(False)
 
 
-class ScaleRenaming(WeightRenaming):
+class ScaleRenaming(OwnRenaming):
     """Renames attention's scales in checkpoints of format version 1: `Y.q_scale` to `Y.fp8_scales.q_scale`.
 
     Args:
@@ -219,8 +229,8 @@ def keys_of_codes(model: nn.Module) -> list[str]:
 
 
 def _is_ours(conversion: Any) -> bool:
-    checks = any(isinstance(each, CheckCodes) for each in getattr(conversion, "operations", ()))
-    return checks or isinstance(conversion, (ScaleRenaming, ScaleBesideWeight))
+    ours = any(isinstance(each, OwnOperation) for each in getattr(conversion, "operations", ()))
+    return ours or isinstance(conversion, (OwnRenaming, ScaleBesideWeight))
 
 
 def _touches(conversion: Any, keys: list[str]) -> bool:

@@ -9,6 +9,7 @@ from .rule import ScaleRule
 
 _TENSOR = ScaleRule(PerTensor(), "maxabs", "identity")
 _CHANNEL = ScaleRule(PerChannel(), "maxabs", "identity")
+_BLOCK = ScaleRule(PerBlock(128, 128), "maxabs", "identity")
 
 
 def _microscaled(name: str, rounding: str) -> ScaleMethod:
@@ -20,12 +21,10 @@ def _microscaled(name: str, rounding: str) -> ScaleMethod:
 for _method in (
     ScaleMethod("full_range", _TENSOR, _TENSOR, dynamic=PerToken()),
     ScaleMethod("full_range_pcs", _CHANNEL, _TENSOR, dynamic=PerToken()),
-    ScaleMethod(
-        "block_128",
-        ScaleRule(PerBlock(128, 128), "maxabs", "identity"),
-        ScaleRule(PerGroup(128), "maxabs", "identity"),
-        dynamic_only=True,
-    ),
+    ScaleMethod("full_range_by_tensor", _TENSOR, _TENSOR),
+    ScaleMethod("full_range_pcs_by_tensor", _CHANNEL, _TENSOR),
+    ScaleMethod("block_128", _BLOCK, ScaleRule(PerGroup(128), "maxabs", "identity"), dynamic_only=True),
+    ScaleMethod("block_128_e8m0", _BLOCK, ScaleRule(PerGroup(128), "maxabs", "e8m0_ceil"), dynamic_only=True),
     _microscaled("mxfp8", "e8m0_ceil"),
     _microscaled("mxfp8_above", "e8m0_above"),
     _microscaled("mxfp8_floor", "e8m0_floor"),
