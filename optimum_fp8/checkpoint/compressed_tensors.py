@@ -73,16 +73,18 @@ class CompressedTensors:
             "quantization_status": "compressed",
             "global_compression_ratio": None,
             "config_groups": {
-                f"group_{number}": {**arguments, "targets": ["Linear"] if alone else sorted(names)}
+                f"group_{number}": {**arguments, "targets": ["Linear"] if alone else checkpoint.all_names(names)}
                 for number, (arguments, names) in enumerate(by_size)
             },
-            "ignore": sorted(checkpoint.left_out),
+            "ignore": checkpoint.all_names(checkpoint.left_out),
             "kv_cache_scheme": _kv_cache_scheme(checkpoint.records),
         }
 
     def records(self, files: Sequence[str]) -> Checkpoint:
-        """Not there: transformers and vLLM load these checkpoints."""
-        raise FP8CheckpointError(f"checkpoints in the format {NAME!r} are not read by optimum_fp8")
+        """Not there: such checkpoints are read by `native_config`."""
+        raise FP8CheckpointError(
+            f"a checkpoint in the format {NAME!r} is loaded with from_pretrained(path, config=native_config(path))"
+        )
 
 
 register_format(NAME, CompressedTensors())

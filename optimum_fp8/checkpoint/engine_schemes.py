@@ -27,9 +27,11 @@ def is_microscaled(scheme: Scheme) -> bool:
 
 
 def granularity_of(record: Record) -> Granularity:
-    """That of a layer's weight scale; a scale whose value is fixed is one for the tensor."""
+    """That of a layer's weight scale; a scale whose value is fixed is one for the tensor, and has one dimension."""
     assert record.scheme is not None
-    return PerTensor() if record.tensors["weight_scale"].numel() == 1 else record.scheme.weight.granularity
+    scale, said = record.tensors["weight_scale"], record.scheme.weight.granularity
+    one_block = isinstance(said, PerBlock | PerGroup) and scale.ndim > 1
+    return PerTensor() if scale.numel() == 1 and not one_block else said
 
 
 def check_layer(record: Record, format: str) -> None:

@@ -63,12 +63,14 @@ class FineGrainedFP8:
             "quant_method": NAME,
             "activation_scheme": "dynamic",
             **(sizes if is_microscaled(first) else {"weight_block_size": [BLOCK, BLOCK]}),
-            "modules_to_not_convert": sorted(checkpoint.left_out),
+            "modules_to_not_convert": checkpoint.all_names(checkpoint.left_out),
         }
 
     def records(self, files: Sequence[str]) -> Checkpoint:
-        """Not there: transformers and vLLM load these checkpoints."""
-        raise FP8CheckpointError(f"checkpoints in the format {NAME!r} are not read by optimum_fp8")
+        """Not there: such checkpoints are read by `native_config`."""
+        raise FP8CheckpointError(
+            f"a checkpoint in the format {NAME!r} is loaded with from_pretrained(path, config=native_config(path))"
+        )
 
 
 register_format(NAME, FineGrainedFP8())

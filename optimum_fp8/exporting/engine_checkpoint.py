@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,18 +18,22 @@ from tqdm.auto import tqdm
 
 from .. import ops
 from ..checkpoint import Checkpoint, Format, Record, checkpoint_of, format_called
-from ..checkpoint.format import whole_folder
+from ..checkpoint.digests import FILES, RECORD, SAVE, id_of, signed
+from ..checkpoint.format import FormatWithFiles
 from ..checkpoint.native import refuse_unsound
 from ..checkpoint.safetensors_writer import SafetensorsWriter, TensorSpec
+from ..checkpoint.whole_folder import whole_folder
 from ..commands.companions import copy_companions
 from ..errors import FP8CheckpointError, FP8ConfigError
 from ..files.source import INDEX, Stored, reading
+from . import inc_folder
 from .fused_layers import tie_fused
+from .inc_folder import inc_files, write_inc_folder
 from .native_source import CONFIG, NativeSource, open_native
 
 logger = logging.getLogger(__name__)
 
-FORMATS = ("compressed-tensors", "fp8")
+FORMATS = ("compressed-tensors", "fp8", "modelopt", inc_folder.NAME)
 
 
 def export(
@@ -47,7 +51,9 @@ def export(
     Args:
         model: a converted model of transformers, or the folder it was saved to.
         output: a folder that is not there yet.
-        format: "compressed-tensors" (vLLM, SGLang, transformers) or "fp8" (transformers, vLLM: blocks and MXFP8 only).
+        format: "compressed-tensors" (vLLM, SGLang, transformers), "fp8" (transformers, vLLM: blocks and MXFP8 only) or
+            "modelopt" (vLLM, SGLang, TensorRT-LLM). "inc" holds no weights, but what Intel Neural Compressor quantizes
+            the model in high precision by: static scales.
         without: scales of attention to leave out, such as "p_scale": engines find their own.
 
     Returns:
@@ -63,16 +69,18 @@ def export(
         raise FP8ConfigError(f"without={without!r}: expected a list of names, [{without!r}]")
     if format not in FORMATS:
         raise FP8ConfigError(f"format={format!r} is not one to export to: expected {' or '.join(map(repr, FORMATS))}")
-    chosen = format_called(format)
     with whole_folder(output) as temporary, _folder_of(model, output) as folder:
         source = open_native(folder)
         checkpoint = _prepared(source.checkpoint, set(without))
-        chosen.refuse(checkpoint)
-        _write(source, checkpoint, chosen, temporary)
-        config = {**source.config, "quantization_config": chosen.config(checkpoint)}
-        with open(os.path.join(temporary, CONFIG), "w", encoding="utf-8") as file:
-            file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        copy_companions(source.folder, temporary, apart_from=os.path.abspath(output))
+        if format == inc_folder.NAME:
+            written = {inc_folder.CONFIG: write_inc_folder(source, inc_files(source, checkpoint), temporary)}
+        else:
+            made_of = (sorted(without), source.saved)
+            written = _write_checkpoint(source, tie_fused(checkpoint), format_called(format), temporary, made_of)
+        for name, content in written.items():
+            _write_json(os.path.join(temporary, name), content)
+        if format != inc_folder.NAME:  # which is no model, and goes beside one
+            copy_companions(source.folder, temporary, apart_from=os.path.abspath(output))
     return os.path.abspath(output)
 
 
@@ -90,7 +98,7 @@ def _folder_of(model: Any, output: str | os.PathLike[str]) -> Iterator[str]:
 
 
 def _prepared(checkpoint: Checkpoint, without: Collection[str]) -> Checkpoint:
-    """What is to be exported: sound scales, tied where layers are fused, without those that are left to the engine."""
+    """What is to be exported: sound scales, without those that are left to the engine."""
     of_attention = {name for record in checkpoint.records if "weight" not in record.tensors for name in record.tensors}
     if unknown := sorted(set(without) - of_attention):
         found = ", ".join(sorted(of_attention)) or "none"
@@ -110,11 +118,42 @@ def _prepared(checkpoint: Checkpoint, without: Collection[str]) -> Checkpoint:
             "a model with folded batch norms (fold_batch_norm=True) cannot be exported: engines build the model with "
             "its batch norms; quantize it without folding"
         )
-    return tie_fused(replace(checkpoint, records=records))
+    return replace(checkpoint, records=records)
 
 
-def _write(source: NativeSource, checkpoint: Checkpoint, chosen: Format, folder: str) -> None:
+def _write_checkpoint(
+    source: NativeSource, checkpoint: Checkpoint, chosen: Format, folder: str, made_of: Sequence[Any]
+) -> dict[str, Any]:
+    """Write the weights, and return the JSON to write beside them, by the names of the files.
+
+    Args:
+        made_of: what the id of the save follows from, beside the configuration.
+    """
+    chosen.refuse(checkpoint)
+    _warn_of_tied(source, checkpoint)
+    config = {**source.config, "quantization_config": chosen.config(checkpoint)}
+    _write(source, checkpoint, chosen, folder, id_of(config, *made_of))
+    written = {CONFIG: config}
+    return written | (chosen.files(checkpoint) if isinstance(chosen, FormatWithFiles) else {})
+
+
+def _warn_of_tied(source: NativeSource, checkpoint: Checkpoint) -> None:
+    """Say what the scales cost that fused layers share: codes are rounded a second time, as engines do themselves."""
+    before = {record.name: record.tensors for record in source.checkpoint.records}
+    after = {record.name: record.tensors for record in checkpoint.records}
+    scaled = [name for name, tensors in after.items() if "weight_scale" in tensors]
+    tied = [name for name in scaled if not torch.equal(after[name]["weight_scale"], before[name]["weight_scale"])]
+    if tied:
+        logger.warning(
+            "%d layers, as %s, get the scale of the layers that engines fuse them with, and their codes are rounded "
+            "again: quantize with scales by channel, or quantize_files(share_scales=True), to round them once",
+            *(len(tied), tied[0]),
+        )
+
+
+def _write(source: NativeSource, checkpoint: Checkpoint, chosen: Format, folder: str, save: str) -> None:
     """Write the files of weights, each with what the file of the source has of the same name, and their index."""
+    metadata = {"format": "pt", RECORD: signed({SAVE: save, FILES: len(source.files)})}
     of_records = {each.key for parts in source.parts.values() for each in parts.values()}
     weight_map, total = dict[str, str](), 0
     with tqdm(total=len(source.stored), unit="tensor", desc="Exporting", disable=None) as bar:
@@ -122,13 +161,17 @@ def _write(source: NativeSource, checkpoint: Checkpoint, chosen: Format, folder:
             records = [each for each in checkpoint.records if _path_of(source, each) == path]
             plain = [each for key, each in source.stored.items() if each.path == path and key not in of_records]
             name = os.path.basename(path)
-            specs = _write_file(os.path.join(folder, name), records, plain, source, chosen, bar.update)
+            specs = _write_file(os.path.join(folder, name), records, plain, source, chosen, metadata, bar.update)
             weight_map |= dict.fromkeys(specs, name)
             total += sum(spec.nbytes for spec in specs.values())
     if len(source.files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        with open(os.path.join(folder, INDEX), "w", encoding="utf-8") as file:
-            file.write(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        _write_json(os.path.join(folder, INDEX), index)
+
+
+def _write_json(path: str, content: Mapping[str, Any]) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def _path_of(source: NativeSource, record: Record) -> str | None:
@@ -143,6 +186,7 @@ def _write_file(
     plain: Sequence[Stored],
     source: NativeSource,
     chosen: Format,
+    metadata: Mapping[str, str],
     progress: Callable[[int], Any],
 ) -> dict[str, TensorSpec]:
     """Write one file, and return what is in it."""
@@ -151,7 +195,7 @@ def _write_file(
     specs = {each.key: TensorSpec(each.dtype, each.shape) for each in plain if each.dtype is not None}
     for _, tensors in made:
         specs |= {key: TensorSpec(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
-    with SafetensorsWriter(path, specs, {"format": "pt"}) as writer, reading() as read:
+    with SafetensorsWriter(path, specs, metadata) as writer, reading() as read:
         for each in plain:
             writer.write(each.key, read(each))
             progress(1)

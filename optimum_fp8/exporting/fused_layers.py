@@ -8,8 +8,10 @@ from dataclasses import replace
 import torch
 
 from ..checkpoint import Checkpoint, Record
+from ..checkpoint.engine_schemes import granularity_of
 from ..errors import FP8CheckpointError
 from ..files.shared_scales import siblings_of
+from ..scales import PerTensor
 
 _TIED = ("weight_scale", "input_scale")
 
@@ -50,7 +52,8 @@ def _groups(checkpoint: Checkpoint) -> list[list[str]]:
 
 def _tied(members: Sequence[Record]) -> list[Record]:
     scales = {}
-    for part in _TIED:
+    by_tensor = all(isinstance(granularity_of(member), PerTensor) for member in members)
+    for part in _TIED if by_tensor else _TIED[1:]:
         found = [member.tensors[part] for member in members if part in member.tensors]
         if len(found) == len(members) and all(scale.numel() == 1 for scale in found):
             scales[part] = torch.stack([scale.reshape(1) for scale in found]).amax(dim=0)

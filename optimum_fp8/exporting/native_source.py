@@ -11,15 +11,17 @@ import torch
 import transformers
 
 from ..checkpoint import Checkpoint, Record
-from ..checkpoint.folder import read_json
+from ..checkpoint.digests import SAVE
+from ..checkpoint.folder import config_of_transformers
+from ..checkpoint.intact import check_saved, recorded
 from ..checkpoint.names import names_in_model
 from ..checkpoint.native import SCALE
-from ..config import QUANT_METHOD
 from ..errors import FP8CheckpointError
 from ..files.skeleton import known_class
 from ..files.source import Source, Stored, reading, tensors_in
 from ..formats import is_fp8
 from ..lifecycle import state_of
+from ..measure import Observer
 from ..modules.experts import SCALES
 from ..modules.fused_experts import FP8FusedExperts
 from ..modules.handler import converted_modules
@@ -39,6 +41,9 @@ class NativeSource:
         stored: where each tensor lies, by its name on disk.
         parts: where the tensors of each record of the checkpoint lie, by the names they have in it.
         checkpoint: a record for each layer and attention module, by its name on disk; weights are on meta.
+        decisions: about the module of the model that a record is of, by the record's name.
+        ranges: that the scales follow from, by module of the model and tensor, as far as they are recorded.
+        saved: the id of the save; None where it is older.
     """
 
     folder: str
@@ -47,6 +52,9 @@ class NativeSource:
     stored: dict[str, Stored]
     parts: dict[str, dict[str, Stored]]
     checkpoint: Checkpoint
+    decisions: dict[str, Decision]
+    ranges: dict[tuple[str, str], Observer]
+    saved: str | None
 
 
 def open_native(folder: str | os.PathLike[str]) -> NativeSource:
@@ -56,10 +64,9 @@ def open_native(folder: str | os.PathLike[str]) -> NativeSource:
         FP8CheckpointError: it holds no FP8 checkpoint of a model of transformers, or one that is damaged.
     """
     folder = os.path.abspath(folder)
-    if not os.path.isdir(folder):
-        raise FP8CheckpointError(f"{folder} is not a folder: expected one that an FP8 model was saved to")
-    config = _config(folder)
+    config = config_of_transformers(folder)
     files, stored = tensors_in(folder)
+    check_saved(files)
     model_class = known_class(Source(folder, files, stored, config))
     if model_class is None:
         raise FP8CheckpointError(
@@ -70,21 +77,11 @@ def open_native(folder: str | os.PathLike[str]) -> NativeSource:
     assert state is not None
     _refuse_stacks(stored)
     parts = _parts(stored)
-    records = _records(model, {each.name: each for each in state.decisions}, parts)
+    records, decisions = _records(model, {each.name: each for each in state.decisions}, parts)
     left_out = _left_out(model, state.decisions, records, stored)
-    return NativeSource(folder, config, files, stored, parts, Checkpoint(records, [], left_out, state.config))
-
-
-def _config(folder: str) -> dict[str, Any]:
-    path = os.path.join(folder, CONFIG)
-    said = read_json(path) if os.path.isfile(path) else {}
-    method = (said.get("quantization_config") or {}).get("quant_method")
-    if method != QUANT_METHOD:
-        raise FP8CheckpointError(
-            f"{folder} holds no FP8 checkpoint of optimum_fp8 (config.json says quant_method={method!r}): quantize the "
-            "model with from_pretrained(…, quantization_config=FP8Config(…)) and save_pretrained first"
-        )
-    return said
+    whole = Checkpoint(records, [], left_out, state.config, _aliases(model, stored))
+    saved, ranges = recorded(files).get(SAVE), state.measurements.tensors
+    return NativeSource(folder, config, files, stored, parts, whole, decisions, ranges, saved)
 
 
 def _parts(stored: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]:
@@ -98,7 +95,10 @@ def _parts(stored: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]:
     return parts
 
 
-def _records(model: Any, decisions: Mapping[str, Decision], parts: Mapping[str, dict[str, Stored]]) -> list[Record]:
+def _records(
+    model: Any, decisions: Mapping[str, Decision], parts: Mapping[str, dict[str, Stored]]
+) -> tuple[list[Record], dict[str, Decision]]:
+    """The records of a checkpoint, and the decision about the module that each is of."""
     converted, records = converted_modules(model), []
     keys = {name: next(iter(tensors.values())).key for name, tensors in parts.items()}
     in_model = names_in_model(model, keys.values())
@@ -123,7 +123,8 @@ def _records(model: Any, decisions: Mapping[str, Decision], parts: Mapping[str, 
             in_out = bool(getattr(module, "stores_in_out", False))
             records.append(Record(name, handler.kind, decisions[owner].scheme, tensors, in_out))
     without = [name for name, (module, handler) in converted.items() if not handler.state(module)]
-    return records + [Record(name, converted[name][1].kind, decisions[name].scheme, {}) for name in without]
+    records += [Record(name, converted[name][1].kind, decisions[name].scheme, {}) for name in without]
+    return records, {record.name: decisions[owners.get(record.name, record.name)] for record in records}
 
 
 def _input_of_expert(name: str, parts: Sequence[str], scales: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -167,6 +168,12 @@ def _left_out(model: Any, decisions: list[Decision], records: list[Record], stor
     on_disk = {name: key for key, name in names_in_model(model, stored).items()}
     tied = {name for name in kept if f"{name}.weight" not in on_disk}
     return sorted((matrices | tied) - in_fp8)
+
+
+def _aliases(model: Any, stored: Mapping[str, Stored]) -> dict[str, str]:
+    """What transformers calls the modules of tensors once it has loaded them, where that is another name."""
+    names = names_in_model(model, stored)
+    return {key.rpartition(".")[0]: name.rpartition(".")[0] for key, name in names.items() if key != name}
 
 
 def _is_matrix(key: str, each: Stored) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hf.conftest import batches, ids, save  # noqa: F401  # fixtures
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from optimum_fp8 import FP8Config
 
@@ -36,7 +36,7 @@ def quantized(tmp_path):
             torch.manual_seed(1)
             options["dataset"] = [{"input_ids": torch.randint(0, 96, (4, 16))}]
         config = FP8Config.preset(preset, **options)
-        converted = AutoModelForCausalLM.from_pretrained(plain, quantization_config=config).eval()
+        converted = type(model).from_pretrained(plain, quantization_config=config).eval()
         converted.save_pretrained(tmp_path / name)
         return converted, tmp_path / name
 
