@@ -7,6 +7,8 @@ record in the metadata of each file: the keys that say how the model computes, a
 from __future__ import annotations
 
 import json
+import logging
+import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -20,14 +22,18 @@ from ..errors import FP8CheckpointError
 from ..modules import fp8_modules
 from ..modules.handler import converted_modules, find_all
 from ..selection import Decision, names_in_checkpoint
+from .digests import RECORD, SAVE, check_digests, is_whole, signed
+from .model_config import CONFIG, MODEL, changed_keys, config_to_record
 from .names import name_of, names_in_model
 from .native import SCALE, name_in, refuse_damaged
 from .ranges import Known, known_ranges
 
-RECORD = "optimum_fp8"
+logger = logging.getLogger(__name__)
+
 _OF_MODULES = [name for name, key in KEYS.items() if key.of_module]
 _OF_THIS_MODEL = ("overrides", "modules_to_not_convert")
-_TOLD = (*_OF_MODULES, *_OF_THIS_MODEL, "target", "model_class", "format_version")
+_SELECTING = ("allowlist", "blocklist", "quantize_lm_head", "quantize_routers", "fold_batch_norm")
+_TOLD = (*_OF_MODULES, *_OF_THIS_MODEL, *_SELECTING, "target", "model_class", "format_version")
 _FLOAT32 = "F32"
 _EDITED = "the checkpoint was edited or mixed from others: save it again"
 
@@ -43,18 +49,21 @@ def record(model: nn.Module, config: FP8Config, ranges: Known | None = None, **m
         ranges: that its scales follow from; None: what is known of the model.
         more: JSON.
     """
-    said = config.to_dict()
+    configuration = config.to_dict()
     converted = converted_modules(model)
     scales = {
         name_of(name): sorted(handler.state(module))
         for name, (module, handler) in converted.items()
         if not handler.family.replaced
     }
-    told = {key: said[key] for key in _TOLD}
     modules = [name_of(name) for name, (_, handler) in converted.items() if handler.family.replaced]
-    of_model = {"format_version": config.format_version, "config": told, "scales": scales, "modules": modules}
+    of_model: dict[str, Any] = {"format_version": config.format_version, "config": configuration}
+    of_model |= {"scales": scales, "modules": modules}
+    if model_config := config_to_record(model):
+        of_model[MODEL] = model_config
     known = known_ranges(model) if ranges is None else ranges
-    return json.dumps({**of_model, **({"ranges": known} if known else {}), **more})
+    said = {**of_model, **({"ranges": known} if known else {}), **more}
+    return signed(said) if SAVE in said else json.dumps(said)
 
 
 def recorded(files: Sequence[str] | None) -> dict[str, Any]:
@@ -103,6 +112,52 @@ def check_intact(
     _check_scales(headers, model, decisions, prefix, config.modules_to_not_convert or [])
 
 
+def check_saved(
+    files: Sequence[str] | None, told: Mapping[str, Any] | None = None, model: nn.Module | None = None
+) -> None:
+    """Refuse files that do not hold what was saved together, byte for byte: they are read once, as fast as they come.
+
+    Args:
+        files: of a checkpoint; those that are no safetensors tell nothing.
+        told: the record, where the files do not hold it.
+        model: of transformers, made from the `config.json` beside them.
+
+    Raises:
+        FP8CheckpointError: names the tensor or the file; or the keys of `config.json` by which the tensors do not fit.
+    """
+    read = {str(path): _read(path) for path in files or () if str(path).endswith(".safetensors")}
+    records = {path: record for path, (record, _) in read.items()}
+    check_digests(list(read), records, told)
+    for path, record in list(records.items())[:1]:
+        place = os.path.join(os.path.dirname(path), CONFIG)
+        changed = changed_keys(_said(place), record.get(MODEL, {}))
+        keys = ", ".join(f"{key}={found!r}, saved was {saved!r}" for key, (found, saved) in changed.items())
+        if changed and model is not None:
+            _check_shapes(model, {key: header for _, headers in read.values() for key, header in headers.items()}, keys)
+        if changed:
+            logger.warning("%s was edited (%s): the model may compute something else", place, keys)
+
+
+def _check_shapes(model: nn.Module, headers: Mapping[str, Header], edited: str) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for key, name in names_in_model(model, headers).items():
+        expected, (_, found) = shapes.get(name), headers[key]
+        if expected is not None and found not in (expected, (1, *expected)):
+            raise FP8CheckpointError(
+                f"{key} has shape {found} in the checkpoint, but the model expects {expected}: config.json was edited "
+                f"({edited}); put it back"
+            )
+
+
+def _said(path: str) -> dict[str, Any]:
+    """What `config.json` says; what is no JSON, transformers has refused before."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return dict(json.load(file))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
 def read_record(path: str, metadata: Mapping[str, str] | None) -> dict[str, Any]:
     """The record in the metadata of a file; empty where there is none.
 
@@ -116,6 +171,8 @@ def read_record(path: str, metadata: Mapping[str, str] | None) -> dict[str, Any]
         raise FP8CheckpointError(f"the metadata {RECORD!r} of {path} cannot be read ({error}): {_EDITED}") from None
     if newer:
         raise FP8CheckpointError(f"{path} was written by a newer optimum_fp8: upgrade optimum_fp8")
+    if not is_whole(said):
+        raise FP8CheckpointError(f"the metadata {RECORD!r} of {path} is not what was written: {_EDITED}")
     return said
 
 
@@ -134,7 +191,7 @@ def _check_config(path: str, said: Mapping[str, Any], config: FP8Config, made_fo
     # A part of a model, loaded from the checkpoint of the whole, has a configuration of its own.
     others = record.get("model_class", config.model_class) != config.model_class
     for key, made_with in record.items():
-        if key == "scale_format" or (others and key in (*_OF_THIS_MODEL, "model_class")):
+        if key not in _TOLD or key == "scale_format" or (others and key in (*_OF_THIS_MODEL, "model_class")):
             continue  # what changes no result may be chosen when loading
         if key in found and found[key] != made_with:
             hint = "; pass FP8Config(target=…) when loading to change it" if key == "target" else ""

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from ..errors import FP8CheckpointError
+from .digests import DIGESTS, RECORD, UNKNOWN, digest
 
 # What safetensors calls the dtypes.
 DTYPES: dict[str, torch.dtype] = {
@@ -53,7 +54,7 @@ class SafetensorsWriter:
     Args:
         path: of the file; one that is there is replaced.
         tensors: dtype and shape of each tensor, by name.
-        metadata: texts, by name.
+        metadata: texts, by name. To the record, if there is one, the digests of the tensors are added.
     """
 
     def __init__(self, path: str | os.PathLike[str], tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str]):
@@ -62,24 +63,38 @@ class SafetensorsWriter:
         self._missing = set(self.tensors)
         # Wide dtypes first, as safetensors has them: every tensor is aligned to its own size.
         order = sorted(self.tensors, key=lambda name: (-self.tensors[name].dtype.itemsize, name))
-        header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+        self._metadata, self._digests = dict(metadata), dict.fromkeys(order, UNKNOWN)
+        self._header: dict[str, object] = {}
         offsets, end = dict[str, int](), 0
         for name in order:
             dtype, shape = self.tensors[name]
             if dtype not in _NAMES:
                 raise FP8CheckpointError(f"{name} is {dtype}, which safetensors files cannot hold")
             offsets[name], end = end, end + self.tensors[name].nbytes
-            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offsets[name], end]}
+            self._header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offsets[name], end]}
+        length = len(self._head())
+        self._places = {name: length + offset for name, offset in offsets.items()}
+        self._size = length + end
+
+    def _head(self) -> bytes:
+        """What stands before the data; always of the same length, because digests are."""
+        said = dict(self._metadata)
+        if RECORD in said:
+            said[RECORD] = json.dumps({**json.loads(said[RECORD]), DIGESTS: self._digests})
+        header = {"__metadata__": said, **self._header} if said else self._header
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % _ALIGNMENT)
-        self._head = struct.pack("<Q", len(text)) + text
-        self._places = {name: len(self._head) + offset for name, offset in offsets.items()}
-        self._size = len(self._head) + end
+        return struct.pack("<Q", len(text)) + text
 
     def __enter__(self) -> SafetensorsWriter:
         self._file = open(self._temporary, "wb")
-        self._file.write(self._head)
-        self._file.truncate(self._size)
+        try:
+            self._file.write(self._head())
+            self._file.truncate(self._size)
+        except OSError:
+            self._file.close()
+            os.remove(self._temporary)
+            raise
         return self
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
@@ -92,17 +107,24 @@ class SafetensorsWriter:
         if found != expected:
             raise FP8CheckpointError(f"{name} is {tuple(found)}, but the header of {self.path} says {expected}")
         self._file.seek(self._places[name])
+        tensor = tensor.detach().contiguous()
         if tensor.numel():
-            self._file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            self._file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        if RECORD in self._metadata:
+            self._digests[name] = digest(tensor)
         self._missing.discard(name)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._file.close()
         try:
+            if kind is None and RECORD in self._metadata:
+                self._file.seek(0)
+                self._file.write(self._head())
+            self._file.close()  # writes what is left, for which there may be no space
             if kind is None and self._missing:
                 raise FP8CheckpointError(f"{self.path}: nothing was written for {', '.join(sorted(self._missing)[:4])}")
             if kind is None:
                 os.replace(self._temporary, self.path)
         finally:
+            self._file.close()
             if os.path.exists(self._temporary):
                 os.remove(self._temporary)
