@@ -15,7 +15,18 @@ from .. import ops
 from ..cache import CacheScales, attach_cache, cache_record, detach_cache, layer_index, observe_caches
 from ..errors import FP8CheckpointError, FP8MeasurementError
 from ..measure import Observers
-from ..modules.handler import Conversion, Family, ModuleHandler, Quantize, Reason, Row, Surroundings, Target, Why
+from ..modules.handler import (
+    Conversion,
+    Family,
+    FitWeight,
+    ModuleHandler,
+    Quantize,
+    Reason,
+    Row,
+    Surroundings,
+    Target,
+    Why,
+)
 from ..scales import PerHead, Scheme
 from .cache_ranges import with_ranges_of_caches
 from .detect import STORES, Kind, attention_kind, attention_modules
@@ -216,6 +227,14 @@ class AttentionHandler(ModuleHandler):
     def rescale(self, module: Any, scales: Mapping[str, torch.Tensor]) -> None:
         before = scales_of(module)
         set_scales(module, {name: scale.to(before[name].device) for name, scale in scales.items()})
+
+    def rescheme(self, target: Target, fit: FitWeight) -> None:
+        assert target.model is not None
+        module, device = target.module, _device_of(target.model, target.name)
+        scales = {name: scale.to(device) for name, scale in self.scales_for(target).items()}
+        detach_cache([module])
+        set_scales(module, scales)
+        self.loaded(target)
 
     def pack(self, module: Any) -> None:
         plan = plan_of(module)

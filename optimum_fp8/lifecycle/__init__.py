@@ -19,8 +19,10 @@ from .prepare import (
     stored_measurements,
     unmeasured_state,
 )
+from .provenance import MERGED, data_of, loaded_for, name_of_data, provenance_in, with_change
 from .sharded import is_sharded, is_spread, refuse_shares, refuse_spread
 from .state import (
+    MEASURED_BEFORE,
     FP8State,
     Phase,
     measuring_state,
@@ -33,12 +35,15 @@ from .state import (
 from .unsigned import is_unsigned, signed
 
 __all__ = [
+    "MEASURED_BEFORE",
+    "MERGED",
     "FP8State",
     "Origin",
     "Phase",
     "are_there",
     "convert_some",
     "convert_with",
+    "data_of",
     "dequantize",
     "empty_measurements",
     "expect_folded",
@@ -49,10 +54,13 @@ __all__ = [
     "is_unsigned",
     "is_sharded",
     "is_spread",
+    "loaded_for",
     "measuring_state",
+    "name_of_data",
     "needs_ranges",
     "new_measurements",
     "prepare",
+    "provenance_in",
     "refuse_no_module",
     "refuse_second_time",
     "refuse_shares",
@@ -71,4 +79,5 @@ __all__ = [
     "unreached",
     "unwrapped",
     "weights_of",
+    "with_change",
 ]

@@ -19,6 +19,7 @@ from ..modules.handler import Conversion, Family, Reason, Target, Why, converted
 from ..scales import Scheme, quantize_weight
 from ..selection import leave_out, read_by_owner, reschemed
 from .prepare import merged_measurements, needs_ranges, settle_measurements
+from .provenance import made_here
 from .sharded import refuse_sharded
 from .state import FP8State, Phase, set_state, state_of
 
@@ -59,6 +60,7 @@ def convert_with(model: nn.Module, state: FP8State, finish: Callable[[Any], None
         decisions=leave_out(state.decisions, missing),
         changes=[change for change in state.changes if not isinstance(change, Fold)],
     )
+    converted.provenance = made_here(converted)
     before = len(converted.changes)
     done: list[Conversion] = []
     swap(model, replacements)

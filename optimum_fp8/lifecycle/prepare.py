@@ -32,7 +32,7 @@ from ..modules.handler import find_all
 from ..selection import select
 from .batch_norm import fold_batch_norms, unfolded_on_error
 from .sharded import common_fingerprint, refuse_partial_activations
-from .state import FP8State, Phase, measuring_state, refuse_second_time, set_state, unwrapped
+from .state import MEASURED_BEFORE, FP8State, Phase, measuring_state, refuse_second_time, set_state, unwrapped
 from .unsigned import is_unsigned, signed
 
 logger = logging.getLogger(__name__)
@@ -198,7 +198,8 @@ def unmeasured_state(model: nn.Module, config: FP8Config) -> FP8State:
         if needs_ranges(state):
             required = config.scheme == "static" or config.mode == "QUANTIZE"
             stored = stored_measurements(config, model, state.measurements, required=required)
-            state.measurements = stored or state.measurements
+            if stored is not None:
+                state.measurements, state.sources = stored, [MEASURED_BEFORE]
     return state
 
 

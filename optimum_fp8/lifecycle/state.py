@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from torch import nn
 
@@ -15,6 +16,7 @@ from ..selection import Decision
 from .origin import Origin
 from .sharded import common_fingerprint
 
+MEASURED_BEFORE = "measurements"  # the source of ranges out of a file
 _ATTRIBUTE = "_optimum_fp8_state"
 
 
@@ -40,6 +42,9 @@ class FP8State:
         partials: the files that each calibration so far has left, to go on from if it is broken off.
         digests: of weights that became FP8 while loading, by parameter name, from when they were in high precision.
         moved: by which part of itself each range moved over the last quarter of the calibration samples.
+        sources: the names of the data that calibration has seen.
+        tokens: how many of them there were, without padding; 0 where data are no text.
+        provenance: what made the FP8 model, once it is one; empty where its checkpoint does not tell.
     """
 
     config: FP8Config
@@ -52,6 +57,9 @@ class FP8State:
     partials: list[list[str]] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
     moved: dict[str, float] = field(default_factory=dict)
+    sources: list[str] = field(default_factory=list)
+    tokens: int = 0
+    provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
     def selected(self) -> list[str]:

@@ -182,6 +182,12 @@ class FusedExpertsHandler(ModuleHandler):
             [[fit(frozen(codes), frozen(scale), target.scheme) for codes, scale in each] for each in module.pieces()]
         )
 
+    def rescheme(self, target: Target, fit: FitWeight) -> None:
+        module, scheme, scales = target.module, target.scheme, self.scales_for(target)
+        pieces = [[fit(frozen(codes), frozen(scale), scheme) for codes, scale in each] for each in module.pieces()]
+        module.set_pieces(pieces)
+        module.set_scheme(scheme, scales)
+
     def row(self, module: Any) -> Row | None:
         if not isinstance(module, FP8FusedExperts) or not module.is_stacked:
             return None

@@ -320,6 +320,14 @@ class ModuleHandler:
             fit: codes and scale of a weight within a scheme's number format, as parameters that tied weights share.
         """
 
+    def rescheme(self, target: Target, fit: FitWeight) -> None:
+        """Give a converted module its target's scheme: weights as `fit` makes them, other scales from the ranges.
+
+        Raises:
+            FP8NotAvailableError: modules of this kind cannot change theirs.
+        """
+        raise FP8NotAvailableError(f"{target.name}: {self.kind!r} modules keep their scales: quantize the original")
+
     def pack(self, module: Any) -> None:
         """Bring the tensors of a converted module into the form that the backend in use wants."""
 

@@ -226,6 +226,11 @@ class LayerHandler(ModuleHandler):
                 "changing the checkpoint's configuration"
             )
 
+    def rescheme(self, target: Target, fit: FitWeight) -> None:
+        module, scheme, input_scale = target.module, target.scheme, self.scales_for(target).get("input_scale")
+        module.set_weight(*fit(module.codes, module.weight_scale, scheme))
+        module.set_scheme(scheme, input_scale)
+
     def row(self, module: Any) -> Row | None:
         if not isinstance(module, FP8Module):
             return None

@@ -120,9 +120,9 @@ class FP8NamedWeights(StandsForOriginal):
         empty: dict[str, torch.Tensor] = {}
         for name, shape in shapes.items():
             codes = torch.empty(shape, dtype=self.scheme.fmt.dtype, device="meta")
-            empty |= {name: stored_weight(codes), f"{name}_scale": torch.empty(scale_shape(shape), device="meta")}
+            empty |= {name: stored_weight(codes), f"{name}_scale": _no_scale(scale_shape(shape))}
         for name in self.activation_scales if self.scheme.is_static else ():
-            empty[name] = torch.empty(1, device="meta")
+            empty[name] = _no_scale((1,))
         self._parameters |= {name: frozen(tensor) for name, tensor in empty.items()}
 
     def check_codes(self) -> None:
@@ -246,6 +246,11 @@ class FP8NamedWeights(StandsForOriginal):
     def extra_repr(self) -> str:
         fmt = self.scheme.fmt
         return f"{fmt.name} on {fmt.target}, weights {self.scheme.weight.granularity}, {self.scheme.activations}"
+
+
+def _no_scale(shape: tuple[int, ...]) -> torch.Tensor:
+    """Room for a scale; while transformers loads a model, the default dtype is the model's."""
+    return torch.empty(shape, dtype=torch.float32, device="meta")
 
 
 _OURS = frozenset({"name", "origin", "scheme", "record", "high_precision", "weight_names"})

@@ -139,6 +139,11 @@ class NamedWeightsHandler(ModuleHandler):
         if not module.codes(module.weight_names[0]).is_meta:
             module.check_codes()
 
+    def rescheme(self, target: Target, fit: FitWeight) -> None:
+        module, scheme, scales = target.module, target.scheme, self.scales_for(target)
+        module.set_weights({name: fit(module.codes(name), module.scale(name), scheme) for name in module.weight_names})
+        module.set_scheme(scheme, scales)
+
     def row(self, module: Any) -> Row | None:
         if not isinstance(module, FP8NamedWeights):
             return None

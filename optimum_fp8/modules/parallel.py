@@ -20,7 +20,18 @@ from torch import nn
 from ..measure import Observers
 from ..scales import Scheme
 from .all_reduce import Peers
-from .handler import Conversion, Quantize, Reason, Row, Surroundings, Target, Why, handlers
+from .handler import (
+    Conversion,
+    FitWeight,
+    ModuleHandler,
+    Quantize,
+    Reason,
+    Row,
+    Surroundings,
+    Target,
+    Why,
+    handlers,
+)
 from .layer import LayerHandler
 from .linear import FP8Linear
 from .measured_forward import MeasuredForward
@@ -221,6 +232,9 @@ class RowParallelHandler(ParallelHandler):
         super().rescale(module, scales)
         for name in scales.keys() & _SUM_SCALES.keys():
             setattr(module, name, frozen(scales[name].to(module.codes.device)))
+
+    def rescheme(self, target: Target, fit: FitWeight) -> None:
+        ModuleHandler.rescheme(self, target, fit)  # which refuses: each process would have to find the same scales
 
     def row(self, module: Any) -> Row | None:
         row = super().row(module)
