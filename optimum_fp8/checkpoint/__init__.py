@@ -3,6 +3,7 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
+from .foreign import native_config
 from .format import FORMATS, Checkpoint, Format, Record, checkpoint_of, format_called, register_format, write
 from .native import Native
 from .plain import load, save
@@ -21,6 +22,7 @@ __all__ = [
     "format_called",
     "load",
     "load_single_file",
+    "native_config",
     "register_format",
     "save",
     "write",

@@ -18,8 +18,9 @@ from ..modules import FP8Module, frozen, swap
 from ..modules.handler import Target, pack_all
 from ..selection import Decision
 from .folder import Tensors
-from .intact import check_intact
+from .intact import check_intact, check_saved
 from .native import check_scales, saved_scales
+from .provenance import recorded_provenance
 from .ranges import converted_targets, recorded_ranges
 from .targets import fit_to_target
 from .whole_state import buffers_of, state_tensors
@@ -59,8 +60,10 @@ def fill(
         _check_same(where, tensors, own | {name: buffers[name] for name in told.get("buffers", ()) if name in buffers})
         _assign(model, tensors)
         check_scales(model, "loaded")
+        check_saved(files, told)
         measured = Measurements("", recorded_ranges(told, decisions, ""), observer=config.observer)
         state = FP8State(config, list(decisions), Phase.CONVERTED, measured)
+        state.provenance = recorded_provenance(told, made_for, config.resolved_target)
         fit_to_target(converted_targets(model, state), made_for)
         targets = state.targets(model)
         for each in targets:

@@ -52,6 +52,31 @@ def layout_of(folder: str) -> Layout:
     return DIFFUSERS if "_class_name" in read_json(path) else PLAIN
 
 
+def config_of_transformers(folder: str) -> dict[str, Any]:
+    """What `config.json` says in a folder that an FP8 model of transformers was saved to.
+
+    Raises:
+        FP8CheckpointError: there is no such checkpoint, or it is of another maker.
+    """
+    if not os.path.isdir(folder):
+        raise FP8CheckpointError(f"{folder} is not a folder: expected one that an FP8 model was saved to")
+    refuse_incs(folder)
+    path = os.path.join(folder, DIFFUSERS.config_file)
+    said = read_json(path) if os.path.isfile(path) else {}
+    method = (said.get("quantization_config") or {}).get("quant_method")
+    if method == QUANT_METHOD:
+        return said
+    advice = "quantize the model with from_pretrained(…, quantization_config=FP8Config(…)) and save_pretrained first"
+    if method is not None:
+        advice = "load it with optimum_fp8.native_config and save it, if it is an FP8 checkpoint of another maker"
+    elif os.path.isfile(os.path.join(folder, CONFIG_FILE)):
+        advice = "what optimum_fp8.save wrote is loaded by load(…), and saved again"
+    raise FP8CheckpointError(
+        f"{folder} holds no FP8 checkpoint of optimum_fp8 of a model of transformers (config.json says "
+        f"quant_method={method!r}, expected {QUANT_METHOD!r}): {advice}"
+    )
+
+
 def read_json(path: str) -> dict[str, Any]:
     """The object in a JSON file.
 

@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from ..config import FP8Config
-from ..errors import FP8CheckpointError, FP8ConfigError, FP8NotAvailableError, FP8StateError, nearest
+from ..errors import FP8ConfigError, FP8NotAvailableError, FP8StateError, nearest
 from ..lifecycle import Phase, state_of
 from ..modules.handler import converted_modules
 from ..scales import Scheme
 from ..selection import with_limits
+from .digests import RECORD, sealed, signed
+from .whole_folder import whole_folder
 
 
 @dataclass(frozen=True)
@@ -55,12 +54,18 @@ class Checkpoint:
         selected: names and types of the converted modules.
         left_out: names of modules that stay in high precision although the configuration is about their kind.
         config: what the model was quantized with; None where a file does not say it.
+        aliases: names of modules in the model, by those on disk that `records` and `left_out` have, where they differ.
     """
 
     records: list[Record]
     selected: list[tuple[tuple[str, ...], tuple[str, ...]]]
     left_out: list[str]
     config: FP8Config | None
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    def all_names(self, names: Iterable[str]) -> list[str]:
+        """Names on disk with those in the model, sorted: some engines look for these, and some for the others."""
+        return sorted({each for name in names for each in (name, self.aliases.get(name, name))})
 
 
 class Format(Protocol):
@@ -77,6 +82,14 @@ class Format(Protocol):
 
     def records(self, files: Sequence[str]) -> Checkpoint:
         """Read what is in the files of a checkpoint, without its data where that can be."""
+
+
+@runtime_checkable
+class FormatWithFiles(Format, Protocol):
+    """A checkpoint format that has files of its own beside `config.json`."""
+
+    def files(self, checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+        """What they say, as JSON, by the names of the files."""
 
 
 FORMATS: dict[str, Format] = {}
@@ -124,26 +137,6 @@ def checkpoint_of(model: nn.Module) -> Checkpoint:
     return Checkpoint(records, selected, left_out, config)
 
 
-@contextmanager
-def whole_folder(folder: str | os.PathLike[str], *, replace_empty: bool = False) -> Iterator[str]:
-    """A folder to write to, beside the place of `folder`, that is moved there at the end: it is whole or not there.
-
-    Raises:
-        FP8CheckpointError: something is there; with `replace_empty` an empty folder may be.
-    """
-    target = os.path.abspath(folder)
-    if os.path.exists(target) and not (replace_empty and os.path.isdir(target) and not os.listdir(target)):
-        raise FP8CheckpointError(f"{target} exists: choose another folder")
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    temporary = tempfile.mkdtemp(dir=os.path.dirname(target), prefix=".fp8-")
-    try:
-        yield temporary
-        os.chmod(temporary, 0o755)
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def write(model: nn.Module, folder: str | os.PathLike[str], format: str) -> None:
     """Write the converted modules of a model in a registered format: `model.safetensors` and `quantization.json`.
 
@@ -157,6 +150,7 @@ def write(model: nn.Module, folder: str | os.PathLike[str], format: str) -> None
     with whole_folder(folder) as temporary:
         tensors = {name: tensor.detach().contiguous() for name, tensor in chosen.tensors(checkpoint).items()}
         if tensors:
-            save_file(tensors, os.path.join(temporary, "model.safetensors"), metadata={"format": "pt"})
+            metadata = {"format": "pt", RECORD: signed(sealed(tensors, format))}
+            save_file(tensors, os.path.join(temporary, "model.safetensors"), metadata=metadata)
         with open(os.path.join(temporary, "quantization.json"), "w", encoding="utf-8") as file:
             json.dump(chosen.config(checkpoint), file, indent=2)

@@ -1,4 +1,4 @@
-"""Checkpoints of Intel Neural Compressor: known by their configuration, and refused by name."""
+"""Checkpoints of Intel Neural Compressor: known by their configuration, and refused where another is expected."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def refuse_incs(folder: str | os.PathLike[str]) -> None:
         path = os.path.join(folder, name)
         if is_incs(_json(path)):
             raise FP8CheckpointError(
-                f"{path} was written by Intel Neural Compressor: optimum_fp8 cannot read INC's checkpoints yet; "
-                "quantize the original model"
+                f"{path} was written by Intel Neural Compressor: load it with "
+                "from_pretrained(folder, config=optimum_fp8.native_config(folder)), or quantize the original model"
             )
 
 

@@ -135,10 +135,11 @@ def saved_shapes(files: Sequence[str] | None, model: nn.Module | None = None) ->
 
 def saved_scales(files: Sequence[str] | None, model: nn.Module | None = None) -> Shapes:
     """Shapes of the scales in safetensors files, by module and name, as `saved_shapes` names them."""
-    return _scales_among(saved_shapes(files, model))
+    return scales_among(saved_shapes(files, model))
 
 
-def _scales_among(shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
+def scales_among(shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
+    """The shapes of the scales among those of tensors, by module and name."""
     saved: Shapes = {}
     for key, shape in shapes.items():
         if match := SCALE.match(key):
@@ -151,7 +152,7 @@ def refuse_damaged(path: str) -> Iterator[None]:
     """Raise FP8CheckpointError where a safetensors file cannot be read inside."""
     try:
         yield
-    except SafetensorError as error:
+    except (SafetensorError, FileNotFoundError) as error:
         raise FP8CheckpointError(f"{path} cannot be read ({error}): it is damaged, copy it again") from None
 
 
@@ -183,6 +184,7 @@ def saved_decisions(
     files: list[str] | None,
     implementations: dict[int, str],
     recorded: Collection[str] | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> list[Decision]:
     """Which modules are FP8 in a checkpoint: all of a known kind but those its configuration lists.
 
@@ -195,11 +197,13 @@ def saved_decisions(
         files: of the checkpoint.
         implementations: what computes attention, by the identity of the model's configuration.
         recorded: the modules that were in FP8 when it was saved; None where it does not say.
+        shapes: of its tensors, by their names in the model; None: those in the files.
     """
     exceptions, prefix = set(config.modules_to_not_convert or []), f"{getattr(model, 'base_model_prefix', '')}."
     readable = bool(files) and all(str(path).endswith(".safetensors") for path in files or ())
-    heads, shapes = set(default_skips(model)), saved_shapes(files, model)
-    saved = _scales_among(shapes)
+    heads = set(default_skips(model))
+    shapes = saved_shapes(files, model) if shapes is None else shapes
+    saved = scales_among(shapes)
     found, around = find_all(model), Surroundings(model, implementations)
     schemes, names_in_config = schemes_of(model, found, config), config_names(model, found)
     had = set(recorded) if recorded is not None and _is_same_class(model) else set()
@@ -258,7 +262,7 @@ def _new_to(
         codes = len(found) == module.weight.ndim + 1
         other = codes and sorted(found) != sorted(stored_shape(module.weight.shape))
         return f"of another shape in the checkpoint: {found[1:]}" if other else None
-    if not set(names).isdisjoint(_scales_among(shapes)):  # its weights have names of their own
+    if not set(names).isdisjoint(scales_among(shapes)):  # its weights have names of their own
         return None
     tail = ".".join(name.split(".")[-2:])
     renamed = "." in tail and any(key.endswith(f".{tail}.{_WEIGHT}") for key in shapes)

@@ -21,9 +21,10 @@ from ..selection import is_of_diffusers
 from .diffusers_models import attach_to_diffusers, in_saved_dtypes, made_from_config
 from .fill import fill
 from .folder import CONFIG_FILE, DIFFUSERS, Layout, layout_of, read, read_config, weight_files
-from .format import checkpoint_of, whole_folder
+from .format import checkpoint_of
 from .native import Native, saved_decisions
 from .targets import target_to_load
+from .whole_folder import whole_folder
 from .whole_state import tensors_to_write
 
 

@@ -12,10 +12,12 @@ from ..config import FP8Config
 from ..errors import FP8NotAvailableError
 from ..measure import architecture
 from ..modules import fp8_modules, part_of
+from .digests import RECORD, sealed
 from .folder import Tensors
 from .format import Checkpoint
-from .intact import RECORD, record
+from .intact import record
 from .native import Native
+from .provenance import told_of
 
 
 def tensors_to_write(
@@ -39,7 +41,8 @@ def tensors_to_write(
     if rebuilt:
         dtypes = {name: str(each.high_precision).removeprefix("torch.") for name, each in fp8_modules(model).items()}
         more |= {"buffers": sorted(buffers), "dtypes": dtypes}
-    return tensors, {RECORD: record(model, FP8Config.from_dict(dict(said)), **more)}
+    more |= sealed(tensors, said)
+    return tensors, {RECORD: record(model, FP8Config.from_dict(dict(said)), **told_of(model), **more)}
 
 
 def state_tensors(model: nn.Module) -> Tensors:

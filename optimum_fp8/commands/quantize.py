@@ -16,9 +16,11 @@ from transformers import AutoConfig
 
 from ..calibration import check_dataset
 from ..checkpoint.inc import refuse_incs
-from ..config import FP8Config
+from ..checkpoint.whole_folder import explained, put_in_place
+from ..config import QUANT_METHOD, FP8Config
 from ..config.flags import given_flags
 from ..config.keys import KEYS
+from ..config.presets import preset
 from ..errors import FP8ConfigError, FP8StateError
 from ..lifecycle import are_there
 from ..lifecycle.state import state_of
@@ -39,7 +41,7 @@ def main(args: Namespace) -> int:
 
 
 def quantize(args: Namespace) -> str:
-    """Quantize `args.model` into `args.output`; the summary."""
+    """Quantize `args.model` into `args.output`; the summary. `args.check`, if given, is called with both at the end."""
     started = time.monotonic()
     if args.workers != 1 or args.share_scales:
         raise FP8ConfigError("--workers and --share-scales go with --without-model: add it, or leave them out")
@@ -55,6 +57,8 @@ def quantize(args: Namespace) -> str:
         if state is None or state.phase != "converted":
             raise FP8StateError(_NO_DATA)
         _save(model, beside, args.output)
+    if (check := getattr(args, "check", None)) is not None:
+        check(model, args.output)
     report = quantization_report(model)
     if report.share < _LITTLE:
         print(
@@ -83,7 +87,7 @@ def _check_output(args: Namespace) -> None:
 
 
 def _fp8_config(args: Namespace) -> FP8Config:
-    given = given_flags(args)
+    given = {**(preset(args.preset) if args.preset else {}), **given_flags(args)}
     if "dataset" in given:
         check_dataset(given["dataset"])
     config = FP8Config.from_json_file(args.config) if args.config else FP8Config()
@@ -107,7 +111,14 @@ def class_of(name: str) -> Any:
     if name.startswith((".", "/", "~")) and not os.path.isdir(name):
         raise FP8ConfigError(f"--model {name!r} is not a folder")
     refuse_incs(name)
-    architectures = getattr(AutoConfig.from_pretrained(name), "architectures", None) or []
+    config = AutoConfig.from_pretrained(name)
+    method = (getattr(config, "quantization_config", None) or {}).get("quant_method", QUANT_METHOD)
+    if method != QUANT_METHOD:
+        raise FP8ConfigError(
+            f"--model {name!r} is quantized already (quant_method={method!r}): give the model in high precision; FP8 "
+            "checkpoints of other makers are loaded as they are with optimum_fp8.native_config"
+        )
+    architectures = getattr(config, "architectures", None) or []
     if not architectures or not hasattr(transformers, architectures[0]):
         raise FP8ConfigError(f"{name!r} does not say which transformers model it is (architectures={architectures})")
     return getattr(transformers, architectures[0])
@@ -116,19 +127,16 @@ def class_of(name: str) -> Any:
 def _save(model: Any, beside: str, output: str) -> None:
     """Write beside `output`, then move there: a folder that exists is whole."""
     parent = os.path.dirname(os.path.abspath(output))
-    os.makedirs(parent, exist_ok=True)
-    temporary = tempfile.mkdtemp(dir=parent, prefix=".fp8-")
-    try:
-        model.save_pretrained(temporary)
-        copy_companions(beside, temporary, apart_from=output)
-        os.chmod(temporary, 0o755)
-        if os.path.isdir(output):
-            shutil.rmtree(output)
-        elif os.path.exists(output):
-            os.remove(output)
-        os.replace(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with explained(output):
+        os.makedirs(parent, exist_ok=True)
+        temporary = tempfile.mkdtemp(dir=parent, prefix=".fp8-")
+        try:
+            model.save_pretrained(temporary)
+            copy_companions(beside, temporary, apart_from=output)
+            os.chmod(temporary, 0o755)
+            put_in_place(temporary, output)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _summary(model: Any, report: QuantizationReport, args: Namespace, seconds: float) -> str:

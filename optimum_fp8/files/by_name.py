@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from ..checkpoint.intact import record
+from ..checkpoint.model_config import without_quantization
 from ..checkpoint.native import carried_config
 from ..config import FP8Config
 from ..errors import FP8CheckpointError, FP8ConfigError, FP8NotAvailableError, FP8SelectionError
 from ..hf.source import refuse_codes
-from ..lifecycle import FP8State, Phase, convert_with
+from ..lifecycle import FP8State, Phase, convert_with, provenance_in
 from ..measure import Measurements
 from ..modules.weight import frozen
 from ..selection import select, with_limits
@@ -69,7 +70,10 @@ def skeleton_by_name(source: Source, config: FP8Config, dtype: str | torch.dtype
     said = (source.config.get("architectures") or [None])[0]
     carried = carried_config(with_limits(config, decisions), selected, left_out, said)
     saved = model.state_dict()
-    told = record(model, carried, by_name=True)
+    made = provenance_in(model)
+    provenance = {**made, "skipped": {**made["skipped"], **model.kept}}
+    more = {"provenance": provenance, "model_config": without_quantization(source.config)}
+    told = record(model, carried, by_name=True, **more)
     names = {name: name for name in saved}
     return Skeleton(model, saved, names, source.tensors, decisions, carried, told, model.kept, whole=False)
 

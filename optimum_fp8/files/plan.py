@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
-from ..checkpoint.intact import RECORD
+from ..checkpoint.digests import FILES, RECORD, SAVE, signed
 from ..checkpoint.safetensors_writer import TensorSpec
 from ..config import FP8Config
 from ..errors import FP8CheckpointError
@@ -107,6 +108,11 @@ class Plan:
     index: dict[str, Any] | None
     metadata: dict[str, str]
     layers: dict[str, Layer]
+
+    def of_save(self, save: str) -> Plan:
+        """The plan with an id of the save, and the number of its files, in what each of them says."""
+        said = json.loads(self.metadata[RECORD]) | {SAVE: save, FILES: len(self.shards)}
+        return replace(self, metadata={**self.metadata, RECORD: signed(said)})
 
 
 def layers_of(skeleton: Skeleton) -> dict[str, Layer]:

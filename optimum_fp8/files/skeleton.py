@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -24,6 +24,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ..checkpoint.intact import record
+from ..checkpoint.provenance import told_of
 from ..config import FP8Config
 from ..formats import is_fp8
 from ..hf.conversions import without_fp8
@@ -36,6 +37,8 @@ from .plan import Skeleton
 from .source import Source
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def known_class(source: Source) -> Any:
@@ -70,7 +73,8 @@ def skeleton_of_class(source: Source, model_class: Any, config: FP8Config, dtype
     state, carried = state_of(model), model.config.quantization_config
     assert state is not None
     held = {key: source.tensors[name] for key, name in stored.items()}
-    return Skeleton(model, saved, names, held, state.decisions, carried, record(model, carried), {}, whole=True)
+    told = record(model, carried, **told_of(model))
+    return Skeleton(model, saved, names, held, state.decisions, carried, told, {}, whole=True)
 
 
 def write_config(model: Any, folder: str) -> None:
@@ -87,21 +91,29 @@ def _load(source: Source, model_class: Any, config: FP8Config, dtype: str | torc
     model = model_class.from_pretrained(
         os.path.abspath(source.folder), quantization_config=config, dtype=dtype, device_map="meta"
     )
-    stored = _in_files(model, source.tensors)
-    state = state_of(model)
+    stored = in_files(model, source.tensors)
+    return model, untied_keys(model, stored)
+
+
+def untied_keys(model: Any, stored: Mapping[str, T]) -> dict[str, T]:
+    """What is stored, by the names of tensors, with what was untied in an FP8 model under both of its names.
+
+    A head that is in FP8 has a weight of its own, which the files of the original hold as that of the embedding.
+    """
+    found, state = dict(stored), state_of(model)
     assert state is not None
     for change in state.changes:
-        if isinstance(change, Untied):  # a head that is in FP8 now has the weight of the embedding
+        if isinstance(change, Untied):
             prefix = next((name for name, part in model.named_modules() if part is change.owner), "")
             dot = f"{prefix}." if prefix else ""
             for target, tied in change.before.items():
                 for one, other in ((target, tied), (tied, target)):
-                    if f"{dot}{other}" in stored:
-                        stored.setdefault(f"{dot}{one}", stored[f"{dot}{other}"])
-    return model, stored
+                    if f"{dot}{other}" in found:
+                        found.setdefault(f"{dot}{one}", found[f"{dot}{other}"])
+    return found
 
 
-def _in_files(model: Any, keys: Iterable[str]) -> dict[str, str]:
+def in_files(model: Any, keys: Iterable[str]) -> dict[str, str]:
     """The keys of files by the names of the tensors that transformers loads them into, unconverted."""
     experts = [key for name in _experts(model) for key in _codes_of_experts(model, name)]
     mapping, state = without_fp8(get_model_conversion_mapping(model), experts), model.state_dict()

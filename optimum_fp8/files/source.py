@@ -99,7 +99,7 @@ def tensors_in(folder: str) -> tuple[list[str], dict[str, Stored]]:
     """
     files, tensors = _files(folder), dict[str, Stored]()
     for path in files:
-        for stored in _headers(path):
+        for stored in headers_of(path):
             if stored.key in tensors:
                 raise FP8CheckpointError(f"{stored.key} is in two files of {folder}: keep those of one checkpoint only")
             tensors[stored.key] = stored
@@ -141,7 +141,8 @@ def _files(folder: str) -> list[str]:
     return paths
 
 
-def _headers(path: str) -> Iterator[Stored]:
+def headers_of(path: str) -> Iterator[Stored]:
+    """The tensors of a file, known by its header."""
     with refuse_damaged(path), safe_open(path, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118
             view = file.get_slice(key)

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.digests import id_of
 from ..checkpoint.plain import CONFIG_FILE
+from ..checkpoint.whole_folder import explained, put_in_place
 from ..commands.companions import copy_companions
 from ..config import FP8Config
 from ..errors import FP8CheckpointError, FP8ConfigError, FP8NotAvailableError
@@ -28,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 _PARTIAL, _MANIFEST = ".partial", ".manifest.json"  # hidden: not copied from a source in which the output lies
 _UNFINISHED = ".tmp"
-_VERSION = 1
+_VERSION = 2
 _WITH_MODEL = (
     "use activation_scheme='dynamic' or 'weight_only', or quantize with the model: "
     "from_pretrained(…, quantization_config=…) and save_pretrained"
@@ -90,8 +92,8 @@ def quantize_files(
     Raises:
         FP8NotAvailableError: the configuration needs data.
         FP8ConfigError: the output exists or cannot be made, or an argument is wrong.
-        FP8CheckpointError: the source is quantized already, damaged, or holds no safetensors; or an unfinished run with
-            other arguments is in the way.
+        FP8CheckpointError: the source is quantized already, damaged, or holds no safetensors; an unfinished run with
+            other arguments is in the way; or the disk is full.
         FP8ScaleError: a weight holds NaN or Inf.
     """
     name, target = os.fspath(source), os.path.abspath(output)
@@ -105,10 +107,12 @@ def quantize_files(
     if share_scales:
         layers = with_siblings(layers)
     planned = plan(opened, skeleton, layers, max_shard_size)
-    folder = _work_folder(target, _manifest(opened, skeleton, planned, share_scales), overwrite)
-    write_shards(planned, folder, workers)
-    _write_beside(opened, skeleton, planned, folder, target)
-    _move(folder, target)
+    manifest = _manifest(opened, skeleton, planned, share_scales)
+    with explained(target, f"files that are whole stay in {target}{_PARTIAL}, and the same call goes on with them"):
+        folder = _work_folder(target, manifest, overwrite)
+        write_shards(planned.of_save(id_of(manifest)), folder, workers)
+        _write_beside(opened, skeleton, planned, folder, target)
+        _move(folder, target)
     return _report(target, skeleton, planned)
 
 
@@ -259,11 +263,7 @@ def _dump(said: Mapping[str, Any], path: str) -> None:
 
 def _move(folder: str, target: str) -> None:
     """Put the finished folder into its place."""
-    if os.path.isdir(target):
-        shutil.rmtree(target)
-    elif os.path.exists(target):
-        os.remove(target)
-    os.replace(folder, target)
+    put_in_place(folder, target)
     shutil.rmtree(os.path.dirname(folder))
 
 

@@ -100,11 +100,21 @@ def _asked_to_spread() -> str | None:
 
 def given_state_dict(model: Any) -> Mapping[str, torch.Tensor] | None:
     """The state dict that `model` is being saved with, where the caller gave one and this process writes it."""
-    values: Mapping[str, Any] = next((frame.f_locals for frame in _calls("save_pretrained")), {})
-    if values.get("self") is not model or not values["is_main_process"]:
-        return None
-    given: Mapping[str, torch.Tensor] | None = values["state_dict"]
+    asked = saving_arguments(model)
+    given: Mapping[str, torch.Tensor] | None = asked["state_dict"] if asked.get("is_main_process") else None
     return given
+
+
+def saving_arguments(model: Any) -> Mapping[str, Any]:
+    """The arguments of the `save_pretrained` of `model` that is under way; empty where there is none."""
+    values: Mapping[str, Any] = next((frame.f_locals for frame in _calls("save_pretrained")), {})
+    return values if values.get("self") is model else {}
+
+
+def reads_data(device_map: Any) -> bool:
+    """Whether a model is loaded with a `device_map` that wants its tensors, and not their shapes and names alone."""
+    places = device_map.values() if isinstance(device_map, Mapping) else [device_map]
+    return not places or any(str(place) != "meta" for place in places)
 
 
 def _calls(function: str) -> Iterator[FrameType]:

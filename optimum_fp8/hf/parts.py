@@ -124,4 +124,4 @@ def attach_to_parts(model: nn.Module, state: FP8State, quantizer_class: type[Any
         known.add(id(part.config))
         mark_as_quantized(part, config, state)
         part.hf_quantizer = quantizer_class(config, pre_quantized=True)
-        part.hf_quantizer._ranges = ranges_within(ranges, prefix)
+        part.hf_quantizer._told = {"ranges": ranges_within(ranges, prefix), "provenance": state.provenance}

@@ -12,21 +12,23 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import HfQuantizer
 
 from ..attention import choices_by_config, chosen_before_loading
 from ..calibration import calibrate, calibrate_sequentially, check_dataset, check_sequential, facts_of
-from ..checkpoint.intact import RECORD, check_intact, record, recorded
+from ..checkpoint.foreign import source_of
+from ..checkpoint.intact import check_saved, recorded
 from ..checkpoint.names import ScaleBesideWeight
-from ..checkpoint.native import check_complete, check_scales, saved_decisions, saved_scales, saved_shapes, scales_in
-from ..checkpoint.ranges import Known, converted_targets, known_ranges, recorded_ranges
+from ..checkpoint.native import check_complete, check_scales, saved_decisions, scales_among
+from ..checkpoint.provenance import recorded_provenance, told_of
+from ..checkpoint.ranges import converted_targets, recorded_ranges
 from ..checkpoint.targets import fit_to_target
 from ..config import FP8Config
 from ..errors import FP8CheckpointError, FP8ConfigError, FP8NotAvailableError, FP8ScaleError
 from ..formats import is_fp8
 from ..lifecycle import (
+    MEASURED_BEFORE,
     FP8State,
     Origin,
     Phase,
@@ -46,9 +48,9 @@ from ..lifecycle import (
     stored_measurements,
 )
 from ..measure import architecture, check_dump_path, model_fingerprint, processes
-from ..modules import fp8_modules, swap
-from ..modules.handler import Change, Reason, Target, converted_modules, pack_all
-from ..selection import Decision, names_in_checkpoint
+from ..modules import fp8_modules
+from ..modules.handler import Change, converted_modules, pack_all
+from ..selection import Decision
 from .backends import set_up_devices
 from .conversions import (
     CheckCodes,
@@ -61,16 +63,20 @@ from .conversions import (
     observe_weight,
     without_fp8,
 )
+from .foreign import check_files, foreign_conversions, keeps_dtype, shapes_in
 from .load_overrides import apply_load_overrides, check_module_overrides, settle_target
 from .loading_call import (
     given_state_dict,
     loading_origin,
+    reads_data,
     refuse_distributed_loading,
     refuse_experts_on_disk,
 )
 from .parallel_plan import check_plan, keep_own_part, keep_whole
 from .parts import adopt_parts, attach_to_parts
+from .room import make_room
 from .saving import config_to_save, mark_as_quantized, tensors_to_save
+from .seal import sealed_metadata
 from .sequential import OntoDisk, without_disk
 from .source import refuse_codes
 from .ties import tied_modules, untie
@@ -94,7 +100,7 @@ class FP8Quantizer(HfQuantizer):
         self._origin: Origin | None = None
         self._batches: Iterator[Any] | None = None
         self._onto_disk: OntoDisk | None = None
-        self._ranges: Known = {}  # of a part of a converted model, which has no state of its own
+        self._told: dict[str, Any] = {}  # what the record says of a part of a converted model, without state of its own
         quantization_config.post_init()  # keys may have been assigned since it was made
         if quantization_config.dataset is not None:
             check_dataset(quantization_config.dataset)
@@ -152,46 +158,34 @@ class FP8Quantizer(HfQuantizer):
             refuse_codes(model, files)
         if config.mode == "MEASURE":
             return
-        implementations, folded = choices_by_config(model, self._chosen), set[str]()
+        implementations, folded, shapes = choices_by_config(model, self._chosen), set[str](), {}
         if self.pre_quantized:
             adopt_parts(model, config)
             settle_target(config, self._made_for)
             told = recorded(files)
-            expect_folded(model, config, saved_shapes(files, model))
-            self._decisions = saved_decisions(model, config, files, implementations, told.get("modules"))
+            shapes = shapes_in(model, config, files)
+            expect_folded(model, config, shapes)
+            self._decisions = saved_decisions(model, config, files, implementations, told.get("modules"), shapes)
             self._measured.tensors = recorded_ranges(told, self._decisions, f"{model.base_model_prefix}.")
             check_module_overrides(model, config, self._decisions)
+            self._told = {"provenance": recorded_provenance(told, self._made_for, config.resolved_target)}
             self._untied = untie(model, [each.name for each in self._decisions if each.selected])
         else:
             self._decisions, folded = select_folded(model, config, implementations)
-        later = tied_modules(model) | folded
-        saved, prefix = saved_scales(files, model) if self.pre_quantized else {}, f"{model.base_model_prefix}."
-        replacements: dict[nn.Module, nn.Module] = {}
-        for decision in self._decisions:
-            # What is tied, or folded, gets its weight after loading; what another implementation computes has scales.
-            expected = decision.selected or decision.why.reason is Reason.IMPLEMENTATION_CHOSEN
-            if not expected or decision.name in later:
-                continue
-            target = self._target(model, decision)
-            names = names_in_checkpoint(decision.name, prefix)
-            made = decision.handler.expect(target, scales_in(names, saved) if self.pre_quantized else None)
-            if made is not None:
-                replacements[target.module] = made
-        swap(model, replacements)
+        scales = scales_among(shapes) if self.pre_quantized else None
+        make_room(model, self._decisions, self._measured, scales, tied_modules(model) | folded)
         check_plan(model, self.pre_quantized and not config.dequantize)
         refuse_experts_on_disk(self._decisions, kwargs.get("device_map"))
         if self.pre_quantized:
-            check_intact(model, self._decisions, config, self._made_for, files)
+            check_files(model, self._decisions, config, self._made_for, files)
+            if reads_data(kwargs.get("device_map")):
+                check_saved(files, model=model)
         if self._onto_disk is not None:
             self._onto_disk.look_at(model, files)
 
     def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
         super().update_parallel_plan(model, plan)
         keep_whole(model, plan)
-
-    def _target(self, model: nn.Module, decision: Decision) -> Target:
-        module, ranges = model.get_submodule(decision.name), self._measured.at(decision.name)
-        return Target(decision.name, module, decision.handler, decision.scheme, ranges, model)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """The last hook before weights are read, and the first outside of the context that builds on meta."""
@@ -204,6 +198,8 @@ class FP8Quantizer(HfQuantizer):
             renamings = [ScaleRenaming(kept)]
         check = WeightConverter(r"\.weight$", ".weight", [CheckCodes(self._loading)])
         known = without_fp8(weight_conversions, keys_of_codes(model))
+        if (source := source_of(self.quantization_config)) is not None:
+            return foreign_conversions(model, source, known, self._loading)
         return [*renamings, *known, ScaleBesideWeight(), check]
 
     def _look_first(self, model: Any) -> None:
@@ -244,7 +240,7 @@ class FP8Quantizer(HfQuantizer):
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Nothing is cast to FP8 while loading: codes are taken as they are, and anything else is refused."""
-        return None if dtype is not None and is_fp8(dtype) else dtype
+        return None if keeps_dtype(converter) or (dtype is not None and is_fp8(dtype)) else dtype
 
     def get_quantize_ops(self) -> QuantizeWeight:
         return QuantizeWeight(self._loading)
@@ -270,9 +266,10 @@ class FP8Quantizer(HfQuantizer):
         config = self.quantization_config
         check_scales(model, "loaded")
         state = FP8State(config, self._decisions, Phase.CONVERTED, self._measured, changes=self._untied)
+        state.provenance = self._told.pop("provenance")
         set_state(model, state)
         if config.dequantize:
-            self._dequantize(model, model.dtype)
+            self._dequantize(model)
             # transformers would take our own conversions back when it saves the model; so it looks up its own.
             model.__dict__.pop("_weight_conversions", None)
             return
@@ -339,7 +336,7 @@ class FP8Quantizer(HfQuantizer):
             return True
         stored = stored_measurements(config, model, state.measurements, required=config.mode == "QUANTIZE")
         if stored is not None:
-            state.measurements = stored
+            state.measurements, state.sources = stored, [MEASURED_BEFORE]
             return True
         if config.scheme == "auto":
             return True
@@ -359,10 +356,14 @@ class FP8Quantizer(HfQuantizer):
 
     # --- afterwards -----------------------------------------------------------------------------------------------
 
+    def dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        # Without a dtype each weight gets its own; transformers would take that of the first, kept in float32 or not.
+        model = self._dequantize(model, dtype)
+        self.remove_quantization_config(model)
+        return model
+
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        # Saving leaves the dtype in the model's config as a string, and transformers passes it on.
-        restored_dtype: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
-        return dequantize(model, restored_dtype)
+        return dequantize(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
     def remove_quantization_config(self, model: Any) -> None:
         """Leave nothing on the model, or on the models in it, that says it was quantized."""
@@ -374,8 +375,8 @@ class FP8Quantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         if state_of(model) is not None:
             self._mark(model)  # what is written is what was done, whatever became of the model's config since
-        told = record(model, self.quantization_config, known_ranges(model) or self._ranges)
-        return tensors_to_save(model, given_state_dict(model)), {RECORD: told}
+        tensors, told = tensors_to_save(model, given_state_dict(model)), self._told | told_of(model)
+        return tensors, sealed_metadata(model, self.quantization_config, told, tensors)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True

@@ -16,11 +16,11 @@ from ..config import FP8Config
 from ..errors import FP8CheckpointError
 from ..formats import is_fp8, not_finite
 from ..lifecycle import FP8State, refuse_spread
-from ..modules import fp8_modules
-from ..modules.handler import Change
+from ..modules.handler import Change, converted_modules
 from ..selection import with_limits
 from .conversions import keys_of_codes, without_fp8
 from .resizing import guard_resizing
+from .staged_saving import guard_saving
 from .ties import untie
 
 
@@ -34,7 +34,7 @@ def config_to_save(model: Any, state: FP8State) -> FP8Config:
 def mark_as_quantized(model: Any, config: FP8Config, state: FP8State) -> None:
     """Give a converted model its config, no stale weight conversions, and no broken ties."""
     model.config.quantization_config = config
-    names = list(fp8_modules(model))
+    names = [name for name, (_, handler) in converted_modules(model).items() if handler.family.replaced]
     conversions: Any = getattr(model, "_weight_conversions", None)
     if conversions is None:  # made from a config: what transformers would look up when saving
         conversions = get_model_conversion_mapping(model, add_legacy=False)
@@ -43,7 +43,7 @@ def mark_as_quantized(model: Any, config: FP8Config, state: FP8State) -> None:
     if kept != before:
         model._weight_conversions = kept
         state.changes.append(Change(model, "_weight_conversions", before))
-    state.changes += [*untie(model, names), *guard_resizing(model)]
+    state.changes += [*untie(model, names), *guard_resizing(model), *guard_saving(model)]
 
 
 def tensors_to_save(model: Any, given: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from hf.conftest import *  # noqa: F403
 from safetensors import safe_open
+from unsealed import unsealed
 
 WEIGHT_ONLY = {"activation_scheme": "weight_only"}
 DYNAMIC = {"activation_scheme": "dynamic"}
@@ -27,10 +28,11 @@ def tensors(folder: Path | str) -> dict[str, tuple[str, tuple[int, ...], torch.d
 
 
 def records(folder: Path | str) -> list[dict]:
+    """What the files say, without the digests: one file's where each is written by itself, and else those of all."""
     found = []
     for path in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            found.append(file.metadata())
+            found.append(unsealed(file.metadata()))
     return found
 
 

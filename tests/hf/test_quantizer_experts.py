@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
+from unsealed import unsealed
 
 from optimum_fp8 import FP8Config, convert, prepare, quantization_report
 from optimum_fp8.errors import FP8CheckpointError, FP8NotAvailableError, FP8ScaleError
@@ -89,7 +90,7 @@ def rewrite(folder, change) -> None:
         metadata = file.metadata()
     tensors = load_file(path)
     change(tensors)
-    save_file(tensors, path, metadata)
+    save_file(tensors, path, unsealed(metadata))
 
 
 @pytest.mark.parametrize("family", slow_but(FAMILIES, "mixtral", "deepseek_v3", "gpt_oss", "llama4", "dbrx"))
@@ -254,7 +255,7 @@ def test_checkpoints_of_versions_that_left_experts_as_they_were(checkpoint, fami
     for config in (said["quantization_config"], record["config"]):  # they did not list them
         config["modules_to_not_convert"].remove("model.layers.0.mlp.experts")
     (tmp_path / "config.json").write_text(json.dumps(said))
-    save_file(load_file(path), path, {"format": "pt", "optimum_fp8": json.dumps(record)})
+    save_file(load_file(path), path, unsealed({"format": "pt", "optimum_fp8": json.dumps(record)}))
     again = load(tmp_path)
     assert torch.equal(again(IDS).logits, model(IDS).logits)
     kept = {row.name: row.reason for row in quantization_report(again).modules if not row.quantized}
