@@ -14,8 +14,9 @@ from . import hf
 
 if TYPE_CHECKING:
     from . import ops, scales
+    from .adapters import merge_lora
     from .calibration import calibrate, range_movement
-    from .checkpoint import load, load_single_file, save
+    from .checkpoint import load, load_single_file, native_config, save
     from .config import FP8Config
     from .errors import (
         FP8CalibrationError,
@@ -31,10 +32,13 @@ if TYPE_CHECKING:
     )
     from .exporting import export
     from .files import quantize_files
+    from .hf.model_card import model_card
     from .measure import Measurements
     from .quantize import convert, dequantize, finalize_calibration, prepare, start_on_gaudi
     from .report import quantization_report
+    from .rescaling import requantize, rescale
     from .self_test import selftest
+    from .verifying import verify
 
 __version__ = "0.1.0.dev0"
 
@@ -58,15 +62,21 @@ __all__ = [
     "finalize_calibration",
     "load",
     "load_single_file",
+    "merge_lora",
+    "model_card",
+    "native_config",
     "ops",
     "prepare",
     "quantization_report",
     "quantize_files",
     "range_movement",
+    "requantize",
+    "rescale",
     "save",
     "scales",
     "selftest",
     "start_on_gaudi",
+    "verify",
 ]
 
 _MODULES = ("cache", "errors", "formats", "modules", "ops", "scales")
@@ -82,13 +92,19 @@ _HOMES = {
     "finalize_calibration": "quantize",
     "load": "checkpoint",
     "load_single_file": "checkpoint",
+    "merge_lora": "adapters",
+    "model_card": "hf.model_card",
+    "native_config": "checkpoint",
     "prepare": "quantize",
     "quantization_report": "report",
     "quantize_files": "files",
     "range_movement": "calibration",
+    "requantize": "rescaling",
+    "rescale": "rescaling",
     "save": "checkpoint",
     "selftest": "self_test",
     "start_on_gaudi": "quantize",
+    "verify": "verifying",
 }
 
 # What imports neither transformers' models nor its quantizers.

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from grids import slow_but
 
 from optimum_fp8 import FP8Config
 from optimum_fp8.scales import SCALE_METHODS, activation_scale
@@ -74,12 +75,13 @@ def registries():
     """What a page registers is gone afterwards."""
     from optimum_fp8 import checkpoint, measure, rounding, scales
     from optimum_fp8.calibration import SOURCES
+    from optimum_fp8.checkpoint.foreign import READERS
     from optimum_fp8.modules import handler, own_forward
     from optimum_fp8.ops import dispatch
 
     tables = (
         *(checkpoint.FORMATS, measure.OBSERVERS, scales.VALUES, scales.SCALE_METHODS, rounding.ROUNDINGS),
-        *(handler._handlers, SOURCES, own_forward.EQUIVALENTS, *dispatch._kernels.values()),
+        *(handler._handlers, SOURCES, READERS, own_forward.EQUIVALENTS, *dispatch._kernels.values()),
     )
     before = [table.copy() for table in tables]
     yield
@@ -88,7 +90,13 @@ def registries():
         table.update(entries) if isinstance(table, dict) else table.extend(entries)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+SNIPPETS = [page for page in PAGES if blocks(page, "python")]
+LONG = {"verify.md"}  # starts processes that import everything
+
+
+@pytest.mark.parametrize(
+    "page", slow_but(SNIPPETS, *(page for page in SNIPPETS if page.name not in LONG)), ids=lambda page: page.name
+)
 def test_python_snippets_run(page, beside_the_examples, registries):
     namespace: dict[str, object] = {"__name__": page.stem}
     for code in blocks(page, "python"):

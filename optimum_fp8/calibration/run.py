@@ -15,7 +15,7 @@ from torch import nn
 
 from ..config import FP8Config
 from ..errors import FP8CalibrationError, FP8NotAvailableError, FP8StateError
-from ..lifecycle import is_sharded, refuse_shares
+from ..lifecycle import is_sharded, name_of_data, refuse_shares
 from ..lifecycle.prepare import saw_activations, settle_measurements
 from ..lifecycle.state import FP8State, measuring_state, unwrapped
 from ..measure import Measurements, added_data, observer_class, processes
@@ -86,6 +86,8 @@ def calibrate(
         for module in training:
             module.training = True
     settle_measurements(model, state)
+    state.sources.append(name_of_data(config.dataset))
+    state.tokens += rounds.progress.tokens
     rounds.say()
     return given
 

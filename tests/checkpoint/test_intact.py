@@ -12,6 +12,7 @@ from hf.conftest import llama
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
+from unsealed import unsealed
 
 from optimum_fp8 import FP8Config
 from optimum_fp8.errors import FP8CheckpointError, FP8ConfigError
@@ -54,7 +55,7 @@ def edit_tensors(folder: str, change, *, keep_record: bool = True) -> None:
         metadata = file.metadata()
     tensors = load_file(path)
     change(tensors)
-    save_file(tensors, path, metadata=metadata if keep_record else {"format": "pt"})
+    save_file(tensors, path, metadata=unsealed(metadata) if keep_record else {"format": "pt"})
 
 
 def forget_record(folder: str) -> None:

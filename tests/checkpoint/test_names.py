@@ -10,6 +10,7 @@ import transformers as hf
 from grids import slow_but
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from unsealed import unsealed
 
 from optimum_fp8 import FP8Config, calibrate, convert, prepare, quantization_report
 from optimum_fp8.checkpoint.names import names_in_model
@@ -120,7 +121,7 @@ def test_a_damaged_head_is_refused(tmp_path, broken):
     path = tmp_path / "fp8" / "model.safetensors"
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    save_file(tensors, path, metadata=metadata)
+    save_file(tensors, path, metadata=unsealed(metadata))
     with pytest.raises(FP8CheckpointError, match=message):
         type(model).from_pretrained(tmp_path / "fp8")
 

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
+from unsealed import unsealed
 
 from optimum_fp8 import FP8Config, convert, load, prepare, save
 from optimum_fp8.attention import scales_of
@@ -223,7 +224,7 @@ def test_scales_that_were_changed_by_hand_are_not_derived_anew(tmp_path, caplog)
         metadata = file.metadata()
     tensors = load_file(folder / "model.safetensors")
     tensors["2.input_scale"] = torch.tensor([0.375])
-    save_file(tensors, folder / "model.safetensors", metadata=metadata)
+    save_file(tensors, folder / "model.safetensors", metadata=unsealed(metadata))
     found, direct = load(folder, network(), target="gaudi2"), quantized(target="gaudi2")
     assert found[2].input_scale.item() == 0.75 and torch.equal(found[4].input_scale, direct[4].input_scale)
     assert "scales of 1 modules follow from (2)" in caplog.text
@@ -235,7 +236,7 @@ def test_ranges_that_cannot_be_read(tmp_path, said):
     told = record_of(folder)
     told["ranges"]["2"]["input"] = said
     path = folder / "model.safetensors"
-    save_file(load_file(path), path, metadata={"format": "pt", "optimum_fp8": json.dumps(told)})
+    save_file(load_file(path), path, metadata=unsealed({"format": "pt", "optimum_fp8": json.dumps(told)}))
     with pytest.raises(FP8CheckpointError, match=r"the ranges of 2 in the record of the checkpoint cannot be read"):
         load(folder, network())
 

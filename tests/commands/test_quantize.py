@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from argparse import ArgumentParser
@@ -226,3 +227,24 @@ def test_the_summary_names_every_format_and_scheme_of_activations(run, tmp_path)
     lines = summary_lines(out)
     assert "E4M3 for cpu, E5M2 for cpu" in lines["format"]
     assert "dynamic, weight_only" in lines["activations"]
+
+
+def test_a_preset_is_a_scheme_and_other_flags_win(run, tmp_path):
+    status, out, _ = run("--model", TINY_LM, "--output", tmp_path / "fp8", "--preset", "fp8_dynamic")
+    assert status == 0 and "full_range_pcs" in out and "dynamic" in out
+    status, out, _ = run(
+        *("--model", TINY_LM, "--output", tmp_path / "w8", "--preset", "W8A16", "--activation-scheme", "dynamic")
+    )
+    assert status == 0 and "dynamic" in out
+    status, _, err = run("--model", TINY_LM, "--output", tmp_path / "no", "--preset", "FP9")
+    assert status == 1 and "the preset 'FP9' is unknown" in err
+
+
+def test_a_checkpoint_of_another_maker_is_pointed_to_native_config(run, tmp_path):
+    theirs = tmp_path / "theirs"
+    shutil.copytree(TINY_LM, theirs)
+    config = json.loads((theirs / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "config_groups": {}}
+    (theirs / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    status, _, err = run("--model", theirs, "--output", tmp_path / "fp8", "--activation-scheme", "dynamic")
+    assert status == 1 and "quant_method='compressed-tensors'" in err and "native_config" in err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from optimum_fp8 import FP8Config, convert, dequantize, finalize_calibration, ops, prepare, quantization_report
 from optimum_fp8.checkpoint import checkpoint_of
-from optimum_fp8.errors import FP8MeasurementError
+from optimum_fp8.errors import FP8MeasurementError, FP8NotAvailableError
 from optimum_fp8.lifecycle import state_of
 from optimum_fp8.modules import (
     FP8Conv,
@@ -25,6 +26,7 @@ from optimum_fp8.modules import (
 from optimum_fp8.modules import handler as registry
 from optimum_fp8.modules.handler import Conversion, Reason, Row, Why, handlers
 from optimum_fp8.modules.layer import LAYERS
+from optimum_fp8.modules.weight import frozen
 
 CPU = {"target": "cpu"}
 
@@ -300,3 +302,28 @@ def test_copies_of_a_model_share_handlers():
 def test_the_list_that_is_handed_out_is_a_copy():
     handlers().clear()
     assert handlers()
+
+
+def test_a_kind_that_does_not_say_how_keeps_its_scales():
+    register_handler(GainHandler())
+    model = convert(nn.Sequential(Gain(2.0), nn.Linear(4, 4)), FP8Config(activation_scheme="dynamic", **CPU))
+    (target,) = (each for each in state_of(model).targets(model) if each.name == "0")
+    with pytest.raises(FP8NotAvailableError, match="0: 'gain' modules keep their scales: quantize the original"):
+        target.handler.rescheme(target, lambda codes, scale, scheme: (codes, scale))
+
+
+def test_a_layer_takes_another_scheme_in_place():
+    config = FP8Config(activation_scheme="dynamic", **CPU)
+    model = convert(nn.Sequential(nn.Linear(4, 4)), config)
+    (target,) = state_of(model).targets(model)
+    scheme = replace(target.scheme, activations="weight_only")
+    doubled = []
+
+    def fit(codes, scale, given):
+        doubled.append(given)
+        return codes, frozen(scale * 2)
+
+    before = model[0].weight_scale.clone()
+    target.handler.rescheme(replace(target, scheme=scheme), fit)
+    assert doubled == [scheme] and model[0].scheme == scheme and model[0].activations == "weight_only"
+    assert torch.equal(model[0].weight_scale, before * 2)

@@ -347,6 +347,20 @@ def test_from_pretrained_saved_and_loaded_to_the_bit(tmp_path):
 
 
 @torch.no_grad()
+def test_scales_are_not_cast_to_the_dtype_of_the_model_when_loaded(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    plain = SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=8, patch_size=4)).bfloat16()
+    plain.save_pretrained(tmp_path / "plain")
+    config = FP8Config.preset("FP8_DYNAMIC", target="cpu")
+    model = SiglipVisionModel.from_pretrained(tmp_path / "plain", quantization_config=config)
+    model.save_pretrained(tmp_path / "fp8")
+    again, expected = SiglipVisionModel.from_pretrained(tmp_path / "fp8").state_dict(), model.state_dict()
+    scales = [name for name in expected if name.endswith("_scale")]
+    assert any("in_proj_weight_scale" in name for name in scales)
+    assert all(again[name].dtype == torch.float32 and torch.equal(again[name], expected[name]) for name in scales)
+
+
 def test_without_the_model_it_stays_in_high_precision(tmp_path):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

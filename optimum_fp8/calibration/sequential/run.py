@@ -19,7 +19,7 @@ from torch import nn
 
 from ...config import FP8Config
 from ...errors import FP8ConfigError, FP8NotAvailableError
-from ...lifecycle import FP8State, convert_some, refuse_unreached
+from ...lifecycle import FP8State, convert_some, name_of_data, refuse_unreached
 from ...measure import Observers
 from ...modules.handler import Target
 from ..coverage import shortcomings
@@ -96,6 +96,8 @@ def calibrate_sequentially(model: nn.Module, state: FP8State, batches: Iterator[
         _go(model, state, data, goals, Walk(model, parts, route, data.run, kept), finished)
     state.measurements.samples += data.samples
     state.measurements.data = data.digest
+    state.sources.append(name_of_data(state.config.dataset))
+    state.tokens += data.tokens
     for sentence in shortcomings(model, state, state.config, data.tokens, data.repeats):
         logger.warning("%s", sentence)
     finished.remove()

@@ -73,6 +73,14 @@ def broken_off(load, at, **keys):
         load(f"model.layers.{at}", **keys)
 
 
+def but_for_inputs(saved):
+    """What was saved, but for where inputs were kept, which the record says, and what follows from that."""
+    tensors, metadata = saved
+    record = json.loads(metadata["optimum_fp8"])
+    del record["config"]["calibration_inputs"], record["save"], record["record"]
+    return tensors, record
+
+
 def test_goes_on_and_ends_with_the_same_checkpoint(folder, load, caplog):
     expected, observed = load()
     assert observed == names(0, 1, 2)
@@ -81,7 +89,7 @@ def test_goes_on_and_ends_with_the_same_checkpoint(folder, load, caplog):
     assert json.loads((work / "finished.json").read_text())["finished"] == names(0, 1), "and no inputs are left"
     with caplog.at_level(logging.WARNING, logger="optimum_fp8"):
         found, observed = load(calibration_inputs="memory")
-    assert observed == names(2) and found == expected
+    assert observed == names(2) and but_for_inputs(found) == but_for_inputs(expected)
     assert any("going on after model.layers.1" in message for message in caplog.messages)
     assert not (folder / "w" / "m_blocks").exists()
 
