@@ -53,8 +53,11 @@ while killed < int(sys.argv[1]):
     os.kill(child, signal.SIGKILL)
     if os.WIFSIGNALED(os.waitpid(child, 0)[1]):
         killed += 1
-        partial += (Path("killed") / "ranges_partial.safetensors").exists()
+        left = (Path("killed") / "ranges_partial.safetensors").exists()
+        partial += left
+        took *= 1 if left else 1.1  # a machine under load takes longer than it did alone
     else:  # it was done before
+        took *= 0.9
         assert finished("killed") == expected
         os.unlink("killed/ranges_measurements.safetensors")
 assert partial > killed / 4, partial

@@ -143,6 +143,7 @@ if count > 1:
     refused(lambda: prepare(parallel, config()), "tensor parallelism")
     refused(lambda: AutoModelForCausalLM.from_pretrained("../llama", quantization_config=config(), tp_plan="auto"),
             "spreads this model over processes")
+    torch.distributed.barrier()  # the others may still be finding each other through the first
 """
 )
 
