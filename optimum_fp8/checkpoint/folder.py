@@ -18,6 +18,7 @@ from .intact import read_record
 from .native import refuse_damaged
 
 CONFIG_FILE = "quantization.json"
+OWN_CARD = "<!-- made by optimum_fp8 of this very checkpoint -->"  # in a README.md that `model_card` made
 Tensors = dict[str, torch.Tensor]
 
 

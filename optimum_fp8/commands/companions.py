@@ -12,6 +12,8 @@ from pathlib import Path
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from ..checkpoint.folder import OWN_CARD
+
 # Weights by the suffixes that frameworks give them, what trainers keep beside them, and the lists of their shards.
 _WEIGHTS = [
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.distcp", "*.gguf", "*.ggml", "*.npz", "*.h5", "*.pb"),
@@ -37,7 +39,8 @@ def companions_of(model: str) -> str:
 def copy_companions(source: str, output: str, *, apart_from: str) -> None:
     """Copy what stands beside the weights in `source` to `output`, sub-folders included.
 
-    Files that are in `output` already stay: those were written for the quantized model.
+    Files that are in `output` already stay: those were written for the quantized model. A model card of ours is of the
+    source alone, and stays there.
 
     Args:
         source: the folder of a model.
@@ -50,6 +53,8 @@ def copy_companions(source: str, output: str, *, apart_from: str) -> None:
         if any(fnmatch(path.name, pattern) for pattern in _WEIGHTS):
             left_out += [str(relative)] if len(relative.parts) > 1 else []
             continue
+        if path.name == "README.md" and OWN_CARD in path.read_text(encoding="utf-8", errors="replace"):
+            continue  # says what the source is, and is not true of what is made of it
         target = Path(output, relative)
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ import transformers
 from huggingface_hub import ModelCardData
 from torch import nn
 
+from ..checkpoint.folder import OWN_CARD
 from ..checkpoint.provenance import provenance_of
 from ..errors import FP8ConfigError, FP8StateError
 from ..lifecycle import Phase, state_of, unwrapped
@@ -68,6 +69,7 @@ def model_card(model: nn.Module, results: Results | None = None, *, base_model: 
         *(["## Results", _results(results)] if results else []),
         "## How to load it",
         _loading(inner),
+        OWN_CARD,
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -103,12 +105,13 @@ def _method(report: QuantizationReport, provenance: Mapping[str, Any]) -> list[t
     config, data, made = provenance["config"], provenance["data"], provenance["made_with"]
     schemes = sorted({each.scheme for each in report.quantized if each.scheme})
     activations = sorted({each.activations for each in report.quantized if each.activations})
+    unknown = "not recorded" if "static" in activations else "none: no scale follows from data"
     rows: list[tuple[str, ...]] = [
         ("scheme", "; ".join(schemes)),
         ("scale method", str(config["scale_method"])),
         ("activations", ", ".join(activations)),
         ("made for", str(config["target"])),
-        ("calibration data", _data(data) if data else "none: no scale follows from data"),
+        ("calibration data", _data(data) if data else unknown),
         ("date", provenance["date"] or "unknown"),
         ("versions", ", ".join(f"{name} {version}" for name, version in made.items()) or "unknown"),
     ]

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 from tiny_models import tiny_bert, tiny_llama
 from transformers import AutoModelForCausalLM
 
-from optimum_fp8 import FP8Config, FP8ConfigError, FP8StateError, convert, merge_lora, model_card
+from optimum_fp8 import FP8Config, FP8ConfigError, FP8StateError, convert, export, merge_lora, model_card
 
 DYNAMIC = FP8Config(activation_scheme="dynamic")
 
@@ -64,3 +64,13 @@ def test_what_has_no_card():
         model_card(tiny_llama())
     with pytest.raises(FP8ConfigError, match="results=3: expected a mapping"):
         model_card(convert(tiny_llama().bfloat16(), DYNAMIC), 3)
+
+
+def test_a_card_is_not_copied_to_what_is_made_of_the_checkpoint(tmp_path):
+    model = convert(tiny_llama().bfloat16(), FP8Config.preset("FP8_DYNAMIC"))
+    for name, card in (("ours", model_card(model)), ("theirs", "# Mine")):
+        model.save_pretrained(tmp_path / name)
+        (tmp_path / name / "README.md").write_text(card, encoding="utf-8")
+        export(tmp_path / name, tmp_path / f"{name}-exported")
+    assert not (tmp_path / "ours-exported" / "README.md").exists()
+    assert (tmp_path / "theirs-exported" / "README.md").read_text(encoding="utf-8") == "# Mine"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from optimum_fp8 import FP8CheckpointError, FP8Config, FP8ConfigError
-from optimum_fp8.rescaling.opened import Rewritten, config_in, open_checkpoint, refuse_existing, with_keys
+from optimum_fp8.checkpoint.folder import config_of_transformers
+from optimum_fp8.rescaling.opened import Rewritten, open_checkpoint, refuse_existing, with_keys
 from optimum_fp8.rescaling.weights import Added
 
 
@@ -31,12 +32,12 @@ def test_opened_for_the_target_that_it_was_made_for(fp8):
     folder = fp8(FP8Config(activation_scheme="dynamic", target="gaudi2"))
     model, state = open_checkpoint(str(folder))
     assert state.config.target == "gaudi2" and "changes" not in state.provenance
-    assert type(model).__name__ == config_in(str(folder))["architectures"][0]
+    assert type(model).__name__ == config_of_transformers(str(folder))["architectures"][0]
 
 
 def test_what_cannot_be_opened(tmp_path):
     with pytest.raises(FP8CheckpointError, match="is not a folder"):
-        config_in(str(tmp_path / "nothing"))
+        config_of_transformers(str(tmp_path / "nothing"))
     with pytest.raises(FP8CheckpointError, match="exists"):
         refuse_existing(str(tmp_path))
     refuse_existing(str(tmp_path / "nothing"))
