@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -17,8 +16,8 @@ from ..checkpoint.intact import check_saved
 from ..checkpoint.names import names_in_model
 from ..config import FP8Config
 from ..errors import FP8CheckpointError, FP8NotAvailableError, nearest
-from ..files.skeleton import in_files, known_class, untied_keys
-from ..files.source import Source, Stored, open_source, tensors_in
+from ..files.skeleton import class_saved, in_files, untied_keys
+from ..files.source import Stored, open_source, tensors_in
 from ..formats import is_fp8
 from ..hf.ties import tied_modules
 from ..modules import FP8Module, fp8_modules
@@ -93,13 +92,8 @@ def places_of(
     folder = os.path.abspath(folder)
     config = config_of_transformers(folder)
     files, stored = tensors_in(folder)
-    model_class = known_class(Source(folder, files, stored, config))
-    if model_class is None:
-        raise FP8CheckpointError(
-            f"{folder} is of {config.get('architectures')}, which transformers {transformers.__version__} does not have"
-        )
     check_saved(files)  # nothing of it is read where the model is made without values
-    model = model_class.from_pretrained(folder, device_map="meta")
+    model = class_saved(folder, config).from_pretrained(folder, device_map="meta")
     here = in_files(model, stored)
     there: dict[str, Stored] = {}
     if original is not None:

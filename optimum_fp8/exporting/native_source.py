@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 
 from ..checkpoint import Checkpoint, Record
 from ..checkpoint.digests import SAVE
@@ -17,8 +16,8 @@ from ..checkpoint.intact import check_saved, recorded
 from ..checkpoint.names import names_in_model
 from ..checkpoint.native import SCALE
 from ..errors import FP8CheckpointError
-from ..files.skeleton import known_class
-from ..files.source import Source, Stored, reading, tensors_in
+from ..files.skeleton import class_saved
+from ..files.source import Stored, reading, tensors_in
 from ..formats import is_fp8
 from ..lifecycle import state_of
 from ..measure import Observer
@@ -67,12 +66,7 @@ def open_native(folder: str | os.PathLike[str]) -> NativeSource:
     config = config_of_transformers(folder)
     files, stored = tensors_in(folder)
     check_saved(files)
-    model_class = known_class(Source(folder, files, stored, config))
-    if model_class is None:
-        raise FP8CheckpointError(
-            f"{folder} is of {config.get('architectures')}, which transformers {transformers.__version__} does not have"
-        )
-    model = model_class.from_pretrained(folder, device_map="meta")
+    model = class_saved(folder, config).from_pretrained(folder, device_map="meta")
     state = state_of(model)
     assert state is not None
     _refuse_stacks(stored)

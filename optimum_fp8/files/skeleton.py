@@ -26,6 +26,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from ..checkpoint.intact import record
 from ..checkpoint.provenance import told_of
 from ..config import FP8Config
+from ..errors import FP8CheckpointError
 from ..formats import is_fp8
 from ..hf.conversions import without_fp8
 from ..hf.ties import Untied
@@ -47,6 +48,20 @@ def known_class(source: Source) -> Any:
     found = getattr(transformers, str(names[0]), None)
     is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
     return found if is_model else None
+
+
+def class_saved(folder: str, config: dict[str, Any]) -> Any:
+    """The class of transformers that a checkpoint was saved from.
+
+    Raises:
+        FP8CheckpointError: this version of transformers has no such class.
+    """
+    found = known_class(Source(folder, [], {}, config))
+    if found is None:
+        raise FP8CheckpointError(
+            f"{folder} is of {config.get('architectures')}, which transformers {transformers.__version__} does not have"
+        )
+    return found
 
 
 def skeleton_of_class(source: Source, model_class: Any, config: FP8Config, dtype: str | torch.dtype) -> Skeleton:

@@ -11,10 +11,10 @@ from ..calibration import calibrate
 from ..checkpoint.folder import config_of_transformers
 from ..config import KEYS, FP8Config
 from ..errors import FP8ConfigError
+from ..files.skeleton import class_saved
 from ..lifecycle import FP8State, data_of, finalize_calibration, prepare, state_of, with_change
 from .opened import (
     Rewritten,
-    class_in,
     open_checkpoint,
     refuse_existing,
     rescheme,
@@ -100,7 +100,7 @@ def _checked(config: FP8Config) -> dict[str, Any]:
 def _measured(source: str, config: FP8Config, keys: dict[str, Any]) -> FP8State:
     """The state of the dequantized model, that the data of a configuration went through."""
     said = config_of_transformers(source)
-    cls = class_in(source, said)
+    cls = class_saved(source, said)
     model: PreTrainedModel = cls.from_pretrained(source, quantization_config=FP8Config(dequantize=True))
     data = {name: getattr(config, name) for name in _OF_DATA if config.says(name)}
     carried = FP8Config.from_dict(said["quantization_config"])

@@ -14,8 +14,7 @@ from ..checkpoint.whole_folder import whole_folder
 from ..commands.companions import copy_companions
 from ..config import FP8Config
 from ..errors import FP8CheckpointError, FP8MeasurementError
-from ..files.skeleton import known_class
-from ..files.source import Source
+from ..files.skeleton import class_saved
 from ..lifecycle import FP8State, state_of
 from ..modules.handler import Target, converted_modules
 from ..selection import reschemed
@@ -57,14 +56,6 @@ class Rewritten:
         return {"modules_rounded_again": len(self.rounded), "largest_added_error": round(self.error, 6)}
 
 
-def class_in(folder: str, said: dict[str, Any]) -> Any:
-    """The class of transformers that a checkpoint was saved from."""
-    found = known_class(Source(folder, [], {}, said))
-    if found is None:
-        raise FP8CheckpointError(f"{folder} is of {said.get('architectures')}, which this transformers does not have")
-    return found
-
-
 def open_checkpoint(folder: str) -> tuple[PreTrainedModel, FP8State]:
     """The FP8 model in a folder, for the target that it was made for, and its state.
 
@@ -73,7 +64,7 @@ def open_checkpoint(folder: str) -> tuple[PreTrainedModel, FP8State]:
     """
     said = config_of_transformers(folder)
     target = FP8Config.from_dict(said["quantization_config"]).resolved_target
-    model = class_in(folder, said).from_pretrained(folder, quantization_config=FP8Config(target=target))
+    model = class_saved(folder, said).from_pretrained(folder, quantization_config=FP8Config(target=target))
     state = state_of(model)
     assert state is not None
     return model, state
