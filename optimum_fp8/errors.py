@@ -49,9 +49,15 @@ class FP8NotAvailableError(FP8Error, NotImplementedError):
 _SHOWN = 40
 
 
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """A hint for messages: the valid choice that looks most like `word`, then all of them, up to a limit."""
+def nearest(word: str, choices: Iterable[str], *, closest: int | None = None) -> str:
+    """A hint for messages: the valid choice that looks most like `word`, then all of them, up to a limit.
+
+    With `closest` only so many follow, those that look most like `word` first.
+    """
     choices = [str(choice) for choice in choices]
+    if closest is not None and len(choices) > closest:
+        shown = difflib.get_close_matches(word, sorted(choices), n=closest, cutoff=0.0)
+        return f"{nearest(word, shown)}, …"
     close = difflib.get_close_matches(str(word).lower(), [choice.lower() for choice in choices], n=1, cutoff=0.5)
     by_lower = {choice.lower(): choice for choice in choices}
     hint = f"did you mean {by_lower[close[0]]!r}? " if close else ""

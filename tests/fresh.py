@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from importlib import import_module
 from pathlib import Path
@@ -28,11 +29,18 @@ class Interpreter:
         self.modules = modules
         self._process: subprocess.Popen[str] | None = None
 
-    def try_to_run(self, script: str, *arguments: str, folder: Path | str = ".") -> subprocess.CompletedProcess[str]:
-        """Run a script, with `arguments` in `sys.argv[1:]`, in a folder."""
+    def try_to_run(
+        self, script: str, *arguments: str, folder: Path | str = ".", killed_after: float | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a script, with `arguments` in `sys.argv[1:]`, in a folder.
+
+        With `killed_after` it is killed (-9) so many seconds after it first flushed what it prints.
+        """
         with tempfile.TemporaryDirectory() as streams:
             stdout, stderr = Path(streams, "stdout"), Path(streams, "stderr")
-            question = [script, arguments, str(Path(folder).resolve()), str(stdout), str(stderr)]
+            stdout.touch()
+            stderr.touch()
+            question = [killed_after, script, arguments, str(Path(folder).resolve()), str(stdout), str(stderr)]
             status = self._ask(json.dumps(question))
             return subprocess.CompletedProcess(script, status, stdout.read_text(), stderr.read_text())
 
@@ -80,10 +88,21 @@ def serve(modules: list[str]) -> None:
     for name in modules:
         import_module(name)
     for line in sys.stdin:
+        killed_after, *question = json.loads(line)
         child = os.fork()
         if child == 0:
-            answer(*json.loads(line))
+            answer(*question)
+        if killed_after is not None:
+            kill(child, killed_after, stdout=question[-2])
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def kill(child: int, seconds: float, stdout: str) -> None:
+    """Kill a child so many seconds after it first printed; one that has ended waits for its status to be read."""
+    while not os.path.getsize(stdout) and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        time.sleep(0.001)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
 
 
 def answer(script: str, arguments: list[str], folder: str, stdout: str, stderr: str) -> NoReturn:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import get_context
 
+from fresh import LIMIT, Interpreter
 from tqdm import tqdm
 
 POINTS = 20
@@ -16,7 +17,8 @@ POINTS = 20
 def kill_at_random_points(act: Callable[[int], object], check: Callable[[int], None], *, points: int = POINTS) -> None:
     """Run `act(n)` in processes that are killed (-9) after a part of the time it takes, and then `check(n)` here.
 
-    Twice, with numbers from `points` on, it runs to its end first, to find how long it takes.
+    Twice, with numbers from `points` on, it runs to its end first, to find how long it takes. The processes are forks
+    of this one, which has what they need; what loads a model by threads needs `kill_scripts_at_random_points`.
     """
     fork = get_context("fork")  # which has what this process has imported and made
 
@@ -27,20 +29,49 @@ def kill_at_random_points(act: Callable[[int], object], check: Callable[[int], N
             each.set_lock(own)
         act(number)
 
-    def process(number: int) -> float:
-        started = time.monotonic()
+    def process(number: int, seconds: float | None) -> float:
+        began = time.monotonic()
         running = fork.Process(target=alone, args=(number,))
         running.start()
-        if number < points:
-            running.join(generator.uniform(0, seconds))
+        running.join(LIMIT if seconds is None else seconds)
+        hangs = seconds is None and running.is_alive()
+        if seconds is not None or hangs:
             running.kill()
         running.join()
-        assert number < points or running.exitcode == 0
-        return time.monotonic() - started
+        assert not hangs, f"not done in {LIMIT} s"
+        assert seconds is not None or running.exitcode == 0
+        return began
 
+    _at_random_points(process, check, points)
+
+
+def kill_scripts_at_random_points(
+    interpreter: Interpreter,
+    script: str,
+    arguments: Callable[[int], Sequence[object]],
+    check: Callable[[int], None],
+    *,
+    points: int = POINTS,
+) -> None:
+    """The same for a script with `arguments(n)` in `sys.argv[1:]`, in forks of a process that never had threads.
+
+    It prints the time (`time.monotonic()`) from which on it may be killed.
+    """
+
+    def process(number: int, seconds: float | None) -> float:
+        done = interpreter.try_to_run(script, *map(str, arguments(number)), killed_after=seconds)
+        assert done.returncode == 0 or seconds is not None, done.stdout + done.stderr
+        return float(done.stdout) if seconds is None else 0.0
+
+    _at_random_points(process, check, points)
+
+
+def _at_random_points(process: Callable[[int, float | None], float], check: Callable[[int], None], points: int) -> None:
+    """`process(n, seconds)` ends one's work after so many seconds; None: it is done then, and says when it began."""
     generator, seconds = random.Random(0), 0.0
     for number in (points, points + 1):  # the first takes longer
-        seconds = process(number)
+        began = process(number, None)
+        seconds = time.monotonic() - began
     for number in range(points):
-        process(number)
+        process(number, generator.uniform(0, seconds))
         check(number)

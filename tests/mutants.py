@@ -112,9 +112,11 @@ class _Forks(fresh.Interpreter):
     """Runs scripts in forks of this process, which has imported a mutant."""
 
     def _ask(self, question: str) -> int:
+        killed_after, *script = json.loads(question)
+        assert killed_after is None, "no script is killed under a mutation"
         child = os.fork()
         if child == 0:
-            fresh.answer(*json.loads(question))
+            fresh.answer(*script)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 

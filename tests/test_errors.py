@@ -51,3 +51,10 @@ def test_every_error_belongs_to_the_family():
 )
 def test_nearest(word, choices, expected):
     assert nearest(word, choices) == expected
+
+
+def test_of_many_the_nearest_are_shown_first():
+    layers = [f"layers.{number}.{name}" for number in range(20) for name in ("q_proj", "up_proj", "down_proj")]
+    hint = nearest("layers.7.u_proj", reversed(layers), closest=3)
+    assert hint == ("did you mean 'layers.7.up_proj'? valid: layers.7.up_proj, layers.17.up_proj, layers.7.q_proj, …")
+    assert nearest("q", ["q", "k"], closest=3) == "did you mean 'q'? valid: q, k"

@@ -48,6 +48,15 @@ def test_the_exit_status_is_that_of_the_script(script, status, told):
     assert done.stdout == ("done\n" if status == 0 and "print" in script else "")
 
 
+@pytest.mark.parametrize("seconds", [0.0, 0.2])
+def test_a_script_is_killed_after_it_has_begun(seconds):
+    script = "import time; print('begun', flush=True); time.sleep(0.1); print('done', flush=True); time.sleep(60)"
+    done = TABNANNY.try_to_run(script, killed_after=seconds)
+    assert done.returncode == -9 and done.stdout.startswith("begun")
+    done = TABNANNY.try_to_run("raise SystemExit(3)", killed_after=seconds)  # before it has printed anything
+    assert done.returncode == 3
+
+
 def test_a_script_that_raises_fails_with_its_traceback():
     assert "ValueError: no" in TABNANNY.try_to_run("raise ValueError('no')").stderr
     with pytest.raises(AssertionError, match="ValueError: no"):

@@ -21,13 +21,14 @@ from ..files.source import Stored, open_source, tensors_in
 from ..formats import is_fp8
 from ..hf.ties import tied_modules
 from ..modules import FP8Module, fp8_modules
-from ..modules.linear import FP8Linear
+from ..modules.linear import FP8LinearBase
 from .lora import LoraWeights
 
 _ONE_BY_ONE = (
     "only weights of linear layers that lie in the checkpoint one by one are merged here: merge the adapter with peft "
     "into the model in high precision (merge_and_unload), save that, and quantize what was saved"
 )
+_NEAREST = 5  # so many names are shown where one is wrong
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def _place(model: Any, weights: LoraWeights, here: Mapping[str, Stored]) -> Plac
     name = _name(model, weights)
     module, in_fp8 = model.get_submodule(name), fp8_modules(model).get(name)
     plain = isinstance(module, (nn.Linear, Conv1D))
-    if not (isinstance(in_fp8, FP8Linear) and not in_fp8.derived) and not plain:
+    if not (isinstance(in_fp8, FP8LinearBase) and not in_fp8.derived) and not plain:
         raise FP8NotAvailableError(f"{name} of {type(model).__name__} is a {_kind(module)}: {_ONE_BY_ONE}")
     parts = {part: here[f"{name}.{part}"] for part in ("weight", "weight_scale") if f"{name}.{part}" in here}
     if "weight" not in parts:
@@ -139,9 +140,10 @@ def _name(model: Any, weights: LoraWeights) -> str:
     renamed = names_in_model(model, [f"{weights.name}.weight"])[f"{weights.name}.weight"].removesuffix(".weight")
     found = next((name for name in (weights.name, renamed) if name in names), None)
     if found is None:
+        with_weights = (name for name, module in model.named_modules() if hasattr(module, "weight"))
         raise FP8CheckpointError(
             f"the adapter changes {weights.name}, which {type(model).__name__} does not have: "
-            f"{nearest(weights.name, names)}; it is of another model"
+            f"{nearest(weights.name, with_weights, closest=_NEAREST)}; it is of another model"
         )
     return found
 

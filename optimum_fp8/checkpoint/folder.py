@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from .intact import read_record
 from .native import refuse_damaged
 
 CONFIG_FILE = "quantization.json"
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
 OWN_CARD = "<!-- made by optimum_fp8 of this very checkpoint -->"  # in a README.md that `model_card` made
 Tensors = dict[str, torch.Tensor]
 
@@ -57,7 +59,7 @@ def config_of_transformers(folder: str) -> dict[str, Any]:
     """What `config.json` says in a folder that an FP8 model of transformers was saved to.
 
     Raises:
-        FP8CheckpointError: there is no such checkpoint, or it is of another maker.
+        FP8CheckpointError: there is no such checkpoint, it is of another maker, or its index is not there.
     """
     if not os.path.isdir(folder):
         raise FP8CheckpointError(f"{folder} is not a folder: expected one that an FP8 model was saved to")
@@ -66,6 +68,7 @@ def config_of_transformers(folder: str) -> dict[str, Any]:
     said = read_json(path) if os.path.isfile(path) else {}
     method = (said.get("quantization_config") or {}).get("quant_method")
     if method == QUANT_METHOD:
+        refuse_without_index(folder)
         return said
     advice = "quantize the model with from_pretrained(…, quantization_config=FP8Config(…)) and save_pretrained first"
     if method is not None:
@@ -136,6 +139,7 @@ def weight_files(folder: str, layout: Layout) -> list[str]:
     Raises:
         FP8CheckpointError: names those that are not there.
     """
+    refuse_without_index(folder)
     index = _index(folder, layout)
     names = [layout.weights] if index is None else sorted(set(index["weight_map"].values()))
     paths = [os.path.join(folder, name) for name in names]
@@ -155,6 +159,28 @@ def _index(folder: str, layout: Layout) -> dict[str, Any] | None:
         return {"metadata": dict(index["metadata"]), "weight_map": dict(index["weight_map"])}
     except (ValueError, KeyError, TypeError) as error:
         raise FP8CheckpointError(f"{path} is damaged ({error}): copy it again") from None
+
+
+def refuse_without_index(folder: str) -> None:
+    """Refuse a folder with weights in several files, none of which is known to be needed without an index.
+
+    Raises:
+        FP8CheckpointError: names the index that is not there.
+    """
+    if (index := absent_index(folder)) is not None:
+        raise FP8CheckpointError(
+            f"{os.path.join(folder, index)} does not exist, which says what lies in which of the files of weights: the "
+            "folder is not whole, copy it again"
+        )
+
+
+def absent_index(folder: str) -> str | None:
+    """The name of the index that weights in several files need, and do not have; None: nothing is absent."""
+    names = set(os.listdir(folder))
+    for match in map(_SHARD.fullmatch, sorted(names)):
+        if match and names.isdisjoint({f"{match[1]}.safetensors", index := f"{match[1]}.safetensors.index.json"}):
+            return index
+    return None
 
 
 def read(folder: str, layout: Layout, files: Sequence[str]) -> tuple[dict[str, Any], Tensors]:

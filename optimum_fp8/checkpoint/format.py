@@ -121,6 +121,8 @@ def checkpoint_of(model: nn.Module) -> Checkpoint:
     state = state_of(model)
     if state is not None and state.phase is Phase.MEASURING:
         raise FP8StateError("the model is in measuring state: run your data, then convert(model), before it is saved")
+    if state is not None and state.phase is Phase.TRAINING:
+        raise FP8StateError("the model is in quantization-aware training: convert(model) before it is saved in FP8")
     records = []
     schemes = {each.name: each.scheme for each in state.decisions} if state is not None else {}
     for name, (module, handler) in converted_modules(model).items():

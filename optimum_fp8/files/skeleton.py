@@ -23,6 +23,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from ..checkpoint.folder import refuse_without_index
 from ..checkpoint.intact import record
 from ..checkpoint.provenance import told_of
 from ..config import FP8Config
@@ -103,6 +104,7 @@ def write_config(model: Any, folder: str) -> None:
 
 def _load(source: Source, model_class: Any, config: FP8Config, dtype: str | torch.dtype) -> tuple[Any, dict[str, str]]:
     """The model on meta, and the name in the files of each of its tensors that is there as it is."""
+    refuse_without_index(source.folder)  # of a class that transformers knows
     model = model_class.from_pretrained(
         os.path.abspath(source.folder), quantization_config=config, dtype=dtype, device_map="meta"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 from ..calibration import calibrate
 from ..checkpoint.folder import config_of_transformers
 from ..config import KEYS, FP8Config
+from ..config.requantizing import OF_MEASURING, OF_SCALES
 from ..errors import FP8ConfigError
 from ..files.skeleton import class_saved
 from ..lifecycle import FP8State, data_of, finalize_calibration, prepare, state_of, with_change
@@ -17,16 +19,12 @@ from .opened import (
     Rewritten,
     open_checkpoint,
     refuse_existing,
+    refuse_unchanged,
     rescheme,
     with_keys,
     write_checkpoint,
 )
 
-_NOT_HERE = ("dump_stats_path", "calibration_inputs")
-_OF_DATA = [name for name, key in KEYS.items() if key.of_data and name not in _NOT_HERE]
-_OF_DATA += ["decode_steps", "observer", "percentile"]
-_CHOOSING = ("attention", "kv_cache", "quantize_", "row_parallel_")  # beginnings of keys that say what is in FP8
-_OF_SCALES = [name for name, key in KEYS.items() if key.of_module and not name.startswith(_CHOOSING)] + ["target"]
 _NO_RANGES = "give a dataset to measure them with, or activation_scheme='dynamic' or 'weight_only'"
 
 
@@ -64,7 +62,9 @@ def requantize(
     model, state = open_checkpoint(source)
     was = {key: getattr(state.config, key) for key in keys}
     new = with_keys(state.config, keys)
-    if measured is not None:
+    if measured is None:
+        refuse_unchanged("requantize", state.config, new, keys, "give another format, or a dataset to measure anew")
+    else:
         state.measurements = measured.measurements
     rows = rescheme(model, state, new, source, _NO_RANGES)
     made = Rewritten(os.path.abspath(place), new, rows)
@@ -86,27 +86,38 @@ def _checked(config: FP8Config) -> dict[str, Any]:
     if not isinstance(config, FP8Config):
         raise FP8ConfigError(f"requantize: expected an FP8Config, found {config!r}: use FP8Config(…) or a preset")
     given = [name for name in KEYS if config.says(name)]
-    if other := [name for name in given if name not in (*_OF_SCALES, *_OF_DATA)]:
+    if other := [name for name in given if name not in (*OF_SCALES, *OF_MEASURING)]:
         raise FP8ConfigError(
             f"requantize: {other[0]} is not about scales and formats, and cannot be changed in FP8: expected "
-            f"{', '.join(_OF_SCALES)}, or a dataset; quantize the original model for the rest"
+            f"{', '.join(OF_SCALES)}, or a dataset; quantize the original model for the rest"
         )
-    keys = {name: getattr(config, name) for name in given if name in _OF_SCALES}
+    keys = {name: getattr(config, name) for name in given if name in OF_SCALES}
     if not keys:
-        raise FP8ConfigError(f"requantize: nothing to change: give a preset, or some of {', '.join(_OF_SCALES)}")
+        raise FP8ConfigError(f"requantize: nothing to change: give a preset, or some of {', '.join(OF_SCALES)}")
+    if config.dataset is None and (idle := [name for name in given if name in OF_MEASURING]):
+        raise FP8ConfigError(
+            f"requantize: {idle[0]} says how ranges are measured, and nothing is to be measured: give a dataset with "
+            "it, or leave it out"
+        )
     return keys
 
 
 def _measured(source: str, config: FP8Config, keys: dict[str, Any]) -> FP8State:
-    """The state of the dequantized model, that the data of a configuration went through."""
+    """The state of the dequantized model, that the data of a configuration went through; no file of it is left.
+
+    Raises:
+        FP8ConfigError: all scales are dynamic, and follow from no data.
+    """
     said = config_of_transformers(source)
     cls = class_saved(source, said)
     model: PreTrainedModel = cls.from_pretrained(source, quantization_config=FP8Config(dequantize=True))
-    data = {name: getattr(config, name) for name in _OF_DATA if config.says(name)}
+    data = {name: getattr(config, name) for name in OF_MEASURING if config.says(name)}
     carried = FP8Config.from_dict(said["quantization_config"])
-    prepare(model, with_keys(carried, keys).replace(**data, mode="AUTO"))
-    calibrate(model)
-    finalize_calibration(model)
+    with TemporaryDirectory(prefix="fp8-") as folder:
+        data |= {"mode": "AUTO", "dump_stats_path": os.path.join(folder, "measure")}
+        prepare(model, with_keys(carried, keys).replace(**data))
+        calibrate(model)
+        finalize_calibration(model)
     state = state_of(model)
     assert state is not None
     return state

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..checkpoint.folder import refuse_without_index
 from ..config import KEYS, FP8Config
 from ..errors import FP8CheckpointError, FP8ConfigError
 from ..files.source import open_source
@@ -19,7 +20,15 @@ from ..modules import fp8_modules
 from ..modules.handler import converted_modules
 from ..scales import scale_method as method_called
 from ..selection import select
-from .opened import Rewritten, open_checkpoint, refuse_existing, rescheme, with_keys, write_checkpoint
+from .opened import (
+    Rewritten,
+    open_checkpoint,
+    refuse_existing,
+    refuse_unchanged,
+    rescheme,
+    with_keys,
+    write_checkpoint,
+)
 
 _FARTHEST = 0.25  # of a weight's norm: no FP8 rounding adds so much, and another model's weights are much farther
 _GAIN = 0.04  # errors of rounding go both ways, and leave a weight as large as it was
@@ -56,7 +65,8 @@ def rescale(
         where it is, and what became of the weights of each module.
 
     Raises:
-        FP8ConfigError: an unknown method or target, or neither was given.
+        FP8ConfigError: an unknown method or target, neither was given, or the checkpoint has them already and there is
+            no original.
         FP8CheckpointError: the output exists, the folder holds no checkpoint of ours, or the original is not that of
             the checkpoint.
         FP8MeasurementError: the checkpoint lacks ranges that static scales follow from.
@@ -68,6 +78,7 @@ def rescale(
     before, provenance = state.config, state.provenance
     config = with_keys(before, keys)
     if original is None:
+        refuse_unchanged("rescale", before, config, keys, "give another, or the original to quantize it anew")
         made = Rewritten(os.path.abspath(place), config, rescheme(model, state, config, source, _NO_RANGES))
     else:
         made = Rewritten(os.path.abspath(place), config, (), os.fspath(original))
@@ -113,6 +124,8 @@ def _quantized_anew(
             "merge the adapter into the original with peft and quantize that"
         )
     open_source(original)  # refuses what is quantized, and what holds no safetensors
+    if os.path.isdir(original):
+        refuse_without_index(original)
     model = type(fp8).from_pretrained(original, dtype=fp8.dtype)
     _check_original(model, fp8, original, folded=config.fold_batch_norm)
     config = config.replace(mode="AUTO")

@@ -13,7 +13,7 @@ from ..checkpoint.folder import config_of_transformers
 from ..checkpoint.whole_folder import whole_folder
 from ..commands.companions import copy_companions
 from ..config import FP8Config
-from ..errors import FP8CheckpointError, FP8MeasurementError
+from ..errors import FP8CheckpointError, FP8ConfigError, FP8MeasurementError
 from ..files.skeleton import class_saved
 from ..lifecycle import FP8State, state_of
 from ..modules.handler import Target, converted_modules
@@ -81,6 +81,17 @@ def with_keys(config: FP8Config, keys: Mapping[str, Any]) -> FP8Config:
         for pattern, said in config.overrides.items()
     }
     return config.replace(**keys, overrides={pattern: said for pattern, said in rest.items() if said})
+
+
+def refuse_unchanged(step: str, before: FP8Config, after: FP8Config, keys: Mapping[str, Any], advice: str) -> None:
+    """Refuse keys that a checkpoint has already: what came out would be a copy.
+
+    Raises:
+        FP8ConfigError: it has all of them.
+    """
+    if before.to_dict() == after.to_dict():
+        said = ", ".join(f"{name}={value!r}" for name, value in keys.items())
+        raise FP8ConfigError(f"{step}: nothing to change: the checkpoint has {said} already: {advice}")
 
 
 def rescheme(model: PreTrainedModel, state: FP8State, config: FP8Config, folder: str, advice: str) -> list[Added]:

@@ -2,5 +2,6 @@
 
 from .finding import Finding
 from .run import verify
+from .saving import save
 
-__all__ = ["Finding", "verify"]
+__all__ = ["Finding", "save", "verify"]

@@ -33,12 +33,7 @@ def check_against_memory(folder: str, model: Any) -> Iterator[Finding]:
     Raises:
         FP8NotAvailableError: it is no model of transformers, or not on a CPU or a GPU.
     """
-    if not isinstance(model, transformers.PreTrainedModel) or model.device.type not in _DEVICES:
-        found = f"{type(model).__name__} on {getattr(model, 'device', 'its device')}"
-        raise FP8NotAvailableError(
-            f"{found} cannot be compared with a checkpoint: expected a model of transformers on a CPU or a GPU; leave "
-            "`model` out"
-        )
+    refuse_incomparable(model, "leave `model` out")
     inputs = _inputs(model)
     with tempfile.TemporaryDirectory(prefix="fp8-") as exchange:
         save_file(inputs, os.path.join(exchange, INPUTS))
@@ -54,6 +49,20 @@ def check_against_memory(folder: str, model: Any) -> Iterator[Finding]:
         logits = load_file(os.path.join(exchange, LOGITS))
     yield from _other_tensors(digests(model.state_dict()), state)
     yield from _other_logits(folder, _in_eval(model, inputs), logits)
+
+
+def refuse_incomparable(model: Any, advice: str) -> None:
+    """Refuse a model that no fresh process can be compared with.
+
+    Raises:
+        FP8NotAvailableError: it is no model of transformers, or not on a CPU or a GPU.
+    """
+    if not isinstance(model, transformers.PreTrainedModel) or model.device.type not in _DEVICES:
+        found = f"{type(model).__name__} on {getattr(model, 'device', 'its device')}"
+        raise FP8NotAvailableError(
+            f"{found} cannot be compared with a checkpoint: expected a model of transformers on a CPU or a GPU; "
+            f"{advice}"
+        )
 
 
 def _inputs(model: Any) -> dict[str, torch.Tensor]:

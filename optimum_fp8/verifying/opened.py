@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..checkpoint.digests import RECORD
+from ..checkpoint.folder import absent_index
 from ..checkpoint.intact import read_record
 from ..checkpoint.safetensors_writer import DTYPES
 from ..errors import FP8CheckpointError
@@ -84,6 +85,8 @@ def open_folder(folder: str | os.PathLike[str]) -> Opened:
         name for name in os.listdir(folder) if name.endswith(_WEIGHTS) and not name.startswith((_ADAPTER, "."))
     )
     index = _read_index(opened, indexes[0]) if indexes else None
+    if (absent := absent_index(opened.folder)) is not None:
+        opened.findings.append(error(absent, "no such file, though weights are in several", "an index of them", COPY))
     weight_map = {} if index is None else index["weight_map"]
     names = sorted(set(weight_map.values())) if weight_map else there
     for name in names:

@@ -45,5 +45,7 @@ def test_where_weights_lie(save, adapt, quantized):
 def test_a_misspelt_module_is_told_the_nearest(save, adapt, quantized):
     original = save(tiny_llama().bfloat16())
     adapter = renamed(adapt(original), lambda key: key.replace("q_proj", "query_proj"))
-    with pytest.raises(FP8CheckpointError, match="query_proj, which LlamaForCausalLM does not have: did you mean"):
+    message = r"query_proj, which LlamaForCausalLM does not have: did you mean '\S+\.self_attn\.\w+'\? valid: "
+    with pytest.raises(FP8CheckpointError, match=message) as raised:
         places_of(quantized(original), open_adapter(adapter), None)
+    assert str(raised.value).count("model.layers.") == 7  # the wrong one, the nearest, and five that are near

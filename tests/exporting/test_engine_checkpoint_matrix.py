@@ -28,6 +28,7 @@ TESTS = {
         "engine_checkpoint_models.py::test_files_for_inc_name_the_modules_of_the_model",
         of_models.MODELS,
     ),
+    "inc's convolutions": ("contract", "engine_checkpoint_models.py::test_a_patch_embedding_goes_to_inc", None),
     "tensors": ("contract", "engine_checkpoint.py::test_compressed_tensors", None),
     "cache": ("contract", "engine_checkpoint.py::test_a_cache_and_queries", None),
     "experts": ("contract", "engine_checkpoint.py::test_experts_one_by_one", None),
@@ -89,11 +90,16 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
         ("models", "tied"),
     ),
     "several files": row(None, None, ("vllm", "dynamic, shards"), None, ("shards", ""), None),
-    "images (ViT)": row("ViT", ("fp8", "vit"), None, ("inc's names", "vit"), ("models", "vit"), ("models", "vit")),
-    "images and text (LLaVA)": row(
+    "linear layers of images (ViT)": row(
+        "ViT", ("fp8", "vit"), None, ("inc's names", "vit"), ("models", "vit"), ("models", "vit")
+    ),
+    "linear layers of images and text (LLaVA)": row(
         "LLaVA", ("fp8", "llava"), None, ("inc's names", "llava"), ("models", "llava"), ("models", "llava")
     ),
-    "sound (Whisper)": row(None, None, None, ("inc's names", "whisper"), ("models", "whisper"), ("models", "whisper")),
+    "linear layers of sound (Whisper)": row(
+        None, None, None, ("inc's names", "whisper"), ("models", "whisper"), ("models", "whisper")
+    ),
+    "convolutions (patch embeddings)": row(None, None, None, ("inc's convolutions", ""), None, None),
 }
 
 

@@ -91,15 +91,27 @@ def test_files_for_inc_name_the_modules_of_the_model(saved, tmp_path, name):
     assert {type(model.get_submodule(each)).__name__ for each in names} == {"Linear"}
 
 
+@pytest.mark.parametrize("format", ["compressed-tensors", "fp8", "modelopt"])
+def test_a_patch_embedding_in_fp8_is_named(saved, tmp_path, format):
+    """Engines' formats have the other layers of a ViT, and no convolution."""
+    preset = {"scale_method": "full_range", "activation_scheme": "dynamic"} if format == "fp8" else {}
+    _, _, _, folder = saved("vit", format, modules_to_not_convert=[], **preset)
+    with pytest.raises(FP8CheckpointError, match=r"patch_embeddings\.projection has a weight of 4 dimensions"):
+        export(folder, tmp_path / "out", format)
+    assert sorted(os.listdir(tmp_path)) == ["native", "plain"]
+
+
+def test_a_patch_embedding_goes_to_inc(saved, tmp_path):
+    model, _, _, folder = saved("vit", "inc", modules_to_not_convert=[])
+    with open(os.path.join(export(folder, tmp_path / "out", "inc"), "quant_config.json"), encoding="utf-8") as file:
+        names = [each.strip("^$").replace("\\", "") for each in json.load(file)["allowlist"]["names"]]
+    assert len(names) == LAYERS["vit"] + 1
+    assert [type(model.get_submodule(each)).__name__ for each in names].count("Conv2d") == 1
+
+
 @pytest.mark.parametrize(
     "name, format, options, message",
     [
-        (
-            "vit",
-            "compressed-tensors",
-            {"modules_to_not_convert": []},
-            "projection has a weight of 4 dimensions, a",
-        ),
         ("clip", "modelopt", {}, "a layer of vision_model in FP8, which readers .* which vision_model.encoder.* has"),
         ("llava", "modelopt", {}, "a layer of vision_tower in FP8, .*list 'vision_tower' in modules_to_not_convert"),
         ("whisper", "inc", {"modules_to_not_convert": []}, "a weight of Conv1d, which model.encoder.conv2 has"),

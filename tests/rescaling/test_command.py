@@ -62,3 +62,17 @@ def test_an_error_is_one_line(run, command, more, message, tmp_path, capsys):
     assert run(arguments(command, tmp_path / "fp8", "--output", tmp_path / "out", *more)) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_requantize_lists_the_keys_that_it_takes(capsys):
+    with pytest.raises(SystemExit):
+        arguments(FP8RequantizeCommand, "--help")
+    listed = capsys.readouterr().out
+    assert "--scale-method" in listed and "--dataset" in listed and "--percentile" in listed
+    assert not any(flag in listed for flag in ("--attention", "--blocklist", "--dump-stats-path", "--mode"))
+
+
+def test_a_key_that_requantize_does_not_take_is_an_error(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        arguments(FP8RequantizeCommand, tmp_path, "--output", tmp_path / "out", "--kv-cache", "true")
+    assert "there is no flag --kv-cache" in capsys.readouterr().err

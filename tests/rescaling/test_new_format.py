@@ -149,12 +149,41 @@ def test_convolutions_have_no_blocks(save, tmp_path):
         (FP8Config(scale_method="full_range", attention=True), "attention is not about scales and formats"),
         (FP8Config(scale_method="full_range", blocklist={"names": ["x"], "types": []}), "blocklist is not about"),
         (FP8Config(dataset=[1]), "nothing to change"),
+        (FP8Config(scale_method="full_range", percentile=99.0, observer="percentile"), "a dataset with it, or leave"),
+        (FP8Config(scale_method="full_range", batch_size=2), "batch_size says how ranges are measured, and nothing"),
     ],
-    ids=["nothing", "dict", "attention", "blocklist", "data alone"],
+    ids=["nothing", "dict", "attention", "blocklist", "data alone", "percentile", "batches"],
 )
 def test_keys_that_cannot_be_changed(config, message, tmp_path):
     with pytest.raises(FP8ConfigError, match=message):
         requantize(tmp_path / "nothing", tmp_path / "out", config)
+
+
+def test_a_percentile_of_ranges_that_dynamic_scales_do_not_have(fp8, batches, tmp_path):
+    source = fp8(preset("FP8_BLOCK", target="cpu"), wide_llama())
+    keys = {"percentile": 99.0, "observer": "percentile"}
+    with pytest.raises(FP8ConfigError, match="observer says how ranges are measured|percentile says how ranges"):
+        requantize(source, tmp_path / "out", preset("FP8_DYNAMIC", **keys))
+    with pytest.raises(FP8ConfigError, match="dataset is given, but activations are 'dynamic'"):
+        requantize(source, tmp_path / "out", FP8Config(fp8_config="E5M2", dataset=batches, **keys))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_checkpoint_has_already_is_no_change(fp8, batches, tmp_path):
+    source = fp8(FP8Config.preset("FP8", target="cpu", dataset=batches))
+    with pytest.raises(FP8ConfigError, match="requantize: nothing to change: the checkpoint has scale_method="):
+        requantize(source, tmp_path / "out", preset("FP8"))
+    assert not (tmp_path / "out").exists()
+    requantize(source, tmp_path / "out", preset("FP8", dataset=batches[:1]))  # has other ranges
+    assert provenance_of(tmp_path / "out")["data"]["samples"] < provenance_of(source)["data"]["samples"]
+
+
+def test_measuring_leaves_nothing_in_the_working_folder(fp8, batches, tmp_path, monkeypatch):
+    source = fp8(preset("FP8_DYNAMIC", target="cpu"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    requantize(source, tmp_path / "out", preset("FP8", dataset=batches))
+    assert not list((tmp_path / "here").iterdir())
 
 
 def test_folders_that_are_there_or_foreign(save, tmp_path):

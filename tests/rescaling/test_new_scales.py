@@ -216,3 +216,31 @@ def test_an_original_that_is_quantized_itself(fp8, tmp_path):
     source = fp8(FP8Config(target="gaudi3", activation_scheme="dynamic"))
     with pytest.raises(FP8CheckpointError, match="quantized already"):
         rescale(source, tmp_path / "out", target="gaudi2", original=source)
+
+
+def test_what_a_checkpoint_has_already_is_no_change(lm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = lm(target="gaudi2")
+    for keys in (
+        {"target": "gaudi2"},
+        {"scale_method": "maxabs_hw"},
+        {"target": "gaudi2", "scale_method": "MAXABS_HW"},
+    ):
+        with pytest.raises(FP8ConfigError, match="rescale: nothing to change: the checkpoint has .*the original"):
+            rescale(source, tmp_path / "out", **keys)
+    rescale(source, tmp_path / "out", target="gaudi2", original=TINY_LM)
+    assert_same_tensors(tmp_path / "out", source)
+    assert [each.name for each in tmp_path.iterdir()] == ["out"]  # no measurements
+
+
+def test_an_index_that_is_not_there_is_named(fp8, save, tmp_path):
+    source = fp8(FP8Config(activation_scheme="dynamic", target="gaudi3"))
+    rescale(source, tmp_path / "shards", target="gaudi2", max_shard_size="20KB")
+    (tmp_path / "shards" / "model.safetensors.index.json").unlink()
+    with pytest.raises(FP8CheckpointError, match=r"shards/model\.safetensors\.index\.json does not exist"):
+        rescale(tmp_path / "shards", tmp_path / "out", target="gaudi3")
+    plain = tmp_path / "plain"
+    AutoModelForCausalLM.from_pretrained(tmp_path / "fp8-plain").save_pretrained(plain, max_shard_size="20KB")
+    (plain / "model.safetensors.index.json").unlink()
+    with pytest.raises(FP8CheckpointError, match=r"plain/model\.safetensors\.index\.json does not exist"):
+        rescale(source, tmp_path / "out", target="gaudi2", original=plain)

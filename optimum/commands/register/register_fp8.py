@@ -9,6 +9,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum_fp8.commands.arguments import explain_errors
 from optimum_fp8.config.flags import add_flags
 from optimum_fp8.config.keys import KEYS
+from optimum_fp8.config.requantizing import OF_MEASURING, OF_SCALES
 
 
 class FP8QuantizeCommand(BaseOptimumCLICommand):
@@ -233,7 +234,8 @@ class FP8RequantizeCommand(BaseOptimumCLICommand):
         parser.add_argument("checkpoint", help="folder of the FP8 checkpoint")
         parser.add_argument("--output", required=True, help="folder to write to, which is not there yet")
         parser.add_argument("--preset", help="FP8, FP8_DYNAMIC, FP8_BLOCK, MXFP8 or W8A16")
-        add_flags(parser.add_argument_group("keys of FP8Config: of scales and formats, and a dataset"))
+        keys = parser.add_argument_group("keys of FP8Config: of scales and formats, and a dataset")
+        add_flags(keys, [*OF_SCALES, *OF_MEASURING])
         explain_errors(parser)
 
     def run(self) -> None:

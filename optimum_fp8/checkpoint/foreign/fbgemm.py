@@ -31,7 +31,7 @@ def read(said: Mapping[str, Any], files: Files) -> Found:
     names = coded_modules(files)
     refuse_excluded(NAME, "modules_to_not_convert", fields.get("modules_to_not_convert"), names)
     if (bound := fields.get("activation_scale_ub")) is not None:
-        logger.info("inputs beyond activation_scale_ub=%s, which FBGEMM clips, keep their values", bound)
+        logger.warning("inputs beyond activation_scale_ub=%s, which FBGEMM clips, keep their values", bound)
     # Of each layer the bound may be saved as well, as a buffer that is the same everywhere.
     bounds = {f"{name}.input_scale_ub" for name in names} & set(files.headers)
     layers = {name: Layer(CHANNEL, TOKEN, keys_of(files, name, _NAMES)) for name in names}

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from ...errors import FP8CheckpointError
-from ..folder import read_json
+from ..folder import read_json, refuse_without_index
 from ..native import refuse_damaged
 
 INDEX = "model.safetensors.index.json"
@@ -92,6 +92,7 @@ def _paths(folder: str) -> Sequence[str]:
     if os.path.isfile(whole):
         return [whole]
     if not os.path.isfile(index):
+        refuse_without_index(folder)
         raise FP8CheckpointError(
             f"{folder} has neither model.safetensors nor {INDEX}: expected the folder of a checkpoint in safetensors"
         )
