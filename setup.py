@@ -24,6 +24,7 @@ SOURCES = ["setup.py", *(str(path) for path in sorted(NATIVE.glob("*.[ch]")))]
 FOR_ALL_VARIANTS = ["dispatch.c", "parallel.c"]
 FOR_EACH_VARIANT = [
     "linear.c",
+    "linear_gradient.c",
     "attention.c",
     "cast.c",
     "experts.c",
@@ -31,7 +32,13 @@ FOR_EACH_VARIANT = [
     "histogram.c",
     "softmax.c",
 ]  # what takes longest to compile first
-PRODUCTS = ["linear.c", "experts.c", "grouped.c"]  # all that sets the variants with tiles apart from another one
+PRODUCTS = [
+    "linear.c",
+    "attention.c",
+    "experts.c",
+    "grouped.c",
+    "softmax.c",
+]  # what variants with tiles have of their own
 FLAGS = [
     "-O3",
     "-std=gnu11",

@@ -4,5 +4,5 @@ from __future__ import annotations
 
 from optimum_fp8 import ops
 
-# Those with tiles differ in products with weights alone; casts and attention they share with another variant.
-OF_CASTS_AND_ATTENTION = [each for each in ops.cpu.backends() if each not in ("cpu_avx512amx", "cpu_tiles")]
+# Those with tiles differ in products and attention; casts they share with another variant.
+OF_CASTS = [each for each in ops.cpu.backends() if each not in ("cpu_avx512amx", "cpu_tiles")]

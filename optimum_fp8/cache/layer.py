@@ -16,6 +16,7 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
+from ..errors import FP8NotAvailableError
 from ..ops.fp8_tensor import FP8Tensor
 from .active_writer import Writer
 from .layers import as_stored, keep_address, quantize_held, scale_layer_for
@@ -24,6 +25,21 @@ from .scales import CacheScales
 # Typed loosely: properties stand in for attributes of these classes.
 _Layer: Any = CacheLayerMixin
 _LinearAttention: Any = LinearAttentionCacheLayerMixin
+
+
+class _NoGradient(torch.autograd.Function):
+    """What is read from a cache, of states that want a gradient: they are codes in memory, and pass none on."""
+
+    @staticmethod
+    def forward(ctx: Any, cached: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        return cached
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise FP8NotAvailableError(
+            "there is no gradient through keys and values of an FP8 cache: call the model with use_cache=False to "
+            "train, or under torch.no_grad()"
+        )
 
 
 class FP8Layer(_Layer):
@@ -168,7 +184,11 @@ class FP8Layer(_Layer):
         keys, values = self.inner.update(as_stored(k_codes), as_stored(v_codes), *args, **kwargs)
         if self.scale_layer is not None:
             k_scale, v_scale = self.scale_layer.update(k_scale, v_scale)
-        return self._acting(keys, k_scale), self._acting(values, v_scale)
+        cached = self._acting(keys, k_scale), self._acting(values, v_scale)
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            keys, values = (x.dequantize() if isinstance(x, FP8Tensor) else x for x in cached)
+            return _NoGradient.apply(keys, key_states), _NoGradient.apply(values, value_states)
+        return cached
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.inner.get_mask_sizes(query_length)

@@ -17,6 +17,7 @@ from .embedding import embedding
 from .experts import experts
 from .grouped_linear import grouped_linear
 from .linear import linear
+from .linear_gradient import linear_input_gradient
 from .packing import packing_for, packing_of
 from .records import CallRecord, note_fallback
 from .reference import ARITHMETICS
@@ -52,6 +53,7 @@ __all__ = [
     "inverse_of",
     "keep_inverse",
     "linear",
+    "linear_input_gradient",
     "mark_constant",
     "mark_constants",
     "matmul",

@@ -75,6 +75,17 @@ class LinearCall(NamedTuple):
     arithmetic: str
 
 
+class LinearInputGradientCall(NamedTuple):
+    """Of `linear_input_gradient`."""
+
+    grad: torch.Tensor
+    weight: torch.Tensor
+    weight_scale: torch.Tensor
+    x: torch.Tensor | None
+    input_scale: torch.Tensor | None
+    full_scale: float
+
+
 class ConvCall(NamedTuple):
     """Of `conv`; the geometry has one value for each spatial dimension, as a list or a tuple."""
 

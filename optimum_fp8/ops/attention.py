@@ -172,6 +172,7 @@ declare(
     _fake_attention,
     reference_attention.attention,
     attributed_by=("p_scale", "q_scale", "k_scale", "v_scale"),
+    gradient=("query", "key", "value", "mask", "sinks"),
 )
 declare(
     "attention_weights",
@@ -180,6 +181,7 @@ declare(
     _fake_weights,
     reference_attention.attention_weights,
     attributed_by=("p_scale", "q_scale", "k_scale"),
+    gradient=("query", "key", "mask", "sinks"),
 )
 declare(
     "matmul",
@@ -189,6 +191,7 @@ declare(
     _fake_matmul,
     reference_attention.matmul,
     attributed_by=("a_scale", "b_scale"),
+    gradient=("a", "b"),
 )
 declare(
     "softmax",
@@ -197,4 +200,5 @@ declare(
     _fake_softmax,
     reference_attention.softmax,
     attributed_by=("scale",),
+    gradient=("x",),
 )

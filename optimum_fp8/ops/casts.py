@@ -12,6 +12,7 @@ import torch
 from . import reference
 from .arguments import CastByRangeCall, CastFromCall, CastToCall, DynamicScaleCall, HistogramCall, MaxabsCall
 from .declare import call, declare
+from .gradients import CONSTANT
 from .operands import BINS, group_shape
 from .records import CallRecord
 
@@ -171,4 +172,5 @@ declare(
     DynamicScaleCall,
     _fake_ranges,
     lambda call: reference.dynamic_scale(*call),
+    gradient=CONSTANT,
 )

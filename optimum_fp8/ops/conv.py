@@ -72,4 +72,5 @@ declare(
     _fake,
     reference.conv,
     attributed_by=("weight",),
+    gradient=("x", "bias"),
 )

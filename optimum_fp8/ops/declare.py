@@ -1,32 +1,30 @@
-"""How an operator is declared: to torch (schema, fake kernel, no gradient) and to the dispatch (its reference).
+"""How an operator is declared: to torch (schema, fake kernel, gradient) and to the dispatch (its reference).
 
-An operator's schema, fake kernel and public function stand side by side in `casts.py`, `linear.py`, `conv.py`,
-`embedding.py`, `attention.py`, `experts.py` and `grouped_linear.py`.
+An operator's schema, fake kernel, gradient and public function stand side by side in `casts.py`, `linear.py`,
+`conv.py`, `embedding.py`, `attention.py`, `experts.py` and `grouped_linear.py`.
 """
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from ..errors import FP8NotAvailableError
 from . import dispatch
+from .gradients import Gradient, autograd_kernel, recomputed, wants_gradient
 from .operands import refuse_absent
 from .prepared import is_plain, run, run_prepared
 from .records import CallRecord, record_of
+from .reference_gradients import recompute
 
 _library = torch.library.Library("optimum_fp8", "DEF")
 _calling: ContextVar[CallRecord | None] = ContextVar("optimum_fp8_record", default=None)
 _is_compiling = torch.compiler.is_compiling
 _NO_ONNX = "optimum_fp8::{} cannot be exported to ONNX: export what optimum_fp8.dequantize(model) returns"
-_NO_GRADIENT = (
-    "there is no gradient through optimum_fp8::{}: FP8 modules are for inference; "
-    "call optimum_fp8.dequantize(model) to fine-tune, or run under torch.no_grad()"
-)
 
 
 def call(op: str, arguments: Any, record: CallRecord | None = None) -> Any:
@@ -34,7 +32,8 @@ def call(op: str, arguments: Any, record: CallRecord | None = None) -> Any:
     if _is_compiling():
         if torch.onnx.is_in_onnx_export():
             raise FP8NotAvailableError(_NO_ONNX.format(op))
-        if (kernel := dispatch.traced_kernel(op, arguments)) is not None:
+        # What a traced kernel calls has no gradient; the operator has.
+        if not wants_gradient(arguments) and (kernel := dispatch.traced_kernel(op, arguments)) is not None:
             return kernel.run(arguments)
         # A graph has no records: its calls are attributed by the tensors they come with.
         return getattr(torch.ops.optimum_fp8, op)(*arguments)
@@ -58,6 +57,7 @@ def declare(
     fake: Callable[[Any], Any],
     reference: Callable[[Any], Any],
     attributed_by: tuple[str, ...] = (),
+    gradient: Gradient | tuple[str, ...] | None = None,
 ) -> None:
     """Make an operator known to torch and to the dispatch.
 
@@ -68,8 +68,13 @@ def declare(
         fake: a result of the right shape, dtype and layout, from a call without values.
         reference: the definition.
         attributed_by: arguments that tell which module calls, where the call comes without a record.
+        gradient: how it is differentiated, or the names of the arguments that have a gradient, which is computed by an
+            operator `<op>_gradient` through the reference; None: a gradient that is asked for is refused.
     """
 
+    if isinstance(gradient, tuple):
+        _declare_gradient(op, schema, arguments, reference, attributed_by)
+        gradient = recomputed(op, gradient)
     places = [arguments._fields.index(name) for name in attributed_by]
 
     def implementation(*args: Any) -> Any:
@@ -86,43 +91,23 @@ def declare(
 
     _library.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(op, implementation, "CompositeExplicitAutograd")
-    _library.impl(op, _autograd(op, implementation), "Autograd", with_keyset=True)
+    _library.impl(op, autograd_kernel(op, arguments, implementation, gradient), "Autograd", with_keyset=True)
     torch.library.register_fake(f"optimum_fp8::{op}", without_values, lib=_library)
     dispatch.register_kernel(op, dispatch.Kernel(dispatch.REFERENCE, None, reference))
 
 
-def _autograd(op: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator's kernel at the key "Autograd": a plain call goes straight to its kernel, which is quicker than what
-    torch makes of `register_autograd`; a gradient that is wanted is refused when it is asked for."""
-    overload = getattr(torch.ops.optimum_fp8, op).default
-
-    def below(keyset: Any, *args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-
-    class NoGradient(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
-            return below(keyset, *args)
-
-        @staticmethod
-        def backward(ctx: Any, *gradients: Any) -> Any:
-            raise FP8NotAvailableError(_NO_GRADIENT.format(op))
-
-    def kernel(keyset: Any, *args: Any) -> Any:
-        if is_plain(args):
-            return implementation(*args)
-        if any(_has_tangent(arg) for arg in args):
-            raise FP8NotAvailableError(_NO_GRADIENT.format(op))
-        if torch.is_grad_enabled() and any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args):
-            return NoGradient.apply(keyset, *args)
-        return below(keyset, *args)
-
-    return kernel
-
-
-def _has_tangent(argument: Any) -> bool:
-    """Whether it carries a gradient forwards, as inside of torch.func.jvp."""
-    if forward_ad._current_level < 0 or not isinstance(argument, torch.Tensor):
-        return False
-    return forward_ad.unpack_dual(argument).tangent is not None
+def _declare_gradient(
+    op: str, schema: str, arguments: Any, reference: Callable[[Any], Any], attributed_by: tuple[str, ...]
+) -> None:
+    """Declare `<op>_gradient`: from the gradient of an operator's result, those of the arguments called `wanted`."""
+    named: Any = namedtuple  # of fields that type checkers cannot know
+    call = named("GradientCall", ("grad", "wanted", "constants", *arguments._fields))
+    call.operator = arguments
+    declare(
+        f"{op}_gradient",
+        schema.replace("(", "(Tensor grad, str[] wanted, str[] constants, ", 1).replace("-> Tensor", "-> Tensor[]"),
+        call,
+        lambda call: [torch.empty_like(getattr(call, name)) for name in call.wanted],
+        lambda call: recompute(reference, call),
+        attributed_by,
+    )

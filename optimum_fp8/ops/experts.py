@@ -75,4 +75,5 @@ declare(
     _fake,
     reference_experts.experts,
     attributed_by=("gate_up",),
+    gradient=("x", "router_weights"),
 )

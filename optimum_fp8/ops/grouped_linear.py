@@ -63,4 +63,5 @@ declare(
     _fake,
     reference_grouped.grouped_linear,
     attributed_by=("weight",),
+    gradient=("x", "bias"),
 )

@@ -1,12 +1,16 @@
-"""The product with an FP8 weight: schema, fake kernel and the function to call."""
+"""The product with an FP8 weight: schema, fake kernel, gradient and the function to call."""
 
 from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
 
 import torch
 
 from . import reference
 from .arguments import LinearCall
 from .declare import call, declare
+from .gradients import Gradient, without
 from .records import CallRecord
 
 
@@ -50,6 +54,27 @@ def _fake(call: LinearCall) -> torch.Tensor:
     return call.x.new_empty((*call.x.shape[:-1], call.weight.shape[0]))
 
 
+def _keep(call: LinearCall, wanted: Collection[str]) -> Any:
+    """The input is kept only for where a scale that does not follow from it saturates it."""
+    saturates = "x" in wanted and call.input_scale is not None and "input_scale" not in wanted
+    kept = without(call, "bias") if saturates else without(call, "bias", "x", "input_scale")
+    return kept if "x" in wanted else without(kept, "weight", "weight_scale")
+
+
+def _gradient(
+    call: LinearCall, gradients: tuple[torch.Tensor | None, ...], wanted: Collection[str]
+) -> dict[str, torch.Tensor]:
+    (grad,), found = gradients, {}
+    assert grad is not None  # else all are zero, and none is asked for
+    if "x" in wanted:
+        operands = (grad, call.weight, call.weight_scale, call.x, call.input_scale, call.full_scale)
+        # Through torch's dispatcher, where calls are attributed by the weight: backwards there is no record.
+        found["x"] = torch.ops.optimum_fp8.linear_input_gradient(*operands)
+    if "bias" in wanted:
+        found["bias"] = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32)
+    return found
+
+
 declare(
     "linear",
     "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? input_scale, Tensor? bias, float full_scale, "
@@ -58,4 +83,5 @@ declare(
     _fake,
     reference.linear,
     attributed_by=("weight",),
+    gradient=Gradient(_keep, _gradient),
 )

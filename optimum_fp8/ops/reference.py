@@ -36,6 +36,7 @@ from .operands import (
     is_along_input,
     is_per_channel,
 )
+from .straight_through import StraightThrough, is_straight_through
 
 ARITHMETICS = ("fused", "gaudi", "qdq")
 _CHUNK_ELEMENTS = 1 << 20  # cast at a time: bounds the float32 working copy at 4 MiB
@@ -43,6 +44,12 @@ _CHUNK_ELEMENTS = 1 << 20  # cast at a time: bounds the float32 working copy at 
 
 def cast_to_fp8(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, full_scale: float) -> torch.Tensor:
     _check_format(dtype, full_scale)
+    if is_straight_through():
+        return StraightThrough.apply(x, scale, full_scale, lambda x: _codes(x, scale, dtype, full_scale))
+    return _codes(x, scale, dtype, full_scale)
+
+
+def _codes(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, full_scale: float) -> torch.Tensor:
     scale = broadcast_scale(scale, x).float()
     if x.numel() <= _CHUNK_ELEMENTS or x.ndim < 2:
         return (x.float() * scale.reciprocal()).clamp_(-full_scale, full_scale).to(dtype)

@@ -26,6 +26,7 @@ from ..formats import is_fp8
 from .arguments import ExpertsCall
 from .operands import GAUDI_EXPERTS
 from .reference import ARITHMETICS, cast_from_fp8, cast_to_fp8
+from .straight_through import as_constant
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 SMALL = 1e-8  # added to the ranges of intermediates that are scaled dynamically, as Gaudi's operator does
@@ -83,7 +84,8 @@ def _intermediate(
         return _rounded(call, values, None)
     if call.intermediate_scale is not None:
         return _rounded(call, values, call.intermediate_scale[expert].reshape(1))
-    return _rounded(call, values, (values.float().abs().amax(dim=1, keepdim=True) + SMALL) / call.full_scale)
+    scale = (values.float().abs().amax(dim=1, keepdim=True) + SMALL) / call.full_scale
+    return _rounded(call, values, as_constant(scale))
 
 
 def halves_of(scale: torch.Tensor) -> list[torch.Tensor]:

@@ -377,3 +377,14 @@ def test_unsound_scales_are_refused(bad):
 def test_a_layer_that_quantizes_by_itself_is_refused():
     with pytest.raises(FP8ConfigError, match="Fp8QuantizedLayer.*cache_implementation='quantized'"):
         refusal(hf.Fp8QuantizedLayer())
+
+
+@pytest.mark.parametrize("scales", ["per tensor", "dynamic"])
+def test_a_gradient_through_cached_keys_is_refused_when_it_is_asked_for(scales):
+    given = torch.randn(1, H, 3, D, requires_grad=True)
+    keys, values = FP8Layer(hf.DynamicLayer(), SCALES[scales]).update(given, given)
+    with torch.no_grad():
+        again, _ = FP8Layer(hf.DynamicLayer(), SCALES[scales]).update(given, given)
+    assert torch.equal(keys, again.dequantize())
+    with pytest.raises(FP8NotAvailableError, match="no gradient through keys and values of an FP8 cache.*use_cache"):
+        (keys * values).sum().backward()

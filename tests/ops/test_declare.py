@@ -1,4 +1,4 @@
-"""The operators as torch sees them: schema, fake kernels, torch.compile, and no gradient."""
+"""The operators as torch sees them: schema, fake kernels, torch.compile, and gradients that there are none of."""
 
 import itertools
 
@@ -55,6 +55,14 @@ CALLS = {
     "linear-empty": (NAMESPACE.linear, (X[:0], WEIGHT, SCALE, SCALE, None, 448.0, "fused")),
     "linear-transposed": (NAMESPACE.linear, (torch.randn(6, 4).t(), WEIGHT, SCALE, SCALE, None, 448.0, "fused")),
     "linear-no-features": (NAMESPACE.linear, (X[:, :0], WEIGHT[:, :0], SCALE, None, None, 448.0, "fused")),
+    "linear_input_gradient": (
+        NAMESPACE.linear_input_gradient,
+        (torch.randn(2, 2, 8).bfloat16(), WEIGHT, torch.rand(8, 1), X.reshape(2, 2, 6), SCALE, 1.0),
+    ),
+    "linear_input_gradient-blocks": (
+        NAMESPACE.linear_input_gradient,
+        (torch.randn(8, 4).t(), WIDE, torch.rand(1, 2) + 0.1, None, None, 448.0),
+    ),
     "experts": (
         NAMESPACE.experts,
         (*ROUTED, *EXPERTS, HALVES, PER_EXPERT, SCALE, PER_EXPERT, "silu", 0, 240.0, "gaudi"),
@@ -141,6 +149,7 @@ def test_every_operator_is_called_here():
         "maxabs",
         "dynamic_scale",
         "linear",
+        "linear_input_gradient",
         "conv",
         "embedding",
         "attention",
@@ -303,8 +312,8 @@ def test_calls_are_counted_under_compile():
 
 def test_backward_says_what_to_do():
     x = torch.randn(2, 6, requires_grad=True)
-    with pytest.raises(FP8NotAvailableError, match="no gradient through optimum_fp8::linear.*dequantize"):
-        linear(x).sum().backward()
+    with pytest.raises(FP8NotAvailableError, match="no gradient through optimum_fp8::maxabs.*dequantize"):
+        ops.maxabs(x).sum().backward()
 
 
 def test_backward_through_a_cast_says_what_to_do():

@@ -201,3 +201,13 @@ def test_made_and_used_in_a_compiled_function(scale):
     assert torch.allclose(compiled(x.codes, x.scale, query), attend(x.codes, x.scale, query), atol=1e-5, rtol=1e-5)
     passed = torch.compile(lambda key, query: query @ key.mT, backend="aot_eager", fullgraph=True)
     assert torch.allclose(passed(x, query), query @ x.dequantize().mT, atol=1e-4, rtol=1e-5)
+
+
+def test_a_gradient_passes_through_a_product_with_it():
+    tensor = FP8Tensor(torch.randn(8, 6).to(torch.float8_e4m3fn), torch.rand(8, 1) + 0.1, torch.float32)
+    x = torch.randn(3, 6, requires_grad=True)
+    found, expected = (
+        torch.autograd.grad(torch.nn.functional.linear(x, weight).square().sum() + (x @ weight.t()[:, 2:5]).sum(), x)
+        for weight in (tensor, tensor.dequantize())
+    )
+    assert torch.equal(found[0], expected[0])

@@ -20,6 +20,7 @@ from .experts import Experts
 from .grouped_linear import GroupedLinear
 from .library import VARIANTS, Library, load, threads
 from .linear import Linear
+from .linear_gradient import LinearInputGradient
 
 __all__ = ["backends", "read_memory", "register"]
 
@@ -42,8 +43,9 @@ def register() -> None:
 
 def _kernels(variant: str, devices: tuple[str, ...], casts: Casts) -> dict[str, Kernel]:
     backend = f"cpu_{variant}"
-    linear, conv, attention = Linear(casts), Conv(casts, variant), Attention(casts)
+    linear, conv, attention = Linear(casts), Conv(casts, variant), Attention(casts, variant)
     grouped, experts, embedding = GroupedLinear(casts), Experts(casts), Embedding(casts)
+    input_gradient = LinearInputGradient(casts.library, casts.variant)
     one_by_one: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         "cast_to_fp8": (casts.cast_to_fp8, casts.refuses_cast_to_fp8),
         "cast_to_fp8_by_range": (casts.cast_to_fp8_by_range, casts.refuses_cast_to_fp8_by_range),
@@ -55,6 +57,7 @@ def _kernels(variant: str, devices: tuple[str, ...], casts: Casts) -> dict[str, 
     return kernels | {
         "dynamic_scale": Kernel(backend, devices, casts.dynamic_scale, casts.refuses_dynamic_scale),
         "linear": Kernel(backend, devices, linear.run, linear.refuses, linear.prepare),
+        "linear_input_gradient": Kernel(backend, devices, input_gradient.run, input_gradient.refuses),
         "embedding": Kernel(backend, devices, embedding.run, embedding.refuses),
         "conv": Kernel(backend, devices, conv.run, conv.refuses),
         "grouped_linear": Kernel(backend, devices, grouped.run, grouped.refuses),

@@ -8,18 +8,19 @@ from ..arguments import AttentionCall
 from ..operands import refuses_format
 from ..reference_attention import DATAFLOWS, FUSED
 from .attention_call import keeps_scores, pack, row_size
-from .attention_prefill import many_queries
+from .attention_prefill import many_queries, many_queries_on_tiles
 from .casts import Casts
 from .library import FORMATS, TYPES, check
 
 FEW_QUERIES = 16  # up to so many, reading keys and values takes longest; beyond, multiplying does
+OF_TILES = ("avx512amx", "tiles")  # variants that multiply tiles of bfloat16
 
 
 class Attention:
     """The operator `attention` on one variant of the library, whose other kernels do the casts."""
 
-    def __init__(self, casts: Casts):
-        self.casts = casts
+    def __init__(self, casts: Casts, variant: str):
+        self.casts, self.multiplies_tiles = casts, variant in OF_TILES
 
     def refuses(self, call: AttentionCall) -> str | None:
         query, key, value, mask, sinks = call.query, call.key, call.value, call.mask, call.sinks
@@ -58,7 +59,12 @@ class Attention:
             mask=None if mask is None else _expanded_mask(mask, (*rows[:3], call.key.shape[2])),
             sinks=sinks.reshape(1, -1, 1, 1).expand(rows) if sinks is not None and sinks.ndim == 1 else sinks,
         )
-        return self._few_queries(call) if query.shape[2] <= FEW_QUERIES else many_queries(self.casts, call)
+        if query.shape[2] <= FEW_QUERIES:
+            return self._attend(call)
+        fits_bfloat16 = call.q_scale is not None or query.dtype == torch.bfloat16
+        if self.multiplies_tiles and fits_bfloat16:
+            return many_queries_on_tiles(call, self._attend)
+        return many_queries(self.casts, call)
 
     def _codes(self, x: torch.Tensor, scale: torch.Tensor, call: AttentionCall) -> torch.Tensor:
         if x.dtype not in FORMATS:
@@ -66,7 +72,7 @@ class Attention:
             x = self.casts.cast_to_fp8(x, by_head, call.dtype, call.full_scale)
         return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
 
-    def _few_queries(self, call: AttentionCall) -> torch.Tensor:
+    def _attend(self, call: AttentionCall) -> torch.Tensor:
         batch, heads, queries, _ = call.query.shape
         scores = None
         if keeps_scores(call):

@@ -37,12 +37,12 @@ def expanded(call: AttentionCall) -> AttentionCall:
     )
 
 
-def part(call: AttentionCall, batch: int, key_head: int, queries: slice, keys: int) -> AttentionCall:
-    """Of an expanded call: the queries `queries` of one sequence that share a head of keys, and its first `keys`
-    positions."""
+def part(call: AttentionCall, batch: int, key_heads: slice, queries: slice, keys: int) -> AttentionCall:
+    """Of an expanded call: the queries `queries` of one sequence that share some heads of keys, and the first `keys`
+    positions of those."""
     group = call.query.shape[1] // call.key.shape[1]
-    one, heads, first = slice(batch, batch + 1), slice(key_head * group, (key_head + 1) * group), slice(keys)
-    rows, positions = (one, heads, queries), (one, slice(key_head, key_head + 1), first)
+    one, heads, first = slice(batch, batch + 1), slice(key_heads.start * group, key_heads.stop * group), slice(keys)
+    rows, positions = (one, heads, queries), (one, key_heads, first)
     return call._replace(
         query=call.query[rows],
         key=call.key[positions],

@@ -1,22 +1,24 @@
 """Attention of many queries: the products of exact FP8 values in float32 are torch's, what lies between is native.
 
 Queries are taken in blocks and heads one after the other, so that no more than one head's keys and values are in
-float32 at a time, and the scores of a block stay in cache.
+float32 at a time, and the scores of a block stay in cache. Where the library multiplies tiles, all of it is native.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 
 import torch
 
 from ..arguments import AttentionCall
-from .attention_call import expanded, pack, part, row_size
+from .attention_call import expanded, keeps_scores, pack, part, row_size
 from .casts import Casts
 from .library import check
 
 _SCORES = 1 << 19  # of a block: 2 MiB
 _LEAST_QUERIES, _MOST_QUERIES = 16, 256  # of a block
+_ROWS, _KEPT_SCORES = 256, 1 << 23  # of a block on tiles: rows that share a head of keys, and scores, 32 MiB at most
 
 
 def many_queries(casts: Casts, call: AttentionCall) -> torch.Tensor:
@@ -35,13 +37,39 @@ def many_queries(casts: Casts, call: AttentionCall) -> torch.Tensor:
         key, value = (_values(casts, x[sequence, head]) for x in (call.key, call.value))
         finite = bool(value.sum().isfinite()) and bool(key.sum().isfinite())
         for block, visible in zip(blocks, seen[sequence], strict=True):
-            some = part(call, sequence, head, block, visible if finite else keys)
+            some = part(call, sequence, slice(head, head + 1), block, visible if finite else keys)
             first = rows[sequence, head * group : (head + 1) * group, block].flatten(0, 1)
             result = _block(casts, some, first, key, value, scores)
             output[sequence, block, head * group : (head + 1) * group] = result.unflatten(0, (group, -1)).transpose(
                 0, 1
             )
     return output
+
+
+def many_queries_on_tiles(call: AttentionCall, attend: Callable[[AttentionCall], torch.Tensor]) -> torch.Tensor:
+    """The same where the library multiplies tiles, and `attend` calls it: queries are taken in blocks, of which no
+    positions are read that are masked for all, and all heads at once. Keys and values are decoded again for each block,
+    which takes little beside `_ROWS` rows that are multiplied with them."""
+    call = expanded(call)
+    batch, heads, queries, _ = call.query.shape
+    key_heads, keys, value_dim = call.value.shape[1:]
+    most = _ROWS * key_heads // heads
+    most = min(most, _KEPT_SCORES // (heads * keys)) if keeps_scores(call) else most
+    size = max(most, _LEAST_QUERIES)
+    blocks = [slice(start, min(start + size, queries)) for start in range(0, queries, size)]
+    output = call.query.new_empty((batch, queries, heads, value_dim))
+    finite = _is_finite(call, call.query) and not any(map(_has_special_codes, (call.key, call.value)))
+    seen = _seen(call, blocks) if finite else [[keys] * len(blocks)] * batch
+    for sequence, visible in enumerate(seen):
+        for block, last in zip(blocks, visible, strict=True):
+            output[sequence, block] = attend(part(call, sequence, slice(0, key_heads), block, last))[0]
+    return output
+
+
+def _has_special_codes(codes: torch.Tensor) -> bool:
+    """Whether any is NaN or infinite."""
+    least = 0x7F if codes.dtype == torch.float8_e4m3fn else 0x7C
+    return bool((codes.view(torch.uint8) & 0x7F).ge(least).any())
 
 
 def _queries(casts: Casts, call: AttentionCall) -> torch.Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 PATH = Path(__file__).with_name("libfp8cpu.so")
-ABI = 10
+ABI = 11
 VARIANTS = ("avx512amx", "avx512bf16", "avx512vbmi", "avx512", "avx2", "portable", "tiles")
 _OUT_OF_MEMORY = 1
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # how `fp8cpu.h` numbers them
@@ -26,8 +26,8 @@ class Library:
         too_new: names of those that it cannot.
         best: the one that is fastest on it.
         threaded: whether torch's OpenMP runtime was found; without it, everything runs on one thread.
-        encode, decode, histogram, grouped, experts, attention, softmax: take packed arguments (`fp8cpu.h` names them),
-            return a status.
+        encode, decode, histogram, linear_gradient, grouped, experts, attention, softmax: take packed arguments
+            (`fp8cpu.h` names them), return a status.
         linear: takes the packed arguments of several products, and how many.
     """
 
@@ -52,7 +52,8 @@ class Library:
         start_threads = torchs_openmp()
         self.threaded = start_threads is not None
         native.fp8cpu_set_openmp(start_threads)
-        for name in ("encode", "decode", "histogram", "linear", "grouped", "experts", "attention", "softmax"):
+        packed = ("encode", "decode", "histogram", "linear_gradient", "grouped", "experts", "attention", "softmax")
+        for name in (*packed, "linear"):
             function = getattr(native, f"fp8cpu_{name}")
             function.argtypes = [ctypes.c_char_p, ctypes.c_int64] if name == "linear" else [ctypes.c_char_p]
             setattr(self, name, function)
@@ -62,6 +63,7 @@ class Library:
     decode: Callable[[bytes], int]
     histogram: Callable[[bytes], int]
     linear: Callable[[bytes, int], int]
+    linear_gradient: Callable[[bytes], int]
     grouped: Callable[[bytes], int]
     experts: Callable[[bytes], int]
     attention: Callable[[bytes], int]

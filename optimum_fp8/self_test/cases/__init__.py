@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 from ...formats import NumberFormat
 from ..case import Case
-from . import attention, casts, conv, embedding, experts, golden, grouped_linear, linear, ranges
+from . import attention, casts, conv, embedding, experts, golden, grouped_linear, linear, linear_gradient, ranges
 
-_FAMILIES = (golden, casts, ranges, linear, conv, embedding, attention, experts, grouped_linear)
+_FAMILIES = (golden, casts, ranges, linear, linear_gradient, conv, embedding, attention, experts, grouped_linear)
 
 
 def all_cases(fmt: NumberFormat) -> Iterator[Case]:

@@ -96,11 +96,18 @@ static void fill_places(fp8cpu_linear_args *a, int32_t *places) {
     for (int64_t m = 0; m < a->m; m++) of_y[m] = (int32_t)(a->y_stride == 1 ? (a->m - 1 - m) * a->n : a->m - 1 - m);
 }
 
+static void fill_powers(char *data, int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+        const float scale = (float)ldexp(1, (int)below(16) - 8);
+        memcpy(data + 4 * i, &scale, 4);
+    }
+}
+
 static void fuzz_linear(int64_t variant) {
-    static const int64_t edges[] = {1, 4, 5, 8, 9, 12, 13, 24, 25, 6, 7, 32, 33};
+    static const int64_t edges[] = {1, 4, 5, 8, 9, 12, 13, 24, 25, 6, 7, 32, 33, 48, 65};
     fp8cpu_linear_args a = {.variant = variant, .threads = 1 + below(2)};
     const int many = chance(100), any_bits = chance(8);
-    a.m = many ? 505 + below(30) : chance(2) ? edges[below(13)] : below(50);
+    a.m = many ? 505 + below(30) : chance(2) ? edges[below(15)] : below(50);
     a.n = many ? 1 + below(40) : size_up_to(chance(8) ? 300 : 70);
     a.k = 1 + size_up_to(many ? 60 : chance(8) ? (a.m < 9 ? 4500 : 1100) : 300);
     a.x_type = below(3);
@@ -121,10 +128,13 @@ static void fuzz_linear(int64_t variant) {
     fill_values(x.data, x_count, a.x_type, any_bits);
     fill_codes((uint8_t *)w.data, a.n * a.k, a.w_format, !chance(8));
     fill_scales(w_scale.data, scales, 1);
+    const int powers = scaling == 2 && chance(2);
+    if (powers) fill_powers(w_scale.data, scales);
     memset(y.data, 0xFF, (size_t)(y_count * size));
     const int64_t x_scales = draw_x_scales(&a);
     buffer x_scale = new_buffer(4 * x_scales, 4);
     fill_scales(x_scale.data, x_scales, 1);
+    if (powers) fill_powers(x_scale.data, x_scales);
     a.bias_type = below(3);
     buffer bias = new_buffer(a.n * size_of(a.bias_type), size_of(a.bias_type));
     fill_values(bias.data, a.n, a.bias_type, 0);

@@ -6,13 +6,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import mmap
+from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy
 import pytest
 import torch
-from grids import over
-from native_variants import OF_CASTS_AND_ATTENTION as BACKENDS
+from grids import over, slow_but
 
 from optimum_fp8 import ops
 from optimum_fp8.errors import FP8NotAvailableError
@@ -20,6 +20,7 @@ from optimum_fp8.errors import FP8NotAvailableError
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 GRIDS = {E4M3: ml_dtypes.float8_e4m3fn, E5M2: ml_dtypes.float8_e5m2}
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}
+BACKENDS = ops.cpu.backends()
 
 
 def test_there_are_backends():
@@ -336,13 +337,34 @@ def test_threads_do_not_change_the_result(backend):
     assert_agrees(alone, found, tolerance=1e-3, edges=0.02)
 
 
+@over(queries=[1, 20], backend=BACKENDS)
+def test_calls_from_many_threads_at_once(backend, queries):
+    cases = [Case(heads=8, key_heads=1, queries=queries, keys=65 + i, scales="q") for i in range(4)]
+    expected = [case.run(backend) for case in cases]
+    with ThreadPoolExecutor(4) as pool:
+        for found, right in zip(pool.map(lambda case: case.run(backend), cases * 4), expected * 4, strict=True):
+            assert_agrees(found, right, edges=None)
+
+
 def causal(queries, keys, dtype=torch.float32):
     mask = torch.full((queries, keys), torch.finfo(torch.float32).min).triu(keys - queries + 1)
     return (mask == 0 if dtype == torch.bool else mask.to(dtype)).view(1, 1, queries, keys)
 
 
-@over(dtype=[torch.float32, torch.bfloat16, torch.bool], per=["tensor", "head", "token"], backend=BACKENDS)
+MASKS, SCALED = [torch.float32, torch.bfloat16, torch.bool], ["tensor", "head", "token"]
+
+
+@over(dtype=MASKS, per=SCALED, backend=[backend for backend in BACKENDS if backend != "cpu_tiles"])
 def test_blocks_of_many_queries(backend, per, dtype):
+    check_blocks_of_many_queries(backend, per, dtype)
+
+
+@pytest.mark.parametrize("per", slow_but(SCALED, "token"))
+def test_blocks_of_many_queries_in_tiles(per):
+    check_blocks_of_many_queries("cpu_tiles", per, torch.bool)
+
+
+def check_blocks_of_many_queries(backend, per, dtype):
     mask = causal(300, 333, dtype).repeat(2, 1, 1, 1)
     mask[1, :, 40:, :30] = False if dtype == torch.bool else torch.finfo(dtype).min  # as padding is masked
     mask[1, :, 44, :] = mask[1, :, 40, 0]  # nothing to attend to
@@ -375,3 +397,39 @@ def test_masked_nan_reaches_what_it_reaches_in_the_reference(backend, operand):
 def test_scores_beyond_the_least_of_a_mask(backend):
     case = Case(queries=20, keys=40, mask=causal(20, 40).clamp(min=-65504).half(), scaling=4e4)
     assert_agrees(case.run(backend), case.reference(), tolerance=1e-4, edges=None)
+
+
+@over(
+    full_scale=[(E4M3, 448.0), (E4M3, 240.0), (E5M2, 57344.0)],
+    rows=["heads", "queries"],
+    rounded=[False, True],
+    backend=BACKENDS,
+)
+def test_every_code_of_keys_and_values(backend, rounded, rows, full_scale):
+    """Row t attends to position t alone, whose value is code t; then to a key of zeros too, where each key is as large
+    as any by a scale of its own: all rows come out alike."""
+    dtype, largest = full_scale
+    codes = torch.arange(256, dtype=torch.uint8).view(dtype)
+    codes = codes[codes.float().isfinite()]
+    count = len(codes)
+    case = Case(heads=count if rows == "heads" else 1, key_heads=1, queries=count if rows == "queries" else 1)
+    case.q, case.options["dtype"], case.options["full_scale"] = case.q.bfloat16(), dtype, largest
+    case.q_scale, case.p_scale = (torch.ones(1), torch.tensor([1 / largest])) if rounded else (None, None)
+    case.k = torch.zeros(1, 1, count + 1, 64).to(dtype)
+    case.v = torch.zeros(1, 1, count + 1, 64).to(dtype)
+    case.v[0, 0, :count] = codes[:, None]
+    case.k_scale = case.v_scale = torch.ones(1)
+    alone = torch.eye(count, count + 1, dtype=torch.bool)
+    case.mask = alone.view(1, -1, 1, count + 1) if rows == "heads" else alone.view(1, 1, -1, count + 1)
+    found = case.run(backend).view(count, 64)
+    torch.testing.assert_close(found.float(), codes.float()[:, None].expand_as(found), rtol=0, atol=0)
+    case.q = torch.zeros_like(case.q)
+    case.q[..., 7] = 2
+    case.k[0, 0, :count, 7], case.v[0, 0, :count] = codes, 1
+    sizes = torch.cat([codes.float().abs(), torch.zeros(1)])
+    case.k_scale = torch.where(sizes > 0, 1 / sizes, 1.0).view(1, 1, -1, 1)
+    case.options["scaling"] = 1.0
+    case.mask = case.mask | (torch.arange(count + 1) == count)
+    expected = torch.sigmoid(2 * codes.float().sign())[:, None].expand(count, 64)
+    found = case.run(backend).view(count, 64).float()
+    torch.testing.assert_close(found, expected, rtol=0.05 if rounded else 4e-3, atol=1e-3)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from grids import over
-from native_variants import OF_CASTS_AND_ATTENTION as BACKENDS
+from native_variants import OF_CASTS as BACKENDS
 
 from optimum_fp8 import ops
 from optimum_fp8.formats import FP8_DTYPES, TARGETS, number_format

@@ -4,7 +4,7 @@ import itertools
 
 import torch
 from grids import over
-from native_variants import OF_CASTS_AND_ATTENTION as BACKENDS
+from native_variants import OF_CASTS as BACKENDS
 
 from optimum_fp8 import ops
 from optimum_fp8.ops.arguments import ConvCall

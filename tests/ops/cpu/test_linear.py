@@ -139,6 +139,28 @@ def test_inputs_by_groups_at_all_edges(layout):
         assert_right(x, weight, scale, input_scale, torch.randn(33), FULL_SCALES[fp8])
 
 
+def powers_of_two(shape):
+    """Of very different sizes; scales of another kind would be further from the product than float32 is."""
+    return torch.exp2(torch.randint(-24, 25, shape).float())
+
+
+@over(kind=["groups of 32", "groups of 128", "blocks"], group=[None, 0, 32, 128])
+def test_many_rows_with_scales_that_are_powers_of_two(kind, group):
+    """Which may be in the values that are multiplied: zeros, NaN and Inf stay what they are."""
+    for rows, into, fp8 in ((48, 96, E4M3), (49, 545, E5M2)):
+        x, weight = torch.randn(rows, into).bfloat16(), codes_like((130, into), fp8)
+        scale = powers_of_two(scale_for(weight, kind).shape)
+        shape = (rows, 1) if not group else (rows, -(-into // group))
+        input_scale = None if group is None else powers_of_two(shape)
+        x[3, 7], x[5] = 0, 0
+        weight.view(torch.uint8)[40:42] = torch.tensor([0x00, 0x80], dtype=torch.uint8)[:, None]
+        assert_right(x, weight, scale, input_scale, torch.randn(130).bfloat16(), FULL_SCALES[fp8])
+        weight.view(torch.uint8)[range(0, 130, 7), range(0, 19)] = 0x7F if fp8 == E4M3 else 0x7C
+        assert_right(x, weight, scale, input_scale, None, FULL_SCALES[fp8])
+        scale[-1, -1] *= 1.5  # one that is none
+        assert_right(x, weight, scale, input_scale, None, FULL_SCALES[fp8])
+
+
 @over(kind=["groups of 32", "blocks"])
 def test_a_scale_of_each_group_reaches_its_values_alone(kind):
     """One group of the input and of the weight at a time is not 0; a scale that belongs elsewhere would show."""

@@ -10,7 +10,7 @@ from grids import over
 from torch import nn
 
 from optimum_fp8 import ops
-from optimum_fp8.errors import FP8NotAvailableError, FP8ScaleError
+from optimum_fp8.errors import FP8ScaleError
 from optimum_fp8.ops import dispatch
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -174,8 +174,16 @@ def test_misfits_are_refused_as_ever():
     layer(inputs(1))
     with pytest.raises(RuntimeError):
         layer(torch.randn(1, K - 1).bfloat16())
-    with torch.enable_grad(), pytest.raises(FP8NotAvailableError, match="no gradient"):
-        layer(inputs(1).requires_grad_()).sum().backward()
+
+
+def test_calls_that_want_a_gradient_are_recorded():
+    layer, x = Layer(), inputs(1)
+    expected = layer(x)
+    with torch.enable_grad():
+        y = layer(x.requires_grad_())
+        assert torch.equal(y, expected) and y.requires_grad
+        y.sum().backward()
+    assert x.grad.shape == x.shape and x.grad.count_nonzero()
 
 
 def test_threads_do_not_share_their_arguments():

@@ -15,37 +15,87 @@
 
 #include "attention_scores.h"
 #include "attention_values.h"
+#if HAS_TILES
+#include "attention_tiles.h"
+#endif
 #include "functions.h"
 #include "parallel.h"
 
 /* --- kinds of codes ----------------------------------------------------------------------------------------------- */
 
 /* The two products with `kind` a constant in each, so that the compiler leaves out what a kind does not need. */
-#define DOT(suffix, ...)                                                                                        \
-    static void dot_##suffix(const attention_job *job, const key_range *keys, float *out, int64_t out_stride) { \
-        dot_rows(job, (kind)__VA_ARGS__, keys, out, out_stride);                                                \
+#define DOT(suffix, multiply, ...)                                                                             \
+    static void dot_##suffix(const attention_job *job, const key_range *keys, float *out, int64_t out_stride, \
+                             float *work) {                                                                   \
+        (void)work;                                                                                           \
+        multiply(job, __VA_ARGS__);                                                                           \
     }
-#define ADD(suffix, ...)                                                                                         \
-    static void add_##suffix(const attention_job *job, const key_range *values, attention_weights w, float *acc) { \
-        add_rows(job, (kind)__VA_ARGS__, values, w, acc);                                                        \
+#define ADD(suffix, multiply, ...)                                                                               \
+    static void add_##suffix(const attention_job *job, const key_range *values, attention_weights w, float *acc, \
+                             float *work) {                                                                      \
+        (void)work;                                                                                              \
+        multiply(job, __VA_ARGS__);                                                                              \
     }
 
-DOT(e4m3, {0, 0})
-DOT(e5m2, {0, 1})
+DOT(e4m3, dot_rows, (kind){0, 0}, keys, out, out_stride)
+DOT(e5m2, dot_rows, (kind){0, 1}, keys, out, out_stride)
 #if defined(__AVX512BF16__)
-DOT(e4m3_pairs, {1, 0})
-DOT(e5m2_pairs, {1, 1})
+DOT(e4m3_pairs, dot_rows, (kind){1, 0}, keys, out, out_stride)
+DOT(e5m2_pairs, dot_rows, (kind){1, 1}, keys, out, out_stride)
 #endif
-ADD(e4m3, {0, 0})
-ADD(e5m2, {0, 1})
+ADD(e4m3, add_rows, (kind){0, 0}, values, w, acc)
+ADD(e5m2, add_rows, (kind){0, 1}, values, w, acc)
+#if HAS_TILES
+DOT(e4m3_tiles, dot_tiles, 0, keys, out, out_stride, work)
+DOT(e5m2_tiles, dot_tiles, 1, keys, out, out_stride, work)
+ADD(e4m3_tiles, add_tiles, 0, values, w, acc, work)
+ADD(e5m2_tiles, add_tiles, 1, values, w, acc, work)
+static void pack_tile_column(const attention_job *job, int64_t number) { pack_query_column(job, number); }
+#endif
 
+/* How the job's products are formed, and with that what rows of queries and accumulators look like. */
 static void choose_kernels(attention_job *job) {
-    const int k_e5m2 = job->args->k_format == FP8CPU_E5M2, v_e5m2 = job->args->v_format == FP8CPU_E5M2;
+    const fp8cpu_attention_args *a = job->args;
+    const int k_e5m2 = a->k_format == FP8CPU_E5M2, v_e5m2 = a->v_format == FP8CPU_E5M2;
+    job->pack = pack_query;
     job->dot = k_e5m2 ? dot_e5m2 : dot_e4m3;
 #if defined(__AVX512BF16__)
-    if (uses_bf16_pairs(job->args)) job->dot = k_e5m2 ? dot_e5m2_pairs : dot_e4m3_pairs;
+    if (uses_bf16_pairs(a)) job->dot = k_e5m2 ? dot_e5m2_pairs : dot_e4m3_pairs;
 #endif
     job->add = v_e5m2 ? add_e5m2 : add_e4m3;
+    job->row_room = job->rows;
+    job->q_size = divide_up(a->key_dim, STEP) * (uses_bf16_pairs(a) ? STEP / 2 : STEP);
+    job->v_size = divide_up(a->value_dim, STEP) * STEP;
+#if HAS_TILES
+    if (job->rows < QUERY_ROWS_BEFORE_TILES || !queries_fit_bfloat16(a)) return;
+    job->tiles = 1;
+    job->pack = pack_tile_column;
+    job->dot = k_e5m2 ? dot_e5m2_tiles : dot_e4m3_tiles;
+    job->add = v_e5m2 ? add_e5m2_tiles : add_e4m3_tiles;
+    job->row_room = divide_up(job->rows, TILE_SIDE) * TILE_SIDE;
+    job->q_size = blocks_of(a->key_dim) * TILE_CODES / 2;
+    job->v_size = divide_up(a->value_dim, TILE_SIDE) * TILE_SIDE;
+#endif
+}
+
+/* What tiles need around them; nothing elsewhere. */
+static int64_t work_size(const attention_job *job) {
+#if HAS_TILES
+    if (job->tiles) return tile_work_floats(job->args);
+#endif
+    return job->tiles;
+}
+static void begin_products(const attention_job *job) {
+#if HAS_TILES
+    if (job->tiles) tiles_begin();
+#endif
+    (void)job;
+}
+static void end_products(const attention_job *job) {
+#if HAS_TILES
+    if (job->tiles) tiles_end();
+#endif
+    (void)job;
 }
 
 /* --- first pass: scores and the online softmax -------------------------------------------------------------------- */
@@ -54,7 +104,7 @@ static void choose_kernels(attention_job *job) {
 static void prepare_row(void *context, int64_t number, int64_t thread) {
     const attention_job *job = context;
     (void)thread;
-    pack_query(job, number);
+    job->pack(job, number);
     job->score_rows[number] = score_row_of(job->args, number);
     for (int64_t c = 0; c < job->splits_stride; c++) { /* those behind the last split count for nothing */
         job->max_score[number * job->splits_stride + c] = -INFINITY;
@@ -78,17 +128,21 @@ INLINE key_range tile_of(key_range split, int64_t at) {
 
 /* A thread's scratch for a split: the state of the online softmax. */
 typedef struct {
+    float *work;         /* what products need */
     float *exponentials; /* [rows, TILE]: of scores, or probabilities */
     float *exp_sums;     /* [rows, LANES]: running sums of exponentials */
     float *max_score;    /* [rows]: running maxima of scores */
     float *rescale;      /* [rows]: what accumulators are to be multiplied with, as the maximum has grown */
 } workspace;
 
-static int64_t workspace_size(int64_t rows) { return divide_up(rows * (TILE + LANES + 2), LANES) * LANES; }
+static int64_t workspace_size(const attention_job *job) {
+    return work_size(job) + divide_up(job->rows * (TILE + LANES + 2), STEP) * STEP;
+}
 
 INLINE workspace workspace_of(const attention_job *job, int64_t thread) {
-    float *memory = job->scratch + thread * job->scratch_size, *exp_sums = memory + job->rows * TILE;
-    return (workspace){memory, exp_sums, exp_sums + job->rows * LANES, exp_sums + job->rows * (LANES + 1)};
+    float *work = job->scratch + thread * job->scratch_size, *memory = work + work_size(job);
+    float *exp_sums = memory + job->rows * TILE;
+    return (workspace){work, memory, exp_sums, exp_sums + job->rows * LANES, exp_sums + job->rows * (LANES + 1)};
 }
 
 static void multiply(float *x, const float *scales, int64_t count) {
@@ -124,18 +178,20 @@ static void first_pass(void *context, int64_t task, int64_t thread) {
     const attention_job *job = context;
     const key_range split = split_of(job, task);
     const workspace w = workspace_of(job, thread);
-    float *acc = job->acc + task * job->rows * job->v_size;
-    memset(acc, 0, (size_t)(job->rows * job->v_size) * sizeof(float));
+    float *acc = job->acc + task * job->row_room * job->v_size;
+    memset(acc, 0, (size_t)(job->row_room * job->v_size) * sizeof(float));
     memset(w.exp_sums, 0, (size_t)(job->rows * LANES) * sizeof(float));
     for (int64_t row = 0; row < job->rows; row++) w.max_score[row] = -INFINITY;
+    begin_products(job);
     for (int64_t at = 0; at < split.count; at += TILE) {
         const key_range tile = tile_of(split, at);
         float *x = job->two_passes ? scores_of(job, &tile) : w.exponentials;
         const int64_t stride = job->two_passes ? job->args->scores_stride : TILE;
-        job->dot(job, &tile, x, stride);
+        job->dot(job, &tile, x, stride, w.work);
         online_softmax_step(job, &tile, x, stride, w);
-        if (!job->two_passes) job->add(job, &tile, (attention_weights){w.exponentials, TILE, w.rescale}, acc);
+        if (!job->two_passes) job->add(job, &tile, (attention_weights){w.exponentials, TILE, w.rescale}, acc, w.work);
     }
+    end_products(job);
     for (int64_t row = 0; row < job->rows; row++) {
         const int64_t at = (split.head * job->rows + row) * job->splits_stride + task % job->splits;
         job->max_score[at] = w.max_score[row];
@@ -171,6 +227,7 @@ static void second_pass(void *context, int64_t task, int64_t thread) {
     const key_range split = split_of(job, task);
     const workspace w = workspace_of(job, thread);
     for (int64_t row = 0; row < job->rows; row++) w.rescale[row] = 1;
+    begin_products(job);
     for (int64_t at = 0; at < split.count; at += TILE) {
         const key_range tile = tile_of(split, at);
         for (int64_t row = 0; row < job->rows; row++) {
@@ -180,8 +237,18 @@ static void second_pass(void *context, int64_t task, int64_t thread) {
             make_probabilities(r, p, tile.first.position, tile.count, r->exp_sum);
         }
         job->add(job, &tile, (attention_weights){w.exponentials, TILE, w.rescale},
-                 job->acc + task * job->rows * job->v_size);
+                 job->acc + task * job->row_room * job->v_size, w.work);
     }
+    end_products(job);
+}
+
+/* Where accumulators of LANES columns of a row of queries are, of its first split: in units, or in tiles. */
+INLINE const float *accumulators_at(const attention_job *job, int64_t number, int64_t column) {
+    const int64_t head = number / job->rows, row = number % job->rows;
+    const float *acc = job->acc + head * job->splits * job->row_room * job->v_size;
+    if (!job->tiles) return acc + row * job->v_size + column;
+    const int64_t tile = row / 16 * job->v_size / 16 + column / 16; /* of 16 x 16 */
+    return acc + tile * 256 + row % 16 * 16 + column % 16;
 }
 
 /* A row of the output: the accumulators of all splits, weighted and added up, out of units, times scales, rounded. */
@@ -189,8 +256,7 @@ static void output_row(void *context, int64_t number, int64_t thread) {
     const attention_job *job = context;
     const fp8cpu_attention_args *a = job->args;
     const index3 at = index_of_row(a, number), keys = key_head_of(a, at);
-    const int64_t head = number / job->rows, row = number % job->rows, size = value_size(a->type);
-    const float *acc = job->acc + (head * job->splits * job->rows + row) * job->v_size;
+    const int64_t size = value_size(a->type);
     const float *split_weights = job->max_score + number * job->splits_stride;
     const float v_scale = a->v_scale_stride[2] ? 1.0f : scale_at(a->v_scale, a->v_scale_stride, keys);
     const float output_scale = scale_per_tensor(a->output_scale), p_scale = scale_per_tensor(a->p_scale);
@@ -198,14 +264,16 @@ static void output_row(void *context, int64_t number, int64_t thread) {
     if (!job->two_passes) combine_row(context, number, thread);
     for (int64_t step = 0; step < job->v_size; step += STEP) {
         float values[STEP];
-        for (int i = 0; i < 4; i++) {
+        for (int i = 0; i < 4 && step + i * LANES < job->v_size; i++) {
+            const float *acc = accumulators_at(job, number, step + i * LANES);
             vf sum = splat(0);
             for (int64_t c = 0; c < job->splits; c++)
-                sum += load_floats(acc + c * job->rows * job->v_size + step + i * LANES) * split_weights[c];
+                sum += load_floats(acc + c * job->row_room * job->v_size) * split_weights[c];
             sum = sum * (p_scale * v_scale);
             if (a->output_scale)
                 sum = to_grid(sum * (1.0f / output_scale), (float)a->full_scale, format_of(a->format)) * output_scale;
-            for (int lane = 0; lane < LANES; lane++) values[code_of(i, lane)] = sum[lane];
+            for (int lane = 0; lane < LANES; lane++)
+                values[job->tiles ? i * LANES + lane : code_of(i, lane)] = sum[lane];
         }
         for (int64_t i = 0; i < STEP && step + i < a->value_dim; i += LANES) {
             const int64_t left = a->value_dim - step - i;
@@ -219,32 +287,35 @@ static void output_row(void *context, int64_t number, int64_t thread) {
 
 /* --- launch ------------------------------------------------------------------------------------------------------- */
 
-/* Positions of a split: so few that all threads are busy to the end, so many that memory is read in long runs. */
-static int64_t split_size_for(const fp8cpu_attention_args *a) {
-    const int64_t fair = divide_up(a->batch * a->key_heads * a->keys, a->threads * 16);
+/* Positions of a split: so few that all threads are busy to the end, so many that memory is read in long runs; and where
+ * rows of queries are many, that what splits cost, which are their accumulators, are few. */
+static int64_t split_size_for(const attention_job *job) {
+    const fp8cpu_attention_args *a = job->args;
+    const int64_t tasks = a->threads * (job->tiles && job->rows > TILE ? 4 : 16);
+    const int64_t fair = divide_up(a->batch * a->key_heads * a->keys, tasks);
     const int64_t bounded = fair < MIN_SPLIT ? MIN_SPLIT : smaller(fair, MAX_SPLIT);
     return divide_up(bounded, TILE) * TILE;
 }
 
 static attention_job job_for(const fp8cpu_attention_args *a) {
-    attention_job job = {.args = a, .rows = a->heads / a->key_heads * a->queries, .split_size = split_size_for(a)};
+    attention_job job = {.args = a, .rows = a->heads / a->key_heads * a->queries};
     choose_kernels(&job);
+    job.split_size = split_size_for(&job);
     job.two_passes = a->p_scale || a->rounds_scores || a->rounds_probabilities;
-    job.q_size = divide_up(a->key_dim, STEP) * (uses_bf16_pairs(a) ? STEP / 2 : STEP);
-    job.v_size = divide_up(a->value_dim, STEP) * STEP;
     job.k_prefetch = prefetch_distance(a->k_stride[2]);
     job.v_prefetch = prefetch_distance(a->v_stride[2]);
     job.splits = divide_up(a->keys, job.split_size);
     job.splits_stride = divide_up(job.splits, LANES) * LANES;
-    job.scratch_size = workspace_size(job.rows);
+    job.scratch_size = workspace_size(&job);
     return job;
 }
 
 /* All that the job points to, in one allocation: returned, or NULL. */
 static float *allocate(attention_job *job, int64_t all_rows) {
+    const int64_t room = job->args->batch * job->args->key_heads * job->row_room;
     const int64_t row_floats = divide_up(all_rows * (int64_t)sizeof(score_row), STEP) * LANES;
-    const int64_t q_floats = all_rows * job->q_size, split_floats = all_rows * job->splits_stride;
-    const int64_t acc_floats = all_rows * job->splits * job->v_size;
+    const int64_t q_floats = room * job->q_size, split_floats = divide_up(all_rows * job->splits_stride, STEP) * STEP;
+    const int64_t acc_floats = room * job->splits * job->v_size;
     const int64_t shared_floats = row_floats + q_floats + 2 * split_floats + acc_floats;
     float *memory = aligned(shared_floats + job->args->threads * job->scratch_size);
     if (!memory) return NULL;

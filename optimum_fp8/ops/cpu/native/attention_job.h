@@ -3,6 +3,7 @@
 #define FP8CPU_ATTENTION_JOB_H
 
 #include "attention_index.h"
+#include "crossover.h"
 #include "softmax.h"
 #include "units.h"
 
@@ -33,18 +34,21 @@ typedef struct attention_job attention_job;
 
 struct attention_job {
     const fp8cpu_attention_args *args;
-    void (*dot)(const attention_job *job, const key_range *keys, float *out, int64_t out_stride);
-    void (*add)(const attention_job *job, const key_range *values, attention_weights w, float *acc);
+    void (*pack)(const attention_job *job, int64_t number); /* a row of queries */
+    void (*dot)(const attention_job *job, const key_range *keys, float *out, int64_t out_stride, float *work);
+    void (*add)(const attention_job *job, const key_range *values, attention_weights w, float *acc, float *work);
+    int tiles;                      /* they multiply tiles, and `work` is what these need */
     int two_passes;                 /* probabilities are rounded */
-    int64_t rows;                   /* of queries that share one key head: (heads / key_heads) * queries */
+    int64_t rows;                   /* of queries that share one key head: (heads / key_heads) * queries, */
+    int64_t row_room;               /* up to whole tiles */
     int64_t q_size, v_size;         /* floats that a row of queries, or of accumulators, takes */
     int64_t k_prefetch, v_prefetch; /* bytes from a row of keys, or values, to the one to prefetch */
     int64_t split_size, splits;     /* positions of a split, and splits of a key head, */
     int64_t splits_stride;          /* up to whole vectors */
     score_row *score_rows;          /* [batch, key_heads, rows], which is [batch, heads, queries] too */
-    float *q;                       /* [batch, key_heads, rows, q_size], in units */
+    float *q;                       /* [batch, key_heads, row_room, q_size], in units or tiles */
     float *max_score, *exp_sum;     /* [batch, key_heads, rows, splits_stride]: of each split's scores */
-    float *acc;                     /* accumulators, [batch, key_heads, splits, rows, v_size], in units */
+    float *acc;                     /* accumulators, [batch, key_heads, splits, row_room, v_size], likewise */
     float *scratch;                 /* [threads, scratch_size] */
     int64_t scratch_size;
 };

@@ -12,32 +12,37 @@ enum {
     KEY_BLOCKS = LANES / KEY_ROWS,  /* so that products of LANES rows of keys become a vector */
 };
 
-/* Whether queries fit in bfloat16. */
+INLINE int queries_fit_bfloat16(const fp8cpu_attention_args *a) { return a->q_scale || a->type == FP8CPU_BFLOAT16; }
+
 INLINE int uses_bf16_pairs(const fp8cpu_attention_args *a) {
 #if defined(__AVX512BF16__)
-    return a->q_scale || a->type == FP8CPU_BFLOAT16;
+    return queries_fit_bfloat16(a);
 #else
     (void)a;
     return 0;
 #endif
 }
 
-/* Packs a row of queries, on the FP8 grid where it has a scale, in the order of units. Rows that share their keys lie
- * side by side: [batch, key_heads][step][unit][row][lane]. */
-INLINE void pack_query(const attention_job *job, int64_t number) {
-    const fp8cpu_attention_args *a = job->args;
+/* LANES columns of a row of queries, on the FP8 grid where it has a scale; zeros behind the last. */
+INLINE vf query_values(const fp8cpu_attention_args *a, int64_t number, int64_t column) {
     const index3 at = index_of_row(a, number);
-    const int64_t size = value_size(a->type);
+    const char *q = (const char *)a->q + (offset_of(a->q_stride, at) + column) * value_size(a->type);
+    const int64_t left = a->key_dim - column;
+    const vf x = left > 0 ? load_up_to(q, a->type, left) : splat(0);
+    if (!a->q_scale) return x;
+    return to_grid(x * (1.0f / scale_at(a->q_scale, a->q_scale_stride, at)), (float)a->full_scale, format_of(a->format));
+}
+
+/* Packs a row of queries in the order of units. Rows that share their keys lie side by side:
+ * [batch, key_heads][step][unit][row][lane]. */
+static void pack_query(const attention_job *job, int64_t number) {
+    const fp8cpu_attention_args *a = job->args;
     const int pairs = uses_bf16_pairs(a), units = pairs ? 2 : 4;
-    const char *q = (const char *)a->q + offset_of(a->q_stride, at) * size;
-    const vf reciprocal = splat(1.0f / scale_at(a->q_scale, a->q_scale_stride, at));
     float *out = job->q + number / job->rows * job->rows * job->q_size + number % job->rows * LANES;
     for (int64_t step = 0; step < a->key_dim; step += STEP) {
         uint32_t values[STEP];
         for (int64_t i = 0; i < STEP; i += LANES) {
-            const int64_t left = a->key_dim - step - i;
-            vf x = left > 0 ? load_up_to(q + (step + i) * size, a->type, left) : splat(0);
-            if (a->q_scale) x = to_grid(x * reciprocal, (float)a->full_scale, format_of(a->format));
+            const vf x = query_values(a, number, step + i);
             memcpy(values + i, &x, sizeof x);
         }
         for (int i = 0; i < units; i++, out += job->rows * LANES)

@@ -6,9 +6,7 @@
 #include <sys/mman.h>
 #endif
 #ifdef FP8CPU_AMX
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
+#include "amx.h"
 #endif
 
 #define DECLARE(variant)                                        \
@@ -19,19 +17,24 @@
     int fp8cpu_grouped_##variant(const fp8cpu_grouped_args *); \
     int fp8cpu_experts_##variant(const fp8cpu_experts_args *); \
     int fp8cpu_attention_##variant(const fp8cpu_attention_args *); \
-    int fp8cpu_softmax_##variant(const fp8cpu_attention_args *);
+    int fp8cpu_softmax_##variant(const fp8cpu_attention_args *);        \
+    int fp8cpu_linear_gradient_##variant(const fp8cpu_linear_gradient_args *);
 #define KERNELS(variant)                                                                        \
     {fp8cpu_encode_##variant, fp8cpu_decode_##variant, fp8cpu_histogram_##variant, fp8cpu_linear_##variant, \
-     fp8cpu_grouped_##variant, fp8cpu_experts_##variant, fp8cpu_attention_##variant, fp8cpu_softmax_##variant}
+     fp8cpu_grouped_##variant, fp8cpu_experts_##variant, fp8cpu_attention_##variant, fp8cpu_softmax_##variant, \
+     fp8cpu_linear_gradient_##variant}
 
-/* Variants that differ in products of matrices only share the rest with another one. */
+/* Variants with tiles share casts, which multiply nothing, and gradients with another one. */
 #define DECLARE_PRODUCTS(variant)                                           \
     int fp8cpu_linear_##variant(const fp8cpu_linear_args *, int64_t count); \
     int fp8cpu_grouped_##variant(const fp8cpu_grouped_args *);              \
-    int fp8cpu_experts_##variant(const fp8cpu_experts_args *);
-#define PRODUCTS(variant, rest)                                                                                   \
-    {fp8cpu_encode_##rest, fp8cpu_decode_##rest, fp8cpu_histogram_##rest, fp8cpu_linear_##variant,                \
-     fp8cpu_grouped_##variant, fp8cpu_experts_##variant, fp8cpu_attention_##rest, fp8cpu_softmax_##rest}
+    int fp8cpu_experts_##variant(const fp8cpu_experts_args *);              \
+    int fp8cpu_attention_##variant(const fp8cpu_attention_args *);          \
+    int fp8cpu_softmax_##variant(const fp8cpu_attention_args *);
+#define PRODUCTS(variant, casts)                                                                                 \
+    {fp8cpu_encode_##casts, fp8cpu_decode_##casts, fp8cpu_histogram_##casts, fp8cpu_linear_##variant,            \
+     fp8cpu_grouped_##variant, fp8cpu_experts_##variant, fp8cpu_attention_##variant, fp8cpu_softmax_##variant,   \
+     fp8cpu_linear_gradient_##casts}
 
 DECLARE(portable)
 DECLARE_PRODUCTS(tiles)
@@ -57,21 +60,7 @@ static int has_avx512vbmi(void) { return has_avx512() && __builtin_cpu_supports(
 static int has_avx512bf16(void) { return has_avx512vbmi() && __builtin_cpu_supports("avx512bf16"); }
 
 #ifdef FP8CPU_AMX
-/* Whether the processor has tiles of bfloat16, the system keeps their state, and lets this process use it: it wants to be
- * asked, once. */
-static int ask_for_tiles(void) {
-    enum { BFLOAT16 = 1 << 22, TILE = 1 << 24, STATE = 3 << 17, REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
-    unsigned a, b, c, d, enabled, upper;
-    if (!has_avx512vbmi() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
-    if ((d & (BFLOAT16 | TILE)) != (BFLOAT16 | TILE)) return 0;
-    __asm__ volatile("xgetbv" : "=a"(enabled), "=d"(upper) : "c"(0));
-    return (enabled & STATE) == STATE && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
-}
-static int has_avx512amx(void) {
-    static int known; /* 0: not asked yet */
-    if (!known) known = ask_for_tiles() ? 1 : -1;
-    return known > 0;
-}
+static int has_avx512amx(void) { return has_avx512vbmi() && may_use_tiles(); }
 #endif
 #endif
 
@@ -137,6 +126,7 @@ int fp8cpu_linear(const fp8cpu_linear_args *args, int64_t count) {
     if (args->variant < 0 || args->variant >= VARIANTS) return FP8CPU_NO_VARIANT;
     return variants[args->variant].kernels.linear(args, count);
 }
+int fp8cpu_linear_gradient(const fp8cpu_linear_gradient_args *args) { DISPATCH(linear_gradient) }
 int fp8cpu_grouped(const fp8cpu_grouped_args *args) {
     if (args->product.variant < 0 || args->product.variant >= VARIANTS) return FP8CPU_NO_VARIANT;
     return variants[args->product.variant].kernels.grouped(args);

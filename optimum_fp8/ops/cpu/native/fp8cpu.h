@@ -9,7 +9,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FP8CPU_ABI 10
+#define FP8CPU_ABI 11
 
 enum { FP8CPU_FLOAT32 = 0, FP8CPU_BFLOAT16 = 1, FP8CPU_FLOAT16 = 2, FP8CPU_BOOLEAN = 3 };
 enum { FP8CPU_E4M3 = 0, FP8CPU_E5M2 = 1 };
@@ -65,6 +65,22 @@ typedef struct {
     int64_t round_before_bias; /* Gaudi: product to y's dtype, then the bias is added in that dtype */
     double full_scale;
 } fp8cpu_linear_args;
+
+/* y[m, n] = sum_k g[m, k] w[k, n] times scales; float32 accumulation, rounded once; zero where x[m, n] saturates. All is
+ * contiguous: k are the outputs of the product whose gradient this is, n its inputs. */
+typedef struct {
+    int64_t variant, threads, m, n, k;
+    int64_t g, g_type;        /* [m, k] */
+    int64_t w, w_format;      /* const uint8_t * [k, n] */
+    int64_t w_scale;          /* const float * */
+    int64_t w_scale_step;     /* per tensor 0, per row of w 1 */
+    int64_t w_group;          /* 0, or values of a row that share a scale, with those of so many rows: w_scale is then */
+    int64_t w_group_rows;     /* [ceil(k/w_group_rows), ceil(n/w_group)]; groups are powers of two, from 32 on */
+    int64_t x, x_type;        /* [m, n], where |x / x_scale| may be above full_scale; 0: nowhere */
+    int64_t x_scale;          /* const float *, one for all */
+    int64_t y;                /* [m, n], of g's type */
+    double full_scale;
+} fp8cpu_linear_gradient_args;
 
 /* As fp8cpu_linear_args, but every row of x has a weight of its own: that of its expert. Rows of other experts than
  * 0 ... experts - 1 become zeros. w is [experts, n, k], bias [experts, n]. */
@@ -130,6 +146,7 @@ typedef struct {
     int (*experts)(const fp8cpu_experts_args *);
     int (*attention)(const fp8cpu_attention_args *);
     int (*softmax)(const fp8cpu_attention_args *);
+    int (*linear_gradient)(const fp8cpu_linear_gradient_args *);
 } fp8cpu_kernels;
 
 #if defined(_WIN32)
@@ -151,6 +168,7 @@ FP8CPU_EXPORT int fp8cpu_decode(const fp8cpu_cast_args *);
 FP8CPU_EXPORT int fp8cpu_histogram(const fp8cpu_histogram_args *);
 /* `count` products; neighbours with the same x share the work of laying it out, and one set of threads. */
 FP8CPU_EXPORT int fp8cpu_linear(const fp8cpu_linear_args *, int64_t count);
+FP8CPU_EXPORT int fp8cpu_linear_gradient(const fp8cpu_linear_gradient_args *);
 FP8CPU_EXPORT int fp8cpu_grouped(const fp8cpu_grouped_args *);
 FP8CPU_EXPORT int fp8cpu_experts(const fp8cpu_experts_args *);
 FP8CPU_EXPORT int fp8cpu_attention(const fp8cpu_attention_args *);

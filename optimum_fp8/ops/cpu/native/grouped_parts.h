@@ -52,8 +52,6 @@ static inline part part_of(const fp8cpu_grouped_args *a, const linear_job *like,
     own->w_scale += expert * a->w_scale_size * (int64_t)sizeof(float);
     if (own->bias) own->bias += expert * own->n * value_size(own->bias_type);
     if (own->x_scale && a->x_scale_expert) own->x_scale += expert * (int64_t)sizeof(float);
-    p.stages = FP8CPU_NAME(linear_stages)(own);
-    p.few_rows = rows <= p.stages->dot_rows;
     p.job.args = p.job.weights = own;
     p.job.count = 1;
     p.job.first_row = first_row;
@@ -61,6 +59,8 @@ static inline part part_of(const fp8cpu_grouped_args *a, const linear_job *like,
     if (like->x_rows) p.job.x_rows += first_row;
     if (like->y_rows) p.job.y_rows += first_row;
     p.job.steps = divide_up(own->k, STEP);
+    p.stages = FP8CPU_NAME(linear_stages)(&p.job);
+    p.few_rows = rows <= p.stages->dot_rows;
     return p;
 }
 

@@ -72,6 +72,17 @@ INLINE void dot_step(const vi *codes, kind k, decoder d, const vf *scales, int w
     }
 }
 
+/* Prefetches scales of groups of a row to come, as far as a span goes: a part of each row, which the processor does not see
+ * coming. Scales of whole rows are read in order, and those of blocks again and again. */
+INLINE void fetch_scales(const linear_job *job, int64_t n, span s) {
+    enum { ROWS_AHEAD = 8, LINE = 64 };
+    const fp8cpu_linear_args *a = job->args;
+    if (a->w_group_rows > 1 || s.to - s.from == job->steps) return;
+    const char *from = (const char *)w_scales_from(a, smaller(n + ROWS_AHEAD, a->n - 1), s.from * STEP);
+    const int64_t bytes = group_at((s.to - s.from) * STEP, a->w_group) * (int64_t)sizeof(float);
+    for (int64_t at = 0; at <= bytes; at += LINE) __builtin_prefetch(from + at);
+}
+
 /* `w_rows` rows of w from n on, times `x_rows` rows of x, over a span; added to sums. */
 INLINE void dot_steps(const linear_job *job, kind k, int w_rows, int x_rows, int64_t n, span s, prefetch f, vf *sums) {
     const fp8cpu_linear_args *a = job->args;
@@ -82,7 +93,10 @@ INLINE void dot_steps(const linear_job *job, kind k, int w_rows, int x_rows, int
     const float *x = s.x + s.from * s.x_step;
     const decoder d = decoder_for(k);
     const float *scale_rows[4];
-    if (k.blocked) UNROLL for (int r = 0; r < w_rows; r++) scale_rows[r] = w_scales_from(a, n + r, 0);
+    if (k.blocked) UNROLL for (int r = 0; r < w_rows; r++) {
+        scale_rows[r] = w_scales_from(a, n + r, 0);
+        fetch_scales(job, n + r, s);
+    }
     vi codes[2];
     vf scales[2];
     int64_t step = s.from;

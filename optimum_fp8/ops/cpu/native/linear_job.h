@@ -7,16 +7,13 @@
 #ifndef FP8CPU_LINEAR_JOB_H
 #define FP8CPU_LINEAR_JOB_H
 
+#include "crossover.h"
 #include "parallel.h"
 #include "transpose.h"
 #include "units.h"
 
 enum {
-    GROUP_ROWS = 8,                       /* rows of x that dot products are computed with at a time, */
-    DOT_ROWS = GROUP_ROWS,                /* up to so many rows of x, weights are used as they are decoded; */
-    DOT_ROWS_OF_PAIRS = 4 * GROUP_ROWS,   /* pairs are, again for each group, as decoding them costs so little; */
-    DOT_ROWS_BEFORE_TILES = 4,            /* tiles are faster soon */
-    GROUP_BYTES = 16 << 10,               /* in spans of k so short that they stay in the first-level cache */
+    GROUP_BYTES = 16 << 10,               /* of a group of rows of x: spans of k so short that they stay in L1 */
     TILE_ROWS = LANES == 16 ? 12 : 6,     /* rows of x, and */
     TILE_COLS = 2 * LANES,                /* rows of w, whose sums are in registers at a time */
     PANEL_UNITS = 256,                    /* units along k in a panel: TILE_COLS floats each, 32 KiB at 16 lanes */
@@ -30,6 +27,7 @@ typedef struct {
     int blocked; /* scales of w change along k: floats are scaled as they are decoded, of pairs the products of each group,
                     as pairs are exact only without scales */
     int e5m2;
+    int folded; /* scales along k are in the values of w and x (linear_folding.h) */
 } kind;
 
 enum { MAX_WEIGHTS = 8 };
@@ -126,7 +124,7 @@ static __attribute__((noinline)) void read_places(const linear_job *job, int64_t
 }
 
 /* Row m of x as floats, on the FP8 grid where it has a scale, with zeros up to a whole number of steps. Scales of groups
- * are multiplied in, but for pairs, whose products will be. */
+ * are multiplied in, but for pairs without, whose products will be. */
 INLINE void read_row(const linear_job *job, kind k, int64_t m, float *row) {
     const fp8cpu_linear_args *a = job->args;
     if (job->make_row) {
@@ -148,7 +146,7 @@ INLINE void read_row(const linear_job *job, kind k, int64_t m, float *row) {
             if (a->x_group) reciprocal = splat(1.0f / of_group);
             values = load_up_to(x + i * value_size(type), type, a->k - i);
             if (scale) values = to_grid(values * reciprocal, (float)a->full_scale, k.e5m2 ? E5M2 : E4M3);
-            if (a->x_group && !k.bf16) values *= of_group;
+            if (a->x_group && (!k.bf16 || k.folded)) values *= of_group;
         }
         store_floats(row + i, values);
     }

@@ -4,6 +4,7 @@
 #define FP8CPU_LINEAR_PANEL_H
 
 #include "linear_epilogue.h"
+#include "linear_folding.h"
 
 /* units[i] holds byte i of every lane, or the pair of bytes i and i + 2. */
 INLINE void decode_columns(vi codes, kind k, vf *units) {
@@ -34,7 +35,7 @@ INLINE void fill_panel_step(const linear_job *job, kind k, int64_t n, int64_t st
     const uint8_t *w = (const uint8_t *)a->w + n * a->k;
     const int64_t present = smaller(LANES, a->n - n);
     const int whole = (step + 1) * STEP <= a->k && present == LANES, units = units_of(k);
-    const int scaled = k.blocked && !k.bf16;
+    const int scaled = k.blocked && !k.bf16, folded = k.bf16 && k.folded;
     vi rows[LANES];
     vf scales[2];
     if (whole) {
@@ -42,11 +43,15 @@ INLINE void fill_panel_step(const linear_job *job, kind k, int64_t n, int64_t st
     } else {
         for (int r = 0; r < LANES; r++) rows[r] = r < present ? load_step(w + r * a->k, step, a->k) : splat_bits(0);
     }
-    if (scaled) scales_of_step(a, n, step, present, scales);
+    if (scaled || folded) scales_of_step(a, n, step, present, scales);
     transpose(rows);
     UNROLL for (int group = 0; group < LANES; group++) {
         vf w[4];
         decode_columns(rows[group], k, w);
+#if defined(__AVX512BW__)
+        if (folded) UNROLL for (int i = 0; i < units; i++)
+            w[i] = (vf)times_powers((__m512i)w[i], exponents_of(scales[2 * group / LANES]));
+#endif
         UNROLL for (int i = 0; i < units; i++)
             store_floats(panel + (group * units + i) * TILE_COLS, scaled ? w[i] * scales[2 * group / LANES] : w[i]);
     }
@@ -105,10 +110,10 @@ INLINE void panel_microkernel(kind k, int height, const float *x, const float *p
 #else
 #define HEIGHTS HEIGHTS_TO_6
 #endif
-MICROKERNEL(multiply_floats, {0, 0, 0})
+MICROKERNEL(multiply_floats, {0, 0, 0, 0})
 #if defined(__AVX512BF16__)
-MICROKERNEL(multiply_pairs, {1, 0, 0})
-MICROKERNEL(multiply_scaled_pairs, {1, 1, 0})
+MICROKERNEL(multiply_pairs, {1, 0, 0, 0})
+MICROKERNEL(multiply_scaled_pairs, {1, 1, 0, 0})
 #else
 #define multiply_pairs multiply_floats
 #define multiply_scaled_pairs multiply_floats
@@ -116,8 +121,8 @@ MICROKERNEL(multiply_scaled_pairs, {1, 1, 0})
 
 /* Scales of TILE_COLS rows of w from n on, for each group that is scaled of those in `count` units: [group][TILE_COLS]. */
 static inline void scales_of_panel(const fp8cpu_linear_args *a, int64_t n, int64_t start, int64_t count, float *scales) {
-    const int64_t group = product_group(a), end = smaller(codes_of(start + count, (kind){1, 1, 0}), a->k);
-    for (int64_t i = codes_of(start, (kind){1, 1, 0}); i < end; i += group)
+    const int64_t group = product_group(a), end = smaller(codes_of(start + count, (kind){1, 1, 0, 0}), a->k);
+    for (int64_t i = codes_of(start, (kind){1, 1, 0, 0}); i < end; i += group)
         for (int64_t col = 0; col < TILE_COLS; col++) *scales++ = *w_scales_from(a, smaller(n + col, a->n - 1), i);
 }
 
@@ -164,7 +169,7 @@ INLINE void panel_task(const linear_job *job, kind k, int64_t task, int64_t thre
                               sums + part_start(job, tile, TILE_ROWS) * job->task_cols + col, tile ? NULL : next);
         }
     }
-    epilogue(job, k.blocked, sums, job->task_cols, first, cols);
+    epilogue(job, k.blocked || k.folded, sums, job->task_cols, first, cols);
 }
 
 #endif

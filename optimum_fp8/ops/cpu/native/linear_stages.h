@@ -20,7 +20,8 @@ typedef struct {
     int packed;       /* AS_FLOATS ... */
 } linear_stages;
 
-const linear_stages *FP8CPU_NAME(linear_stages)(const fp8cpu_linear_args *);
+/* Those that are fastest for a job, of its args and rows. */
+const linear_stages *FP8CPU_NAME(linear_stages)(const linear_job *);
 
 /* Rows of w a task takes: so many that x is read seldom, so few that all threads are busy to the end. */
 static inline int64_t task_cols_for(int64_t n, int64_t threads, int few_rows) {
@@ -43,7 +44,7 @@ static inline int64_t packs_for(const linear_stages *stages, const linear_job *j
 /* Floats that the rows of x are, packed. */
 static inline int64_t packed_size_for(const linear_stages *stages, const linear_job *job, int few_rows) {
 #if HAS_TILES
-    if (stages->packed == AS_TILES && !few_rows) return packed_tile_floats(job->rows, job->args->k);
+    if (stages->packed == AS_TILES && !few_rows) return packed_tile_floats(job);
 #endif
     (void)few_rows;
     return job->rows * job->steps * STEP / (stages->packed == AS_PAIRS ? 2 : 1);

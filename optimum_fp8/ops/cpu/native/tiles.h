@@ -10,6 +10,14 @@
 
 enum { TILE_SIDE = 16, TILE_BYTES = 1024, TILE_FLOATS = 256 };
 
+/* As a float; AMX takes numbers below the smallest normal one for zero. */
+INLINE float bfloat16_value(uint16_t bits) {
+    const uint32_t wide = (bits & 0x7F80) ? (uint32_t)bits << 16 : (uint32_t)(bits & 0x8000) << 16;
+    float value;
+    memcpy(&value, &wide, sizeof value);
+    return value;
+}
+
 #if defined(__AMX_BF16__)
 #include <immintrin.h>
 
@@ -42,14 +50,6 @@ INLINE void tiles_end(void) {}
 #define TILE_LOAD(tile, from) memcpy(tile_memory[tile], from, TILE_BYTES)
 #define TILE_STORE(tile, to) memcpy(to, tile_memory[tile], TILE_BYTES)
 #define TILE_DOT(c, a, b) tile_dot(tile_memory[c], (const uint16_t *)tile_memory[a], (const uint16_t *)tile_memory[b])
-
-/* As a float; AMX takes numbers below the smallest normal one for zero. */
-INLINE float bfloat16_value(uint16_t bits) {
-    const uint32_t wide = (bits & 0x7F80) ? (uint32_t)bits << 16 : (uint32_t)(bits & 0x8000) << 16;
-    float value;
-    memcpy(&value, &wide, sizeof value);
-    return value;
-}
 
 static void tile_dot(float *c, const uint16_t *a, const uint16_t *b) {
     float right[2 * TILE_SIDE][TILE_SIDE];

@@ -19,5 +19,6 @@ int FP8CPU_NAME(grouped)(const fp8cpu_grouped_args *);
 int FP8CPU_NAME(experts)(const fp8cpu_experts_args *);
 int FP8CPU_NAME(attention)(const fp8cpu_attention_args *);
 int FP8CPU_NAME(softmax)(const fp8cpu_attention_args *);
+int FP8CPU_NAME(linear_gradient)(const fp8cpu_linear_gradient_args *);
 
 #endif
