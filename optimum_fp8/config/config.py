@@ -20,7 +20,8 @@ from ..formats import NumberFormat, detect_target, number_format
 from ..scales import ScaleMethod
 from . import inc, method_dict
 from .contradictions import MODEL_RULES, MODULE_RULES, Rule
-from .keys import FORMAT_VERSION, KEYS, QUANT_METHOD, ConfigKeys, docstring_arguments
+from .key_texts import docstring_arguments
+from .keys import FORMAT_VERSION, KEYS, QUANT_METHOD, ConfigKeys
 from .presets import preset
 from .values import is_plain
 
@@ -217,6 +218,11 @@ class FP8Config(ConfigKeys, FineGrainedFP8Config):  # type: ignore[misc]
     def arithmetic(self) -> str:
         """Where operators round (see `ops.reference`)."""
         return "qdq" if self.use_qdq else "gaudi" if self.number_format.is_gaudi else "fused"
+
+    @property
+    def leaves_weights(self) -> bool:
+        """Whether the model that `from_pretrained` returns has its weights in high precision, to go on with."""
+        return self.mode == "MEASURE" or self.fake_quant
 
     @property
     def may_be_static(self) -> bool:

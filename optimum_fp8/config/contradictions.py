@@ -77,6 +77,37 @@ MODEL_RULES = [
         "calibration='whole'",
     ),
     Rule(
+        lambda c: not c.fake_quant and (c.amax_history_len != 1 or c.freeze_scales_at is not None),
+        "amax_history_len={c.amax_history_len} and freeze_scales_at={c.freeze_scales_at} are of quantization-aware "
+        "training: say fake_quant=True, or leave them out",
+    ),
+    Rule(
+        lambda c: c.fake_quant and c.wants_attention,
+        "fake_quant=True trains layers alone, and attention={c.attention}, kv_cache={c.kv_cache} (or an override) ask "
+        "for more: leave attention and kv_cache out",
+    ),
+    Rule(
+        lambda c: c.fake_quant and c.mode != "AUTO",
+        "fake_quant=True contradicts mode={c.mode!r}: training observes ranges by itself; leave mode out",
+    ),
+    Rule(
+        lambda c: c.fake_quant and (c.dataset is not None or c.calibration != "whole"),
+        "fake_quant=True observes ranges in training, and takes no calibration data: leave dataset and calibration out",
+    ),
+    Rule(
+        lambda c: c.fake_quant and c.observer != "maxabs",
+        "fake_quant=True scales by max|x|, not by observer={c.observer!r}: leave observer out",
+    ),
+    Rule(
+        lambda c: c.fake_quant and c.fold_batch_norm,
+        "fake_quant=True trains weights, and fold_batch_norm=True folds statistics that are trained with them: train "
+        "without fold_batch_norm, or fold them before (torch.nn.utils.fusion)",
+    ),
+    Rule(
+        lambda c: c.fake_quant and c.dequantize,
+        "fake_quant=True and dequantize=True contradict each other: leave one of them out",
+    ),
+    Rule(
         lambda c: c.dequantize and (c.dataset is not None or c.mode == "MEASURE"),
         "dequantize=True loads a high-precision model: it cannot be combined with a dataset or mode='MEASURE'",
     ),

@@ -17,7 +17,7 @@ MODES_NOT_THERE = ("shape", "none")
 OBSERVERS_NOT_THERE = ("shape",)
 # Switches that have no counterpart (yet): off is how things are, on is an error.
 _INTERVAL = "calibration_sample_interval"
-_SWITCHES_NOT_THERE = ("fake_quant", _INTERVAL)
+_SWITCHES_NOT_THERE = (_INTERVAL,)
 _OFF = ("false", "0", "none")
 _SCALE_PARAMS = ("input_backoff", "weight_backoff")
 _BY_INC = ("hp_dtype", "lp_dtype")  # INC puts them there itself

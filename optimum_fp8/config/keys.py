@@ -8,7 +8,6 @@ is assigned to it, the docstring and signature of FP8Config, the table in `docs/
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +27,7 @@ from .values import (
     MODULE_LIST,
     NAMES,
     OBSERVER,
+    OPTIONAL_COUNT,
     OPTIONAL_TEXT,
     PATH_PREFIX,
     PERCENT,
@@ -352,6 +352,27 @@ class ConfigKeys:
     decode_steps: int = key(
         8, WHOLE, "tokens that calibration generates after each sample, where attention or a cache is quantized", "ours"
     )
+    fake_quant: bool = key(
+        False,
+        BOOLEAN,
+        "quantization-aware training: compute in high precision with weights and inputs that are rounded to FP8",
+        "INC",
+        see="[quantization-aware training](qat.md)",
+    )
+    amax_history_len: int = key(
+        1,
+        COUNT,
+        "of `fake_quant`: over how many steps inputs have their range; 1: each input by its own",
+        "ours",
+        see="[quantization-aware training](qat.md#scales)",
+    )
+    freeze_scales_at: int | None = key(
+        None,
+        OPTIONAL_COUNT,
+        "of `fake_quant`: after how many steps scales stay as they are; None: never",
+        "ours",
+        see="[quantization-aware training](qat.md#scales)",
+    )
     overrides: dict[str, dict[str, Any]] = key(
         None,
         OVERRIDES,
@@ -371,24 +392,3 @@ class ConfigKeys:
 
 
 KEYS: dict[str, Key] = {name: value for name, value in vars(ConfigKeys).items() if isinstance(value, Key)}
-
-
-# --- what is made from the table ----------------------------------------------------------------------------------
-
-
-def docstring_arguments() -> str:
-    """The `Args` section of FP8Config's docstring."""
-    lines = [f"    {key.name}: {key.text} ({key.values.text})." for key in KEYS.values()]
-    return "\n".join(["Args:", *lines])
-
-
-def markdown_table() -> str:
-    """The table of keys in `docs/configuration.md`."""
-    lines = ["| key | values | default | from | overrides | meaning |", "|---|---|---|---|---|---|"]
-    for each in KEYS.values():
-        default = f'"{each.default}"' if isinstance(each.default, str) else each.default
-        meaning = f"{each.text}, see {each.see}" if each.see else each.text
-        by_module = "yes" if each.of_module else ""
-        cells = [f"`{each.name}`", each.values.text, f"`{default}`", each.origin, by_module, meaning]
-        lines.append(re.sub(" +", " ", f"| {' | '.join(cells)} |"))
-    return "\n".join(lines)

@@ -73,6 +73,10 @@ def _count(where: str, value: Any) -> int:
     raise FP8ConfigError(f"{where}={value!r} is not valid: expected a whole number above 0")
 
 
+def _optional_count(where: str, value: Any) -> int | None:
+    return None if value is None else _count(where, value)
+
+
 def _count_or_auto(where: str, value: Any) -> int | str:
     if isinstance(value, str) and value.lower() == "auto":
         return "auto"
@@ -239,6 +243,7 @@ OBSERVER = Values(
 )
 BOOLEAN = Values(_boolean, "bool", {"action": BooleanOptionalAction})
 COUNT = Values(_count, "int > 0", {"type": int, "metavar": "INT"})
+OPTIONAL_COUNT = Values(_optional_count, "int > 0, None", COUNT.flag)
 WHOLE = Values(_whole, "int >= 0", {"type": int, "metavar": "INT"})
 BACKOFF = Values(_backoff, "0 < number <= 1, None", {"type": float, "metavar": "FLOAT"})
 HP_DTYPE = Values(_hp_dtype, '"bf16", "fp16", "fp32", a torch dtype', {"metavar": "NAME"})

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..errors import FP8NotAvailableError
 from ..lifecycle import Origin
@@ -57,6 +58,21 @@ def refuse_distributed_loading() -> None:
         )
 
 
+def refuse_zero3() -> None:
+    """Refuse to load or train in FP8 what DeepSpeed's ZeRO-3 is going to cut into parts.
+
+    Raises:
+        FP8NotAvailableError: a configuration of DeepSpeed with stage 3 is in force (`HfDeepSpeedConfig`, or
+            `TrainingArguments(deepspeed=…)`).
+    """
+    if is_deepspeed_zero3_enabled():
+        raise FP8NotAvailableError(
+            "a model with an FP8Config under DeepSpeed's ZeRO-3 (zero_optimization: stage 3), which cuts every "
+            "parameter into parts: expected FP8 weights to stay whole. Train adapters with ZeRO-2, DDP or FSDP2; "
+            "quantize in one process, and measure what does not fit by FSDP2 (fully_shard, then prepare)"
+        )
+
+
 def refuse_spread_experts(model: nn.Module) -> None:
     """Refuse to spread over processes what holds the stacked weights of experts in FP8.
 
@@ -86,6 +102,24 @@ def refuse_experts_on_disk(decisions: Iterable[Decision], device_map: Any) -> No
             f"device_map puts {len(found)} modules of experts in FP8 on disk ({found[0]}, …), from where their stacks "
             "cannot be brought in: leave them on a device or on the CPU"
         )
+
+
+def refuse_weights_on_disk(device_map: Any, pre_quantized: bool, dequantize: bool) -> None:
+    """Refuse to leave weights on disk that are quantized or dequantized while they are loaded.
+
+    Raises:
+        FP8NotAvailableError: `device_map` puts some there.
+    """
+    if not isinstance(device_map, dict) or "disk" not in device_map.values():
+        return
+    if not pre_quantized:
+        raise FP8NotAvailableError(
+            "device_map puts modules on disk, and weights quantized while loading cannot be offloaded there: "
+            "use calibration='sequential' with a dataset, which keeps all of them on disk; or quantize and "
+            "save the model once, then load the FP8 checkpoint with this device_map"
+        )
+    if dequantize:
+        raise FP8NotAvailableError("dequantize=True cannot be combined with modules on disk: drop one of them")
 
 
 def _asked_to_spread() -> str | None:

@@ -25,7 +25,7 @@ from ..checkpoint.provenance import recorded_provenance, told_of
 from ..checkpoint.ranges import converted_targets, recorded_ranges
 from ..checkpoint.targets import fit_to_target
 from ..config import FP8Config
-from ..errors import FP8CheckpointError, FP8ConfigError, FP8NotAvailableError, FP8ScaleError
+from ..errors import FP8CheckpointError, FP8ConfigError, FP8ScaleError
 from ..formats import is_fp8
 from ..lifecycle import (
     MEASURED_BEFORE,
@@ -71,6 +71,8 @@ from .loading_call import (
     reads_data,
     refuse_distributed_loading,
     refuse_experts_on_disk,
+    refuse_weights_on_disk,
+    refuse_zero3,
 )
 from .parallel_plan import check_plan, keep_own_part, keep_whole
 from .parts import adopt_parts, attach_to_parts
@@ -80,6 +82,7 @@ from .seal import sealed_metadata
 from .sequential import OntoDisk, without_disk
 from .source import refuse_codes
 from .ties import tied_modules, untie
+from .training_state import restore_training_state, training_state
 
 logger = logging.getLogger(__name__)
 
@@ -119,20 +122,14 @@ class FP8Quantizer(HfQuantizer):
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Called twice: with the `device_map` as given, and with it resolved, if that was to be done."""
         device_map = kwargs.get("device_map")
+        refuse_zero3()
         refuse_experts_on_disk(self._decisions, device_map)
         set_up_devices(device_map)
         if self._onto_disk is not None:
             if isinstance(device_map, dict) and "weights_only" not in kwargs:
                 device_map.update(without_disk(device_map))
-        elif isinstance(device_map, dict) and "disk" in device_map.values():
-            if not self.pre_quantized:
-                raise FP8NotAvailableError(
-                    "device_map puts modules on disk, and weights quantized while loading cannot be offloaded there: "
-                    "use calibration='sequential' with a dataset, which keeps all of them on disk; or quantize and "
-                    "save the model once, then load the FP8 checkpoint with this device_map"
-                )
-            if self.quantization_config.dequantize:
-                raise FP8NotAvailableError("dequantize=True cannot be combined with modules on disk: drop one of them")
+        else:
+            refuse_weights_on_disk(device_map, self.pre_quantized, self.quantization_config.dequantize)
 
     def update_device_map(self, device_map: Any) -> Any:
         if self._onto_disk is not None and isinstance(device_map, dict):
@@ -156,7 +153,8 @@ class FP8Quantizer(HfQuantizer):
         config, files = self.quantization_config, checkpoint_files
         if not self.pre_quantized:
             refuse_codes(model, files)
-        if config.mode == "MEASURE":
+        if config.leaves_weights:
+            self._trained = training_state(model, files) if config.fake_quant else {}
             return
         implementations, folded, shapes = choices_by_config(model, self._chosen), set[str](), {}
         if self.pre_quantized:
@@ -256,8 +254,8 @@ class FP8Quantizer(HfQuantizer):
         freeze(model)
         if self.pre_quantized:
             self._finish_checkpoint(model)
-        elif self.quantization_config.mode == "MEASURE":
-            self._measure_only(model)
+        elif self.quantization_config.leaves_weights:
+            self._prepare_only(model)
         else:
             self._finish_on_the_fly(model)
         return model
@@ -282,11 +280,12 @@ class FP8Quantizer(HfQuantizer):
         pack_all(model)
         self._mark(model)
 
-    def _measure_only(self, model: Any) -> None:
-        """mode MEASURE: the model stays in high precision, with observers on it."""
+    def _prepare_only(self, model: Any) -> None:
+        """The model stays in high precision, to be measured or trained."""
         config = self.quantization_config
         self.remove_quantization_config(model)
         prepare(model, config)
+        restore_training_state(model, self._trained)
         state = state_of(model)
         assert state is not None
         state.origin = self._origin
@@ -381,14 +380,15 @@ class FP8Quantizer(HfQuantizer):
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
 
-    # Trainer takes a model for evaluate and predict only if it says it is trainable both ways. A step of training ends
-    # with the error of the first FP8 operator that is asked for a gradient.
+    # Trainer takes a model, for evaluate and predict too, only if it says it is trainable both ways. What is not in FP8
+    # is trained: norms, biases, adapters. A gradient that an FP8 operator does not have is refused by that operator.
     @property
     def is_trainable(self) -> bool:
         return True
 
     @property
     def is_qat_trainable(self) -> bool:
+        refuse_zero3()
         return True
 
     @property

@@ -22,6 +22,7 @@ from .conversions import keys_of_codes, without_fp8
 from .resizing import guard_resizing
 from .staged_saving import guard_saving
 from .ties import untie
+from .training import guard_training
 
 
 def config_to_save(model: Any, state: FP8State) -> FP8Config:
@@ -43,7 +44,7 @@ def mark_as_quantized(model: Any, config: FP8Config, state: FP8State) -> None:
     if kept != before:
         model._weight_conversions = kept
         state.changes.append(Change(model, "_weight_conversions", before))
-    state.changes += [*untie(model, names), *guard_resizing(model), *guard_saving(model)]
+    state.changes += [*untie(model, names), *guard_resizing(model), *guard_saving(model), *guard_training(model)]
 
 
 def tensors_to_save(model: Any, given: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:

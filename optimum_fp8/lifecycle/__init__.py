@@ -15,6 +15,7 @@ from .prepare import (
     new_measurements,
     prepare,
     settle_measurements,
+    start_measuring,
     start_observing,
     stored_measurements,
     unmeasured_state,
@@ -32,6 +33,7 @@ from .state import (
     state_of,
     unwrapped,
 )
+from .training import finish_training_step, return_to_training, start_training, trained_state
 from .unsigned import is_unsigned, signed
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "empty_measurements",
     "expect_folded",
     "finalize_calibration",
+    "finish_training_step",
     "fold_batch_norms",
     "found_measurements",
     "inc_scales",
@@ -66,13 +69,17 @@ __all__ = [
     "refuse_shares",
     "refuse_spread",
     "refuse_unreached",
+    "return_to_training",
     "select_folded",
     "set_state",
     "settle_measurements",
     "signed",
+    "start_measuring",
     "start_observing",
+    "start_training",
     "state_of",
     "stored_measurements",
+    "trained_state",
     "unfold_exactly",
     "unfolded_on_error",
     "unmeasured_state",

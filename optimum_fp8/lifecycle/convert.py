@@ -7,17 +7,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..config import FP8Config
 from ..errors import FP8MeasurementError
 from ..measure import Processes, processes
-from ..modules import frozen, swap
+from ..modules import swap
 from ..modules.folded_batch_norm import Fold
 from ..modules.handler import Conversion, Family, Reason, Target, Why, converted_modules, pack_all
-from ..scales import Scheme, quantize_weight
+from ..modules.quantized_once import QuantizedOnce
 from ..selection import leave_out, read_by_owner, reschemed
+from .float8_training import refuse_float8_training
 from .prepare import merged_measurements, needs_ranges, settle_measurements
 from .provenance import made_here
 from .sharded import refuse_sharded
@@ -28,24 +28,27 @@ logger = logging.getLogger(__name__)
 _MULTIPLIED = Why(Reason.UNFIT, "the code around it multiplied by its weight and never called it")
 
 
-def convert_with(model: nn.Module, state: FP8State, finish: Callable[[Any], None] | None = None) -> None:
+def convert_with(model: nn.Module, state: FP8State, finish: Callable[[Any], None] | None = None) -> Callable[[], None]:
     """Convert with what `state` knows, then call `finish(model)`.
+
+    Returns:
+        what takes it all back: the model is as it was, to the very modules. It keeps these alive.
 
     Raises:
         FP8MeasurementError: static activations without calibration data, modules that calibration never reached, or
             ranges of weights that have changed since.
-        FP8NotAvailableError: the weights are spread over processes.
+        FP8NotAvailableError: the weights are spread over processes, or another library trains in FP8.
         FP8CalibrationError: another of several processes had an error, or was lost.
         FP8ScaleError: a weight that has no sound scale.
     """
-    previous = state_of(model)
+    refuse_float8_training(model, "convert")
     state = _with_final_schemes(model, _with_all_ranges(model, state))
     targets = state.targets(model)
     missing = _missing(model, targets, state.config.ignore_modules_wo_measures)
     remaining = [target for target in targets if target.name not in missing]
     _check_families(remaining)
     _warn_of_zero_ranges(targets)
-    quantize = _QuantizedOnce()
+    quantize = QuantizedOnce(state.weight_scales)
     conversions = [(target, target.handler.convert(target, model, quantize)) for target in remaining]
     if needs_ranges(state):
         settle_measurements(model, state)
@@ -59,31 +62,49 @@ def convert_with(model: nn.Module, state: FP8State, finish: Callable[[Any], None
         observers=None,
         decisions=leave_out(state.decisions, missing),
         changes=[change for change in state.changes if not isinstance(change, Fold)],
+        weight_scales={},
     )
     converted.provenance = made_here(converted)
-    before = len(converted.changes)
+    take_back = _applied(model, converted, [made for _, made in conversions], replacements, finish)
+    pack_all(model)
+    if state.observers is not None:
+        state.observers.remove()
+    converted.discard_partials()
+    return take_back
+
+
+def _applied(
+    model: nn.Module,
+    converted: FP8State,
+    conversions: list[Conversion],
+    replacements: Mapping[nn.Module, nn.Module],
+    finish: Callable[[Any], None] | None,
+) -> Callable[[], None]:
+    """Do what was made; an error undoes it, and so does what is returned."""
+    previous, before = state_of(model), len(converted.changes)
     done: list[Conversion] = []
-    swap(model, replacements)
-    set_state(model, converted)
-    try:
-        for _, conversion in conversions:
-            done.append(conversion)
-            conversion.apply()
-        converted.change_around(model, converted.targets(model))
-        if finish is not None:
-            finish(model)
-    except BaseException:
+
+    def take_back() -> None:
         swap(model, {new: old for old, new in replacements.items()})
         for change in reversed(converted.changes[before:]):
             change.undo()
         for conversion in reversed(done):
             conversion.undo()
         set_state(model, previous)
+
+    swap(model, replacements)
+    set_state(model, converted)
+    try:
+        for conversion in conversions:
+            done.append(conversion)
+            conversion.apply()
+        converted.change_around(model, converted.targets(model))
+        if finish is not None:
+            finish(model)
+    except BaseException:
+        take_back()
         raise
-    pack_all(model)
-    if state.observers is not None:
-        state.observers.remove()
-    converted.discard_partials()
+    return take_back
 
 
 def _with_all_ranges(model: nn.Module, state: FP8State) -> FP8State:
@@ -105,7 +126,7 @@ def convert_some(model: nn.Module, targets: list[Target]) -> None:
     Raises:
         FP8MeasurementError: modules that calibration never reached, or ranges that are not finite.
     """
-    quantize, converted = _QuantizedOnce(), converted_modules(model)
+    quantize, converted = QuantizedOnce(), converted_modules(model)
     there = [each for each in targets if each.name in converted or not each.handler.family.replaced]
     ready = [each for each in there if each.handler.missing(each) is None]
     made = [each.handler.convert(each, model, quantize) for each in ready]
@@ -215,22 +236,3 @@ def _given_up(targets: list[Target], missing: Mapping[str, Why]) -> dict[nn.Modu
             if module is not None:
                 restored[target.module] = module
     return restored
-
-
-class _QuantizedOnce:
-    """Quantizes each weight once, so that tied weights stay tied."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[Any, ...], tuple[nn.Parameter, nn.Parameter]] = {}
-        self._seen: list[nn.Parameter] = []  # what is gone would leave its `id` to others
-
-    def __call__(
-        self, parameter: nn.Parameter, weight: torch.Tensor, scheme: Scheme
-    ) -> tuple[nn.Parameter, nn.Parameter]:
-        """Codes and scale of `weight`, which is what `parameter` holds with output channels first."""
-        key = (id(parameter), scheme.weight, scheme.fmt, scheme.hp_dtype)
-        if key not in self._known:
-            codes, scale, _ = quantize_weight(weight, scheme.weight, scheme.fmt, scheme.hp_dtype)
-            self._known[key] = (frozen(codes), frozen(scale))
-            self._seen.append(parameter)
-        return self._known[key]

@@ -33,6 +33,7 @@ from ..selection import select
 from .batch_norm import fold_batch_norms, unfolded_on_error
 from .sharded import common_fingerprint, refuse_partial_activations
 from .state import MEASURED_BEFORE, FP8State, Phase, measuring_state, refuse_second_time, set_state, unwrapped
+from .training import start_training
 from .unsigned import is_unsigned, signed
 
 logger = logging.getLogger(__name__)
@@ -44,8 +45,11 @@ _TENSORS = "tensors"  # folder of the tensors that are saved, beside the measure
 def prepare(model: nn.Module, config: FP8Config) -> nn.Module:
     """Put `model` into measuring state: run calibration data through it next, then `convert(model)`.
 
+    With `fake_quant=True` it is put into quantization-aware training: train it next, then `convert(model)`.
+
     Args:
-        model: any module with layers that can be quantized; only hooks are added, and only on selected modules.
+        model: any module with layers that can be quantized; only hooks are added, and only on selected modules. For
+            training, their forwards are replaced, and those that remember ranges get a part `fake_quant` with buffers.
         config: what to quantize and how.
 
     Returns:
@@ -59,6 +63,22 @@ def prepare(model: nn.Module, config: FP8Config) -> nn.Module:
         FP8CalibrationError: there should be other processes, and they cannot be reached.
     """
     given, model = model, unwrapped(model)
+    start_measuring(model, config)
+    return given
+
+
+def start_measuring(model: nn.Module, config: FP8Config, *, trained: bool = False) -> FP8State:
+    """`prepare`, of a model without wrappers around it.
+
+    Args:
+        model: the model.
+        config: what to quantize and how.
+        trained: whether its weights may change while it is measured; the ranges are taken for those of the weights
+            that it has in the end.
+
+    Returns:
+        its state.
+    """
     refuse_second_time(model, "prepare", config)
     config.post_init()  # keys may have been assigned since it was made
     if config.calibration == "sequential":
@@ -68,17 +88,25 @@ def prepare(model: nn.Module, config: FP8Config) -> nn.Module:
         )
     if config.mode == "MEASURE":
         check_dump_path(config.dump_stats_path)
+    if config.fake_quant:
+        return start_training(model, config, new_measurements(model, config))
     with unfolded_on_error(fold_batch_norms(model, config)) as folds:
         decisions = select(model, config)
         measurements = new_measurements(model, config)
         state = FP8State(config, decisions, Phase.MEASURING, measurements, changes=folds)
-        start_observing(model, state)
+        start_observing(model, state, trained=trained)
     set_state(model, state)
-    return given
+    return state
 
 
-def start_observing(model: nn.Module, state: FP8State) -> None:
-    """Attach the observers that the schemes need (none where activations need no ranges)."""
+def start_observing(model: nn.Module, state: FP8State, *, trained: bool = False) -> None:
+    """Attach the observers that the schemes need (none where activations need no ranges).
+
+    Args:
+        model: the model.
+        state: what was decided about it.
+        trained: whether its weights may change from now on.
+    """
     targets = state.targets(model)
     if needs_ranges(state):
         refuse_partial_activations(model)
@@ -86,7 +114,7 @@ def start_observing(model: nn.Module, state: FP8State) -> None:
     state.observers = Observers(
         state.measurements,
         state.config.measured,
-        partial(model_fingerprint, model),
+        None if trained else partial(model_fingerprint, model),
         all_experts=state.config.calibrate_all_experts,
     )
     for target in targets:

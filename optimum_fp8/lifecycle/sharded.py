@@ -17,6 +17,21 @@ def is_sharded(model: nn.Module) -> bool:
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
+def refuse_zero3(model: nn.Module, action: str) -> None:
+    """Refuse a model whose parameters DeepSpeed's ZeRO-3 has cut into parts: they are empty between its calls.
+
+    Raises:
+        FP8NotAvailableError: names the first of them.
+    """
+    name = next((name for name, parameter in model.named_parameters() if hasattr(parameter, "ds_id")), None)
+    if name is not None:
+        raise FP8NotAvailableError(
+            f"{action}: DeepSpeed's ZeRO-3 has cut {name} into parts: expected whole weights. Measure with FSDP2 "
+            "(fully_shard, then prepare) what does not fit on one device, and quantize in one process without "
+            "DeepSpeed's stage 3; what was trained by ZeRO-3 is saved first (zero3_save_16bit_model), then quantized"
+        )
+
+
 def refuse_partial_activations(model: nn.Module) -> None:
     """Refuse what gives a module a part of its activations in each process, or of its weights as one flat tensor.
 

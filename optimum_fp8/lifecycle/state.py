@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..config import FP8Config
@@ -13,8 +14,10 @@ from ..errors import FP8ConfigError, FP8StateError
 from ..measure import Measurements, Observers, discard, model_fingerprint
 from ..modules.handler import Change, Reason, Target, converted_modules
 from ..selection import Decision
+from .float8_training import refuse_float8_training
 from .origin import Origin
-from .sharded import common_fingerprint
+from .replicated import keep_codes_out_of_broadcasts
+from .sharded import common_fingerprint, refuse_zero3
 
 MEASURED_BEFORE = "measurements"  # the source of ranges out of a file
 _ATTRIBUTE = "_optimum_fp8_state"
@@ -24,6 +27,7 @@ class Phase(StrEnum):
     """Where a model stands; the value is how the report calls it."""
 
     MEASURING = "measuring"
+    TRAINING = "training"
     CONVERTED = "converted"
 
 
@@ -34,7 +38,7 @@ class FP8State:
     Attributes:
         config: what was asked for.
         decisions: one for every module of a known kind that the configuration is about.
-        phase: measuring or converted.
+        phase: measuring, training or converted.
         measurements: what calibration has seen (empty where none is needed).
         observers: the hooks at work while measuring.
         changes: what was changed around the modules, to be undone with them.
@@ -44,6 +48,7 @@ class FP8State:
         moved: by which part of itself each range moved over the last quarter of the calibration samples.
         sources: the names of the data that calibration has seen.
         tokens: how many of them there were, without padding; 0 where data are no text.
+        weight_scales: of weights that keep the scales they were trained with.
         provenance: what made the FP8 model, once it is one; empty where its checkpoint does not tell.
     """
 
@@ -59,6 +64,7 @@ class FP8State:
     moved: dict[str, float] = field(default_factory=dict)
     sources: list[str] = field(default_factory=list)
     tokens: int = 0
+    weight_scales: dict[nn.Parameter, torch.Tensor] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -116,6 +122,7 @@ def state_of(model: nn.Module) -> FP8State | None:
 
 def set_state(model: nn.Module, state: FP8State | None) -> None:
     """Remember the state on the model; None forgets it."""
+    keep_codes_out_of_broadcasts(model, converted=state is not None and state.phase is Phase.CONVERTED)
     if state is None:
         model.__dict__.pop(_ATTRIBUTE, None)
     else:
@@ -127,12 +134,19 @@ def measuring_state(model: nn.Module, action: str) -> FP8State:
 
     Raises:
         FP8StateError: nothing is measured on this model; the message says what comes first.
+        FP8NotAvailableError: another library has replaced its layers since, to train in FP8.
     """
     state = state_of(model)
     if state is None:
         raise FP8StateError(f"{action}: this model is not being measured: call prepare(model, config) first")
+    if state.phase is Phase.TRAINING:
+        raise FP8StateError(
+            f"{action}: this model is in quantization-aware training (fake_quant=True), which observes ranges by "
+            "itself: train it, then convert(model)"
+        )
     if state.phase is not Phase.MEASURING:
         raise FP8StateError(f"{action}: this model is already converted to FP8")
+    refuse_float8_training(model, action)
     return state
 
 
@@ -142,8 +156,11 @@ def refuse_second_time(model: nn.Module, action: str, config: object = None) -> 
     Raises:
         FP8StateError: no module, or one that is prepared or converted already.
         FP8ConfigError: `config` is there and no FP8Config.
+        FP8NotAvailableError: its weights are cut into parts by ZeRO-3, or other libraries train it in FP8.
     """
     refuse_no_module(model, action)
+    refuse_zero3(model, action)
+    refuse_float8_training(model, action)
     if config is not None and not isinstance(config, FP8Config):
         raise FP8ConfigError(f"{action}: expected an FP8Config, found {config!r}: use FP8Config(…) or from_json_file")
     state = state_of(model)
@@ -151,6 +168,8 @@ def refuse_second_time(model: nn.Module, action: str, config: object = None) -> 
         return
     if state is not None and state.phase is Phase.MEASURING:
         raise FP8StateError(f"{action}: this model is prepared already: run calibration data, then convert(model)")
+    if state is not None and state.phase is Phase.TRAINING:
+        raise FP8StateError(f"{action}: this model is in quantization-aware training: train it, then convert(model)")
     raise FP8StateError(f"{action}: this model is converted to FP8 already: load the original model to start again")
 
 

@@ -36,6 +36,7 @@ class Observers:
 
     Attributes:
         began_with: the fingerprint of the model whose activations were measured first; None as long as none were.
+        paused: whether what goes through modules is not measured at present.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Observers:
     ):
         self.measurements, self.kinds, self.all_experts = measurements, frozenset(kinds), all_experts
         self.began_with: str | None = None
+        self.paused = False
         self._fingerprint = fingerprint
         self._weights: dict[str, tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor]]] = {}
         self._handles: list[Any] = []
@@ -134,7 +136,7 @@ class Observers:
     def add_tokens(self, name: str, tokens: torch.Tensor | None = None) -> None:
         """Count tokens of the experts of a module, int64 `(experts,)`, that no hook is to count; None: later."""
         self._counted.add(name)
-        if tokens is not None:
+        if tokens is not None and not self.paused:
             self.measurements.add_experts(name, ExpertTokens(tokens=tokens))
 
     def watch_masks(self, model: nn.Module) -> None:
@@ -178,6 +180,7 @@ class Observers:
         finally:
             self._padding = Padding()
 
+    @torch.no_grad()  # activation checkpointing counts what a forward pass keeps for its backward pass
     def _observe(
         self,
         name: str,
@@ -189,7 +192,7 @@ class Observers:
         per_head: bool = False,
     ) -> None:
         """Measure what `valid` leaves of `x`; once, where several modules are given the same tensor in the same way."""
-        if not x.numel():
+        if self.paused or not x.numel():
             return
         way = (*way, *self._padding.state)
         observer = self._seen.find(x, way)
@@ -216,7 +219,7 @@ class Observers:
                     self._padding.note(value)
 
     def _count_experts(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        counts = tokens_of_experts(module, (*args, *kwargs.values()), self._padding)
+        counts = None if self.paused else tokens_of_experts(module, (*args, *kwargs.values()), self._padding)
         if counts is not None:
             self.measurements.add_experts(name, ExpertTokens(tokens=counts))
 

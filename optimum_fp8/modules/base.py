@@ -15,7 +15,8 @@ from ..errors import FP8NotAvailableError, FP8StateError
 from ..formats import codes_beyond, is_fp8, not_finite
 from ..ops.fp8_tensor import FP8Tensor
 from ..scales import PerTensor, ScaleRule, Scheme, unsound
-from .weight import FP8Weight, asked_by_mover, frozen, stored_shape, stored_weight
+from .rewriting import rewrite
+from .weight import DequantizedWeight, FP8Weight, asked_by_mover, frozen, stored_shape, stored_weight
 
 _HIGH_PRECISION = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float64})
 # What every module has, and what accelerate hangs on one: of a module's instance, not of what it stands for. A bias
@@ -42,8 +43,8 @@ class FP8Module(StandsForOriginal):
     It has the attributes, buffers and methods of the module that it stands for.
 
     Attributes:
-        weight: the values, as a read-only tensor of the dtype `high_precision` and the original's shape; code that
-            loads, moves and saves parameters finds the codes under this name.
+        weight: the values, as an FP8Weight of the dtype `high_precision` and the original's shape; code that loads,
+            moves and saves parameters finds the codes under this name.
         codes: `[out, in, …]`, FP8, frozen.
         weight_shape: the shape of the codes.
         weight_scale: float32, `(1,)` or `(out, 1, …)`; NaN until it is set.
@@ -55,8 +56,10 @@ class FP8Module(StandsForOriginal):
         record: the calls of its operators.
         name: of the module in its model, for messages.
         derived: whether its weight was computed from what the original holds, and is not stored with it.
+        requantized: if its weight was written to since it was made: ‖FP8(values) - values‖ / ‖values‖.
     """
 
+    _is_hf_initialized = True  # codes that a checkpoint lacks are an error: transformers must not make up any
     rows_are_tokens = True  # whether the last dimension of an input is its features
     stores_in_out = False  # whether the original's weight is `[in, out]`
     scale_names: tuple[str, ...] = ("weight_scale", "input_scale")  # the weight's comes first; the others may be None
@@ -67,8 +70,17 @@ class FP8Module(StandsForOriginal):
     scheme: Scheme
     record: ops.CallRecord
 
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        """A layer of torch's class, if it is called as that is: code that makes another layer of the kind of a given
+        one calls the type of that, as peft does for convolutions."""
+        if args and not isinstance(args[0], (nn.Module, torch.Size)):
+            for base in cls.__mro__[: -len(nn.Module.__mro__)]:
+                if not issubclass(base, StandsForOriginal):
+                    return base(*args, **options)
+        return super().__new__(cls)
+
     def __init__(self, shape: torch.Size, origin: Any, scheme: Scheme):
-        super().__init__()
+        nn.Module.__init__(self)  # a class of torch that this one is as well would make a weight of its own
         self.__dict__.update(own_attributes(origin))
         self._buffers, self._modules = dict(origin._buffers), dict(origin._modules)
         self._non_persistent_buffers_set = set(origin._non_persistent_buffers_set)
@@ -77,6 +89,7 @@ class FP8Module(StandsForOriginal):
         self.weight_shape, self._dimensions = shape, len(shape)
         self.high_precision: torch.dtype = origin.weight.dtype
         self.name, self.derived = "", False
+        self.requantized: float | None = None
         scale = torch.full(scheme.weight.granularity.scale_shape(shape), torch.nan, dtype=torch.float32, device=device)
         # The bias comes first: transformers takes the dtype of a model's first parameter for the model's.
         self.register_parameter("bias", getattr(origin, "bias", None))
@@ -119,12 +132,16 @@ class FP8Module(StandsForOriginal):
         if codes is None or not is_fp8(codes.dtype):
             return codes
         values = self.to_out_in(FP8Tensor(codes, self.weight_scale, self.high_precision))
-        if not isinstance(values, FP8Tensor):  # scales by blocks do not follow a transposed weight
-            return values
-        weight = FP8Weight(values.codes, values.scale, values.dtype)
-        if not torch.compiler.is_compiling():
-            weight.__dict__.update(codes.__dict__)  # what others put on the parameter: "is initialized", say
-        return weight
+        if torch.compiler.is_compiling():
+            return FP8Weight(values.codes, values.scale, values.dtype) if isinstance(values, FP8Tensor) else values
+        weight: Any
+        if isinstance(values, FP8Tensor):
+            weight = FP8Weight(values.codes, values.scale, values.dtype)
+        else:  # scales by blocks do not follow a transposed weight
+            weight = values.as_subclass(DequantizedWeight).of(self)
+        weight.__dict__.update(codes.__dict__)  # what others put on the parameter: "is initialized", say
+        weight.owner = self
+        return weight  # type: ignore[no-any-return]
 
     @weight.setter
     def weight(self, value: Any) -> None:  # a parameter never comes here: `register_parameter` takes it
@@ -180,6 +197,10 @@ class FP8Module(StandsForOriginal):
         self.register_parameter("weight", weight)
         self.record.watch(self.codes)
 
+    def rewrite(self, values: torch.Tensor) -> None:
+        """Quantize `values`, of the original's shape, into the weight: what `weight.data = values` does."""
+        rewrite(self, values)
+
     def pack(self) -> None:
         """Bring weight and scales into the form that the backend in use wants, which changes no value."""
         codes, packing = self.codes, ops.packing_for(self.weight_scale.device)
@@ -228,19 +249,29 @@ class FP8Module(StandsForOriginal):
                 "around it cast it without a scale, put the module on the blocklist"
             )
         weight = parameters["weight"]
-        if weight is not None and (weight.dtype is not scheme.fmt.dtype or weight.dim() != self._dimensions):
+        if weight is not None and (
+            weight.dtype is not scheme.fmt.dtype or weight.dim() != self._dimensions or weight.requires_grad
+        ):
             self._check_codes()
         elif weight is not None and weight.is_meta and not x.is_meta:
             self._refuse_meta()
         return scheme.dynamic_scale(x, self.input_rule) if scheme.is_dynamic else parameters["input_scale"]
 
     def _check_codes(self) -> None:
-        """Bring a weight that came in another form into `[out, in, …]`, and refuse one that is none in FP8."""
+        """Bring a weight that came in another form into `[out, in, …]`, and refuse one that is none in FP8, or that is
+        to be trained."""
         codes, expected = self.codes, self.scheme.fmt.dtype
         if codes.dtype is not expected:
             raise FP8StateError(
                 f"{self.name}: the weight of an FP8 module was replaced by one in {codes.dtype}: expected {expected} "
-                "with its scale; convert the original model again"
+                "with its scale; convert the original model again. Under FSDP2 leave out param_dtype of "
+                "MixedPrecisionPolicy (accelerate: mixed_precision='no'), which casts what is in FP8 too"
+            )
+        if codes.requires_grad and torch.is_grad_enabled():
+            raise FP8StateError(
+                f"{self.name}: the weight of an FP8 module has requires_grad=True, and there is no gradient for FP8 "
+                "codes: call requires_grad_(False) on the model and train adapters (peft), or call "
+                "optimum_fp8.dequantize(model) to train its weights"
             )
         if codes.is_meta:
             self._refuse_meta()
@@ -332,6 +363,8 @@ class FP8Module(StandsForOriginal):
         if self._parameters.get("weight_scale") is not None:
             self.pack()  # what was known of a parameter is not copied
 
+    __repr__ = nn.Module.__repr__  # transformers' Conv1D has one of its own
+
     def extra_repr(self) -> str:
         fmt = self.scheme.fmt
         return f"{fmt.name} on {fmt.target}, weight {self.scheme.weight.granularity}, activations {self.activations}"
@@ -339,6 +372,7 @@ class FP8Module(StandsForOriginal):
 
 _OURS = frozenset(
     {"name", "origin", "scheme", "record", "high_precision", "input_rule", "weight_shape", "_dimensions", "derived"}
+    | {"requantized"}
 )
 
 

@@ -100,8 +100,16 @@ class FP8Conv(FP8Module):
         return f"{self.in_channels}, {self.out_channels}, {self.kernel_size}, {super().extra_repr()}"
 
 
-class FP8Conv2d(FP8Conv):
-    """2-D convolution with an FP8 weight `[out, in / groups, kh, kw]`."""
+class FP8Conv1d(FP8Conv, nn.Conv1d):  # type: ignore[misc]
+    """nn.Conv1d with an FP8 weight `[out, in / groups, k]`."""
+
+
+class FP8Conv2d(FP8Conv, nn.Conv2d):  # type: ignore[misc]
+    """nn.Conv2d with an FP8 weight `[out, in / groups, kh, kw]`."""
+
+
+class FP8Conv3d(FP8Conv, nn.Conv3d):  # type: ignore[misc]
+    """nn.Conv3d with an FP8 weight `[out, in / groups, kd, kh, kw]`."""
 
 
 class FP8ConvTranspose(FP8Conv):
@@ -152,14 +160,26 @@ class FP8OwnConv(FP8Conv):
         return run_own(self, self.origin, super().forward, *args, **kwargs)
 
 
+class FP8OwnConv1d(FP8OwnConv, FP8Conv1d):  # type: ignore[misc]
+    """nn.Conv1d in FP8 of a class with a forward of its own."""
+
+
+class FP8OwnConv2d(FP8OwnConv, FP8Conv2d):  # type: ignore[misc]
+    """nn.Conv2d in FP8 of a class with a forward of its own."""
+
+
+class FP8OwnConv3d(FP8OwnConv, FP8Conv3d):  # type: ignore[misc]
+    """nn.Conv3d in FP8 of a class with a forward of its own."""
+
+
 class LaterHandler(LayerHandler):
     """Layers of a kind that older versions left in high precision."""
 
     unlisted_before = True
 
 
-register_handler(LayerHandler("conv2d", (nn.Conv2d,), FP8Conv2d, FP8OwnConv))
-register_handler(LaterHandler("conv1d", (nn.Conv1d,), FP8Conv, FP8OwnConv))
-register_handler(LaterHandler("conv3d", (nn.Conv3d,), FP8Conv, FP8OwnConv))
+register_handler(LayerHandler("conv2d", (nn.Conv2d,), FP8Conv2d, FP8OwnConv2d))
+register_handler(LaterHandler("conv1d", (nn.Conv1d,), FP8Conv1d, FP8OwnConv1d))
+register_handler(LaterHandler("conv3d", (nn.Conv3d,), FP8Conv3d, FP8OwnConv3d))
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 register_handler(LaterHandler("transposed conv", _TRANSPOSED, FP8ConvTranspose))

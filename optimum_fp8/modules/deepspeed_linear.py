@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from .all_reduce import Peers
 from .handler import register_handler
-from .linear import FP8Linear
+from .linear import FP8LinearBase
 from .parallel import FP8RowParallel, ParallelHandler, RowParallelHandler, imported
 
 
@@ -44,7 +44,7 @@ def _lacking(module: Any) -> str | None:
     return "it has no mp_group, as DeepSpeed's layers do"
 
 
-class _SharesGroup(FP8Linear):
+class _SharesGroup(FP8LinearBase):
     """A layer whose copies speak over the same process group, which cannot be copied."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

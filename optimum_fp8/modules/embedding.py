@@ -20,7 +20,7 @@ from .handler import Conversion, Quantize, Reason, Surroundings, Target, Why, re
 _MARK = "values_dtype"
 
 
-class FP8Embedding(FP8Module):
+class FP8Table(FP8Module):
     """Rows of a table `[rows, size]` in FP8; one scale, or one a row.
 
     A subclass's own forward runs as it is: what it calls `super().forward` for is the lookup in FP8.
@@ -76,7 +76,11 @@ class FP8Embedding(FP8Module):
         super()._load_from_state_dict({**state_dict, f"{prefix}{_MARK}": self.values_dtype}, prefix, *args)
 
 
-class FP8EmbeddingBag(FP8Embedding):
+class FP8Embedding(FP8Table, nn.Embedding):  # type: ignore[misc]
+    """nn.Embedding with a table `[rows, size]` in FP8."""
+
+
+class FP8EmbeddingBag(FP8Table):
     """Sums, means or maxima of rows of a table in FP8; of the table, the rows that are asked for are dequantized."""
 
     mode: str
@@ -146,7 +150,7 @@ def _initialize_buffers(target: Target) -> None:
     It tells by the class of a module which these are.
     """
     module = target.module
-    if isinstance(module, FP8Embedding) and module._non_persistent_buffers_set:
+    if isinstance(module, FP8Table) and module._non_persistent_buffers_set:
         *_, around = (each for each in _models_around(target) if hasattr(each, "_init_weights"))
         acting = module.acting(torch.empty(module.weight_shape, device="meta"))
         around._init_weights(acting)

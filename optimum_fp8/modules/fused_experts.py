@@ -18,6 +18,7 @@ from .base import StandsForOriginal, own_attributes, shell_of
 from .expert_tensors import quantized_stack
 from .experts import FP8Experts, Routed
 from .fused_layout import FusedLayout, activation_of, as_stored, gated, known_layout, number_of, stack_of, to_out_in
+from .weight import asked_by_mover
 
 _DECLARED = "transformers.integrations.moe"
 
@@ -82,6 +83,15 @@ class FP8FusedExperts(StandsForOriginal, FP8Experts):
             self._parameters[name] = param
         else:
             super().register_parameter(name, param)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.stack_names and not asked_by_mover():
+            raise FP8NotAvailableError(
+                f"{self.name}.{name}: a stack of weights in FP8 cannot be pruned or reparametrized, nor changed by an "
+                "adapter (target_parameters of peft): put adapters on the linear layers around the experts, or call "
+                "optimum_fp8.dequantize(model) first"
+            )
+        super().__delattr__(name)
 
     def quantized(self, name: str, stack: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes `[E, out, in]` and scales of one of the stacks, given as the module stores it; one expert at a time.

@@ -12,10 +12,10 @@ from ..scales import Scheme, inf_as_nan
 from .autocast import autocast
 from .conv import LaterHandler
 from .handler import Reason, Surroundings, Why, register_handler
-from .linear import FP8Linear
+from .linear import FP8LinearBase
 
 
-class FP8GroupedLinear(FP8Linear):
+class FP8GroupedLinear(FP8LinearBase):
     """`[…, groups, out / groups]` of an input `[…, groups, in]`, with an FP8 weight `[out, in]`."""
 
     n_groups: int

@@ -261,6 +261,10 @@ class ModuleHandler:
         """
         raise NotImplementedError
 
+    def fake_quant(self, target: Target, delay: Any) -> Any:
+        """What rounds the operands of a module in training, a `FakeQuant`; scales follow by `delay`, a `Delay`."""
+        raise FP8NotAvailableError(f"{target.name}: fake_quant=True cannot train {self.kind!r} modules: blocklist it")
+
     def converted(self, model: nn.Module) -> dict[str, Any]:
         """All converted modules of this kind by qualified name."""
         raise NotImplementedError

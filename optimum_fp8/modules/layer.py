@@ -14,6 +14,7 @@ from ..formats import NumberFormat, codes_beyond, holds_codes
 from ..measure import Observers
 from ..scales import Scheme, always_fits
 from .base import FP8Module
+from .fake_quant import Delay
 from .handler import (
     Change,
     Conversion,
@@ -28,6 +29,7 @@ from .handler import (
     Why,
     spoken_type,
 )
+from .layer_fake_quant import LayerFakeQuant
 from .measured_forward import MeasuredForward, sees
 from .own_forward import EQUIVALENTS, is_known, measured
 from .weight import frozen
@@ -73,7 +75,7 @@ class LayerHandler(ModuleHandler):
         return tuple(spoken_type(f"{cls.__module__}.{cls.__name__}") for cls in self.classes)
 
     def matches(self, module: nn.Module) -> bool:
-        return self.base_of(module) is not None
+        return not isinstance(module, FP8Module) and self.base_of(module) is not None
 
     def base_of(self, module: Any) -> type[nn.Module] | None:
         """The class of this kind that a module is an instance of; None if it is of another kind."""
@@ -150,6 +152,16 @@ class LayerHandler(ModuleHandler):
             raise FP8ScaleError(f"{target.name}: {error}") from None
         made.set_scheme(scheme, input_scale)
         return Conversion(made)
+
+    def fake_quant(self, target: Target, delay: Delay) -> LayerFakeQuant:
+        module = target.module
+        if self.plain(module) is not module:
+            raise FP8NotAvailableError(
+                f"{target.name}: fake_quant=True cannot train a {type(module).__name__} whose weight is normalized "
+                "before it is used: remove the normalization, or put the module on the blocklist"
+            )
+        cls = self.fp8_class
+        return LayerFakeQuant(target, delay, cls.to_out_in, self.runs_own(module), cls.rows_are_tokens)
 
     def to_out_in(self, layer: Any) -> torch.Tensor:
         """The weight of a plain layer with output channels first."""
@@ -235,7 +247,10 @@ class LayerHandler(ModuleHandler):
         if not isinstance(module, FP8Module):
             return None
         scheme, scales = str(module.scheme), module.scales()
-        return Row(module.activations, module.record, scheme, scales, high_precision=module.high_precision)
+        error = module.requantized
+        remark = "" if error is None else f"quantized again, with an error of {100 * error:.1f} %"
+        high_precision = module.high_precision
+        return Row(module.activations, module.record, scheme, scales, high_precision=high_precision, remark=remark)
 
 
 def fp8_modules(model: nn.Module) -> dict[str, FP8Module]:

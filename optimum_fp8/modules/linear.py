@@ -18,8 +18,8 @@ from .layer import LayerHandler
 from .own_forward import run_own
 
 
-class FP8Linear(FP8Module):
-    """y = x Wᵀ + b with an FP8 weight `[out, in]`."""
+class FP8LinearBase(FP8Module):
+    """y = x Wᵀ + b with an FP8 weight `[out, in]`, whatever class it stands for."""
 
     def __init__(self, origin: Any, scheme: Scheme):
         super().__init__(self.to_out_in(origin.weight).shape, origin, scheme)
@@ -53,15 +53,19 @@ class FP8Linear(FP8Module):
         self.check_bias()
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise FP8StateError(
-                f"{self.name}: an FP8Linear of {self.in_features} input features was given {tuple(x.shape)}, expected "
-                f"(…, {self.in_features}): look at what the model hands to this module"
+                f"{self.name}: an {type(self).__name__} of {self.in_features} input features was given "
+                f"{tuple(x.shape)}, expected (…, {self.in_features}): look at what the model hands to this module"
             )
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {super().extra_repr()}"
 
 
-class FP8Conv1D(FP8Linear):
+class FP8Linear(FP8LinearBase, nn.Linear):  # type: ignore[misc]
+    """nn.Linear with an FP8 weight `[out, in]`."""
+
+
+class FP8Conv1D(FP8LinearBase, Conv1D):  # type: ignore[misc]
     """transformers' Conv1D (GPT-2), a linear layer that stores its weight as `[in, out]`; its codes are `[out, in]`."""
 
     stores_in_out = True

@@ -33,7 +33,7 @@ from .handler import (
     handlers,
 )
 from .layer import LayerHandler
-from .linear import FP8Linear
+from .linear import FP8LinearBase
 from .measured_forward import MeasuredForward
 from .weight import frozen
 
@@ -52,7 +52,7 @@ def imported(module: Any, name: str) -> Any:
     return next((vars(file)[name] for file in files if file is not None and name in vars(file)), None)
 
 
-class FP8RowParallel(FP8Linear):
+class FP8RowParallel(FP8LinearBase):
     """Base of layers split by rows, with an FP8 weight `[out, in / processes]`.
 
     The static methods say how a library's layer is computed around its product; they are given the FP8 module, or the
@@ -63,7 +63,7 @@ class FP8RowParallel(FP8Linear):
         output_scale: the same for the sum.
     """
 
-    scale_names = (*FP8Linear.scale_names, "partial_scale", "output_scale")
+    scale_names = (*FP8LinearBase.scale_names, "partial_scale", "output_scale")
 
     may_sum_in_fp8 = True  # whether results are of one layer among many, and not what the model returns
 
@@ -142,7 +142,7 @@ class ParallelHandler(LayerHandler):
         self,
         kind: str,
         types: tuple[str, ...],
-        fp8_class: type[FP8Linear],
+        fp8_class: type[FP8LinearBase],
         peers: Callable[[Any], Peers],
         lacking: Callable[[Any], str | None],
     ):
@@ -166,6 +166,9 @@ class ParallelHandler(LayerHandler):
         if getattr(module, "bias", None) is not None and "bias" not in module._parameters:
             return Why(Reason.UNFIT, "its bias is no parameter")
         return super().refusal(module, scheme, around)
+
+    def fake_quant(self, target: Target, delay: Any) -> Any:
+        return ModuleHandler.fake_quant(self, target, delay)  # they are layers of libraries for inference
 
 
 class RowParallelHandler(ParallelHandler):

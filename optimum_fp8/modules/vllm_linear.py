@@ -15,7 +15,7 @@ from ..measure import Observers
 from ..scales import Scheme
 from .all_reduce import Peers
 from .handler import Target, register_handler
-from .linear import FP8Linear
+from .linear import FP8LinearBase
 from .parallel import FP8RowParallel, ParallelHandler, RowParallelHandler, imported
 
 
@@ -57,14 +57,14 @@ def _returned(module: Any, output: torch.Tensor) -> Any:
     return output, module.bias if module.skip_bias_add else None
 
 
-class FP8ReplicatedLinear(FP8Linear):
+class FP8ReplicatedLinear(FP8LinearBase):
     """A layer that every process holds as a whole."""
 
     def forward(self, x: torch.Tensor) -> Any:  # type: ignore[override]
         return _returned(self, self.product(x, _added_bias(self)))
 
 
-class FP8ColumnParallelLinear(FP8Linear):
+class FP8ColumnParallelLinear(FP8LinearBase):
     """A layer split by columns, with an FP8 weight `[out / processes, in]`."""
 
     def forward(self, input_: torch.Tensor) -> Any:  # type: ignore[override]
@@ -104,7 +104,7 @@ class FP8RowParallelLinear(FP8RowParallel):
         return self.computed(input_)
 
 
-class FP8ParallelLMHead(FP8Linear):
+class FP8ParallelLMHead(FP8LinearBase):
     """The output head, split by columns: it is never called, but the `apply` of its `quant_method` is."""
 
     def __init__(self, origin: Any, scheme: Scheme):
@@ -127,7 +127,7 @@ class HeadMethod:
     def __init__(self, method: Any):
         self._method = method
 
-    def apply(self, layer: FP8Linear, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, layer: FP8LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`[…, out / processes]` of an input `[…, in]`."""
         return layer.product(x, bias)
 

@@ -23,7 +23,10 @@ _MOVERS = (
 
 
 class FP8Weight(FP8Tensor):
-    """An FP8 module's weight as the high-precision parameter that it stands for; read-only.
+    """An FP8 module's weight as the high-precision parameter that it stands for.
+
+    What is assigned to its `data`, added to it or subtracted from it (`weight.data += x`) is quantized again by the
+    module it is of, if it has an `owner`; no operator writes into it.
 
     It counts as a parameter, and functions that look for tensors with an interpretation of their own find it to be one:
     torch's fused transformer layers then call the modules, instead of multiplying by their weights.
@@ -43,14 +46,13 @@ class FP8Weight(FP8Tensor):
     @property
     def data(self) -> torch.Tensor:  # type: ignore[override]
         """The same values, without being a parameter."""
-        return FP8Tensor(self.codes, self.scale, self.dtype)
+        if (owner := self.__dict__.get("owner")) is None:
+            return FP8Tensor(self.codes, self.scale, self.dtype)
+        return FP8Values(self.codes, self.scale, self.dtype).of(owner)  # type: ignore[no-any-return]
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
-        raise FP8NotAvailableError(
-            "the weight of an FP8 module cannot be written to: change the original model and convert it again, or call "
-            "optimum_fp8.dequantize(model) first"
-        )
+        _write(self.__dict__.get("owner"), value)
 
     def detach(self) -> FP8Weight:  # type: ignore[override]
         return FP8Weight(self.codes, self.scale, self.dtype)  # a parameter can be made of it
@@ -64,6 +66,64 @@ class FP8Weight(FP8Tensor):
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Any], dtype: torch.dtype, size: Any, stride: Any) -> FP8Weight:
         return FP8Weight(inner["codes"], inner["scale"], dtype)
+
+
+class _WrittenByAddition:
+    """`+=` and `-=` write to the weight of a module, the `owner`; `made_of` tells the codes that the values are of."""
+
+    owner: Any
+    made_of: int
+
+    def of(self, owner: Any) -> Any:
+        self.owner, self.made_of = owner, owner.codes.data_ptr()
+        return self
+
+    def __iadd__(self, other: Any) -> Any:
+        return self._changed(other, torch.Tensor.add_)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._changed(other, torch.Tensor.sub_)
+
+    def _changed(self, other: Any, change: Any) -> Any:
+        self.owner.rewrite(change(self.clone(), other))  # type: ignore[attr-defined]
+        return self.owner.weight.data
+
+
+class FP8Values(_WrittenByAddition, FP8Tensor):
+    """What `data` of a weight is that can be written to."""
+
+
+class DequantizedWeight(_WrittenByAddition, torch.Tensor):
+    """Values of a weight whose scales do not follow its shape; written to as an FP8Weight is."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name.endswith("_") and not name.endswith("__") and args and isinstance(args[0], DequantizedWeight):
+            raise FP8NotAvailableError(f"{name} would write into a copy of the weight of {args[0].owner.name}: {_WAYS}")
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @property
+    def data(self) -> torch.Tensor:  # type: ignore[override]
+        return self
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        _write(self.owner, value)
+
+
+_WAYS = "change the original model and convert it again, or call optimum_fp8.dequantize(model) first"
+
+
+def _write(owner: Any, value: torch.Tensor) -> None:
+    if owner is None:
+        raise FP8NotAvailableError(f"the weight of an FP8 module cannot be written to: {_WAYS}")
+    if isinstance(value, _WrittenByAddition) and value.owner is owner and value.made_of == owner.codes.data_ptr():
+        return  # what `+=` has written already
+    owner.rewrite(value.clone() if isinstance(value, (FP8Tensor, DequantizedWeight)) else value)
 
 
 def asked_by_mover() -> bool:

@@ -22,7 +22,7 @@ class ModuleReport:
         name: qualified name.
         type: class of the original module.
         quantized: whether it is an FP8 module now.
-        reason: why not (or "selected").
+        reason: why not (or "selected", or what was done to its weight since).
         activations: "static", "dynamic", "weight_only", "measuring", or "" in high precision.
         weight_scale: smallest and largest, or None (it is offloaded, or there is none).
         input_scale: the static scale, or None.
@@ -94,13 +94,16 @@ def module_report(
     row: Row | None,
     parameters: int,
     *,
-    measuring: bool,
+    phase: str,
     tokens: tuple[int, ...] = (),
 ) -> ModuleReport:
-    """The row of one candidate, of which `types` are the names of its class, and `tokens` those of its experts."""
+    """The row of one candidate, of which `types` are the names of its class, and `tokens` those of its experts.
+
+    `phase` is where the model stands, as its state calls it.
+    """
     type_name, type_path = types[0], types[-1]
     if row is None:
-        reason = "measuring" if reason == "selected" else reason
+        reason = phase if reason == "selected" else reason
         known = {"type_path": type_path, "parameters": parameters, "tokens_of_experts": tokens}
         return ModuleReport(name, type_name, False, reason, **known)  # type: ignore[arg-type]
     kernels, fallbacks = call_counts(row.record)
@@ -109,8 +112,8 @@ def module_report(
         name,
         type_name,
         True,
-        "selected",
-        "measuring" if measuring else row.activations,
+        row.remark or "selected",
+        phase if phase == "measuring" else row.activations,
         scales.get("weight_scale"),
         scales["input_scale"][0] if "input_scale" in scales else None,
         kernels,
@@ -167,7 +170,7 @@ def _cells(name: str, rows: Sequence[ModuleReport], parameters: int) -> tuple[st
         _range(value for row in rows for value in row.weight_scale or ()),
         _range(row.input_scale for row in rows if row.input_scale is not None),
         counts(sum((Counter(row.kernels) for row in rows), Counter())),
-        "" if first.quantized else first.reason,
+        "" if first.reason == "selected" else first.reason,
     )
 
 

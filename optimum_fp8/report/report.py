@@ -11,7 +11,7 @@ from torch import nn
 
 from .. import ops
 from ..config import FP8Config
-from ..lifecycle import Phase, refuse_no_module, state_of, unwrapped
+from ..lifecycle import refuse_no_module, state_of, unwrapped
 from ..modules.handler import Reason, converted_modules, find_all
 from ..selection import of_kinds_asked_for, schemes_of, type_names
 from .attention import AttentionReport, attention_lines, attention_report, lists_lines
@@ -126,9 +126,9 @@ def quantization_report(model: nn.Module) -> QuantizationReport:
         module = modules.get(each.name)
         row = each.handler.row(module) if module is not None else None
         if each.handler.family.replaced:
-            types, parameters, measuring = each.types, held.pop(each.name, 0), state.phase is Phase.MEASURING
+            types, parameters = each.types, held.pop(each.name, 0)
             counts_of = tuple(counted[each.name].tolist()) if each.name in counted else ()
-            own = module_report(each.name, types, each.reason, row, parameters, measuring=measuring, tokens=counts_of)
+            own = module_report(each.name, types, each.reason, row, parameters, phase=phase, tokens=counts_of)
             rows.append(own)
         else:
             bypassed = each.handler.bypassed(module) if module is not None else ""
@@ -147,7 +147,7 @@ def _without_state(model: nn.Module, size: Size) -> QuantizationReport:
             module, handler = found[name]
             row, reason = (handler.row(module), "selected") if name in converted else (None, "not prepared")
             types, parameters = type_names(module), held.pop(name, 0)
-            rows.append(module_report(name, types, reason, row, parameters, measuring=False))
+            rows.append(module_report(name, types, reason, row, parameters, phase=""))
     phase = "converted" if converted else "high precision"
     return QuantizationReport(rows, phase, [], _others(model, held), size)
 

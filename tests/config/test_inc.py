@@ -156,11 +156,16 @@ def test_how_often_inc_writes_its_files_has_no_counterpart(read, caplog):
         FP8Config(calibration_sample_interval=1)
 
 
+@pytest.mark.parametrize("value", [True, "True", False, "False"])
+def test_fake_quant_is_quantization_aware_training(read, value):
+    assert read({"fake_quant": value, "allowlist": {"types": ["Linear"], "names": []}}).fake_quant is (
+        str(value) == "True"
+    )
+
+
 @pytest.mark.parametrize(
     "options",
     [
-        {"fake_quant": True},
-        {"fake_quant": "True"},
         {"observer": "shape"},
         {"mode": "SHAPE"},
         {"allowlist": {"types": ["EmbeddingBag"]}},

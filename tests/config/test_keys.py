@@ -14,7 +14,8 @@ import pytest
 
 import optimum_fp8
 from optimum_fp8 import FP8Config
-from optimum_fp8.config.keys import KEYS, ConfigKeys, markdown_table
+from optimum_fp8.config.key_texts import markdown_table
+from optimum_fp8.config.keys import KEYS, ConfigKeys
 from optimum_fp8.formats import FP8_DTYPES, HP_DTYPES, TARGETS
 
 PACKAGE = Path(optimum_fp8.__file__).parent

@@ -137,7 +137,6 @@ def test_a_dataset_that_cannot_be_one_is_refused_at_once(dataset):
         {"allowlist": {"types": ["Linear", "EmbeddingBag"]}},
         {"allowlist": {"types": ["torch.nn.EmbeddingBag"]}},
         {"allowlist": {"types": ["BMM"]}},
-        {"fake_quant": True},
     ],
     ids=str,
 )

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from optimum_fp8 import FP8Config, calibrate
-from optimum_fp8.errors import FP8CalibrationError
+from optimum_fp8.errors import FP8CalibrationError, FP8NotAvailableError
 from optimum_fp8.hf.loading_call import loading_origin
 from optimum_fp8.lifecycle import Origin
 from optimum_fp8.lifecycle.state import state_of
@@ -145,3 +145,39 @@ def test_an_error_names_the_place(places):
 def test_outside_of_from_pretrained_the_model_says_where_it_is_from(places):
     model = AutoModelForCausalLM.from_pretrained(places)
     assert loading_origin(model) == Origin(str(places)) and loading_origin(llama()) == Origin("")
+
+
+class Zero3:
+    """What DeepSpeed's configuration says of itself, while `TrainingArguments(deepspeed=…)` is there."""
+
+    def is_zero3(self):
+        return True
+
+
+@pytest.fixture
+def zero3():
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    config = Zero3()
+    set_hf_deepspeed_config(config)
+    yield config
+    unset_hf_deepspeed_config()
+
+
+@pytest.mark.parametrize("keys", [{"activation_scheme": "dynamic"}, {"mode": "MEASURE"}], ids=str)
+def test_zero_3_is_refused(save, zero3, keys):
+    with pytest.raises(FP8NotAvailableError, match=r"ZeRO-3.*stage 3.*ZeRO-2, DDP or FSDP2.*one process"):
+        AutoModelForCausalLM.from_pretrained(save(llama()), quantization_config=FP8Config(**keys))
+
+
+def test_zero_3_is_refused_for_fp8_checkpoints_and_for_training(save, tmp_path, request):
+    from transformers import Trainer, TrainingArguments
+
+    config = FP8Config(activation_scheme="dynamic")
+    model = AutoModelForCausalLM.from_pretrained(save(llama()), quantization_config=config)
+    model.save_pretrained(tmp_path / "fp8")
+    request.getfixturevalue("zero3")
+    with pytest.raises(FP8NotAvailableError, match="ZeRO-3"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "fp8")
+    with pytest.raises(FP8NotAvailableError, match="ZeRO-3"):
+        Trainer(model, TrainingArguments(str(tmp_path), report_to=[], use_cpu=True))

@@ -9,8 +9,8 @@ import torch
 from hf.conftest import llama
 from transformers import AutoModelForCausalLM
 
-from optimum_fp8 import FP8Config, ops, quantization_report
-from optimum_fp8.errors import FP8NotAvailableError, FP8StateError
+from optimum_fp8 import FP8Config, dequantize, ops, quantization_report
+from optimum_fp8.errors import FP8StateError
 
 
 @pytest.fixture(params=["static", "per token"])
@@ -40,9 +40,18 @@ def test_static_cache_generates_the_same_tokens(quantized, ids):
     assert torch.equal(quantized.generate(ids, cache_implementation="static", **options), plain)
 
 
-def test_backward_is_refused_with_a_reason(quantized, ids):
-    with pytest.raises(FP8NotAvailableError, match="no gradient.*dequantize"):
-        quantized(ids).logits.sum().backward()
+def test_gradients_reach_what_is_not_in_fp8(quantized, ids):
+    trained = [name for name, parameter in quantized.named_parameters() if parameter.requires_grad]
+    assert "model.norm.weight" in trained and "model.layers.0.mlp.up_proj.weight" not in trained
+
+    def gradients(model):
+        model(ids, labels=ids).loss.backward()
+        found = [model.get_parameter(name).grad.flatten().double() for name in trained]
+        model.zero_grad()
+        return torch.cat(found)
+
+    found, expected = gradients(quantized), gradients(dequantize(copy.deepcopy(quantized)))
+    assert torch.cosine_similarity(found, expected, dim=0) > 0.98
 
 
 def test_forced_reference_computes_the_same_and_is_counted(quantized, ids):

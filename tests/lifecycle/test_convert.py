@@ -144,7 +144,7 @@ def test_tied_weights_are_quantized_once_unless_their_schemes_differ(monkeypatch
         calls.append(args)
         return quantize_weight(*args)
 
-    monkeypatch.setattr("optimum_fp8.lifecycle.convert.quantize_weight", counted)
+    monkeypatch.setattr("optimum_fp8.modules.quantized_once.quantize_weight", counted)
 
     def tied(**options):
         model = nn.Sequential(*[nn.Linear(4, 4, bias=False) for _ in range(4)])

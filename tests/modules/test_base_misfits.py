@@ -45,7 +45,7 @@ def test_inputs_of_other_sizes(scheme):
     for shape, found in (((2, 5, 17), r"\(2, 5, 17\)"), ((15,), r"\(15,\)"), ((), r"\(\)")):
         with pytest.raises(FP8StateError, match=rf"block\.q: an FP8Linear of 16 .* given {found}, expected \(…, 16\)"):
             block(torch.randn(shape))
-    with pytest.raises(FP8StateError, match=r"block\.conv1d: an FP8Linear of 8 .* given \(3, 9\)"):
+    with pytest.raises(FP8StateError, match=r"block\.conv1d: an FP8Conv1D of 8 .* given \(3, 9\)"):
         block.conv1d(torch.randn(3, 9))
     with pytest.raises(FP8StateError, match=r"conv: an FP8Conv2d of 3 .* given \(1, 5, 8, 8\), expected \(N, 3"):
         net["conv"](torch.randn(1, 5, 8, 8))

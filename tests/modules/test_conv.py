@@ -10,7 +10,7 @@ from grids import over
 from torch import nn
 
 from optimum_fp8 import FP8Config, convert, dequantize, prepare
-from optimum_fp8.modules import FP8Conv, FP8Conv2d, LayerHandler, fp8_modules
+from optimum_fp8.modules import FP8Conv, LayerHandler, fp8_modules
 from optimum_fp8.modules.conv import FP8ConvTranspose
 from optimum_fp8.modules.handler import Surroundings
 from optimum_fp8.selection import scheme_for
@@ -56,7 +56,7 @@ def rounded(x, scale):
 @pytest.mark.parametrize("cls", KINDS)
 def test_it_is_the_convolution_of_rounded_values(cls, geometry):
     plain, module, x = made(cls, geometry)
-    assert type(module) is (FP8Conv2d if cls is nn.Conv2d else FP8Conv)
+    assert isinstance(module, FP8Conv) and isinstance(module, cls) and type(module).__name__ == f"FP8{cls.__name__}"
     with torch.no_grad():
         plain.weight.copy_(module.codes.float() * module.weight_scale)
         expected = plain(rounded(x, module.input_scale))
@@ -121,7 +121,7 @@ def test_dequantized_it_has_its_geometry_again(cls):
 
 def test_its_text_says_what_it_is():
     _, module, _ = made(nn.Conv3d, "plain")
-    assert repr(module) == "FP8Conv(4, 8, (3, 3, 3), E4M3 on cpu, weight per tensor, activations static)"
+    assert repr(module) == "FP8Conv3d(4, 8, (3, 3, 3), E4M3 on cpu, weight per tensor, activations static)"
 
 
 @pytest.mark.parametrize("kind", TRANSPOSED)

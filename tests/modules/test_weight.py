@@ -72,7 +72,6 @@ def test_scales_by_blocks():
 WRITES = {
     "fill_": lambda module: module.weight.fill_(1),
     "copy_": lambda module: module.weight.copy_(torch.ones(6, 8)),
-    "data": lambda module: setattr(module.weight, "data", torch.ones(6, 8)),
     "data in place": lambda module: module.weight.data.mul_(2),
     "a row": lambda module: module.weight.data.__setitem__(0, 1.0),
     "init": lambda module: nn.init.normal_(module.weight),
