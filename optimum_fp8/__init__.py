@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from . import ops, scales
     from .adapters import merge_lora
     from .calibration import calibrate, range_movement
-    from .checkpoint import load, load_single_file, native_config, save
+    from .checkpoint import load, load_single_file, native_config
     from .config import FP8Config
     from .errors import (
         FP8CalibrationError,
@@ -38,12 +38,14 @@ if TYPE_CHECKING:
     from .report import quantization_report
     from .rescaling import requantize, rescale
     from .self_test import selftest
-    from .verifying import verify
+    from .training import FP8Callback
+    from .verifying import save, verify
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "FP8CalibrationError",
+    "FP8Callback",
     "FP8CheckpointError",
     "FP8Config",
     "FP8ConfigError",
@@ -83,6 +85,7 @@ _MODULES = ("cache", "errors", "formats", "modules", "ops", "scales")
 # No name here may be a module's as well: importing the module would put it in the name's place.
 _HOMES = {
     **{name: "errors" for name in __all__ if name.startswith("FP8") and name.endswith("Error")},
+    "FP8Callback": "training",
     "FP8Config": "config",
     "Measurements": "measure",
     "calibrate": "calibration",
@@ -101,7 +104,7 @@ _HOMES = {
     "range_movement": "calibration",
     "requantize": "rescaling",
     "rescale": "rescaling",
-    "save": "checkpoint",
+    "save": "verifying",
     "selftest": "self_test",
     "start_on_gaudi": "quantize",
     "verify": "verifying",

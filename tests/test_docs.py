@@ -91,7 +91,7 @@ def registries():
 
 
 SNIPPETS = [page for page in PAGES if blocks(page, "python")]
-LONG = {"verify.md"}  # starts processes that import everything
+LONG = {"trainer.md", "verify.md"}  # trains, and starts processes that import everything
 
 
 @pytest.mark.parametrize(

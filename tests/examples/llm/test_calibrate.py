@@ -62,8 +62,12 @@ def test_configurations_of_accelerate_are_read_and_say_how_to_use_them(path):
 
     text = path.read_text(encoding="utf-8")
     kinds = {"cpu": "MULTI_GPU", "fsdp2": "FSDP", "multi_gpu": "MULTI_GPU", "hpu": "NO", "multi_hpu": "MULTI_HPU"}
+    kinds |= {"deepspeed_zero2": "DEEPSPEED"}
     config = load_config_from_file(str(path))
     assert config.distributed_type == kinds[path.stem] and (config.num_processes > 1) == (path.stem != "hpu")
     assert text.startswith(f"# accelerate launch --config_file examples/llm/accelerate/{path.name} examples/llm/")
+    assert ("# Not run on " in text) == (path.stem != "cpu")
+    if path.stem == "deepspeed_zero2":
+        assert config.deepspeed_config["zero_stage"] == 2
     if path.stem == "fsdp2":
         assert yaml.safe_load(text)["fsdp_config"]["fsdp_version"] == 2
