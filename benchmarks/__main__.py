@@ -1,10 +1,11 @@
 """Everything, in one table, which is also written to `benchmarks/results/NAME.md`.
 
     python -m benchmarks [--only linear casts conv attention experts generate memory loading overhead calibrate]
-                         [--compile] [--samples N] [--name NAME]
+                         [--compile] [--vllm LIBRARY] [--samples N] [--name NAME]
 
 Needs the extra `benchmark` (`pip install -e '.[benchmark]'`), about 6 GB of memory, and a quiet machine: the load
-before and after goes into the page.
+before and after goes into the page. That is written after each part. A rival that cannot run is a row that tells why,
+and so is a part of ours that raises: then the others go on, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
-import time
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from . import (
@@ -28,16 +30,18 @@ from . import (
     machine,
     memory,
     overhead,
-    table,
 )
+from .page import Measured, Page
 
-Part = Callable[[argparse.Namespace], tuple[list[table.Row], list[str]]]
-
-PARTS: dict[str, Part] = {
-    "linear": lambda options: cpu_linear.run(budget=options.budget, static=options.static),
+PARTS: dict[str, Callable[[argparse.Namespace], Measured]] = {
+    "linear": lambda options: cpu_linear.run(
+        budget=options.budget, static=options.static, single_thread=options.single_thread, library=options.vllm
+    ),
     "casts": lambda options: cpu_casts.run(budget=options.budget),
     "conv": lambda options: conv.run(options.budget, options.single_thread),
-    "attention": lambda options: attention.run(budget=options.budget),
+    "attention": lambda options: attention.run(
+        budget=options.budget, library=options.vllm, single_thread=options.single_thread
+    ),
     "experts": lambda options: experts.run(
         budget=4 * options.budget, library=options.vllm, single_thread=options.single_thread
     ),
@@ -57,9 +61,11 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--compile", action="store_true", help="generate under torch.compile too")
     found.add_argument("--static", action="store_true", help="linear layers with FP8 activations too")
     found.add_argument(
-        "--single-thread", action="store_true", help="convolutions and experts by the CPU time of one thread"
+        "--single-thread",
+        action="store_true",
+        help="linear layers, convolutions, attention, experts by one thread's CPU time",
     )
-    found.add_argument("--vllm", metavar="LIBRARY", help="vLLM's library for CPUs, whose experts are measured too")
+    found.add_argument("--vllm", metavar="LIBRARY", help="vLLM's library for CPUs, to measure it too: see vllm_cpu.py")
     found.add_argument("--rivals", nargs="*", default=generate.RIVALS, choices=generate.RIVALS)
     found.add_argument("--scale-method", default=generate.models.SCALES_PER_CHANNEL)
     found.add_argument(
@@ -74,26 +80,27 @@ def load_average() -> str:
     return f"{os.getloadavg()[0]:.2f}"
 
 
-def main() -> None:
+def prepared(part: Callable[[argparse.Namespace], Measured], options: argparse.Namespace) -> Measured:
+    """A part, on as many threads as all have, whatever the part before left behind when it raised."""
+    machine.prepare()
+    return part(options)
+
+
+def main() -> int:
     options = parser().parse_args()
     machine.prepare()
-    described = {**machine.describe(), "load before": load_average()}
-    rows: list[table.Row] = []
-    notes: list[str] = []
-    for name in options.only:
-        start = time.perf_counter()
-        found, said = PARTS[name](options)
-        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
-        rows, notes = rows + found, notes + said
+    wanted = {name: PARTS[name] for name in options.only}
     if options.compile:
-        found, said = generate.run(options.scale_method, options.rivals, compiled=True)
-        rows, notes = rows + found, notes + [f"compiled: {note}" for note in said]
-    described["load after"] = load_average()
-    print(table.report(rows, described, notes))
+        wanted["compiled"] = lambda options: generate.run(options.scale_method, options.rivals, compiled=True)
+    parts = {name: partial(prepared, part, options) for name, part in wanted.items()}
     path = Path(__file__).parent / "results" / f"{options.name}.md"
-    table.write(path, table.markdown(rows, described, f"FP8 on a CPU, {options.name}", notes))
+    described = {**machine.describe(), "load before": load_average()}
+    page = Page(path, f"FP8 on a CPU, {options.name}", described)
+    page.run(parts, after=lambda: {"load after": load_average()})
+    print(page)
     print(f"written to {path}")
+    return int(bool(page.failed))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,8 +15,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Re
 
 from optimum_fp8 import FP8Config, convert, prepare, quantization_report
 
-from .conv import seconds_of_thread
-from .timing import interleave
+from .timing import interleave, seconds_of_thread
 
 VISION = Path(__file__).parents[1] / "examples" / "vision"
 METHODS = ("maxabs_hw", "maxabs_arbitrary")

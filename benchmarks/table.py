@@ -59,6 +59,11 @@ class Row:
         )
 
 
+def not_run(what: str, why: str) -> Row:
+    """The row of what could not be measured."""
+    return Row(what, "", f"not run: {why}", None)
+
+
 def text(rows: Iterable[Row]) -> str:
     """The rows in aligned columns, for a terminal."""
     lines = [HEADER, *(row.cells() for row in rows)]

@@ -10,7 +10,10 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Generic, TypeVar, cast
+
+from .failures import Rivals
 
 Side = TypeVar("Side")
 
@@ -55,6 +58,7 @@ def interleave(
     most: int = 60,
     warmup: int = 1,
     measure: Clock = seconds,
+    rivals: Rivals | None = None,
 ) -> Times:
     """Run all sides in turns until the time is up; the value of each call, in the order of the rounds.
 
@@ -65,21 +69,24 @@ def interleave(
         most: rounds after which it ends in any case.
         warmup: rounds that are not counted.
         measure: what is kept of a call: by default its seconds.
+        rivals: those of the sides that may fail; they are then in no later round, and not in the result.
     """
     if least < 1 or most < least:
         raise ValueError(f"least={least} and most={most}: expected 1 <= least <= most")
+    rivals = rivals or Rivals(())
     turns = rounds(list(sides))
     for _ in range(warmup):
         for name in next(turns):
-            sides[name]()
+            rivals.attempt(name, sides[name])
     times: Times = {name: [] for name in sides}
     start = time.perf_counter()
     for done in range(most):
         if done >= least and time.perf_counter() - start > budget:
             break
         for name in next(turns):
-            times[name].append(measure(sides[name]))
-    return times
+            if (value := rivals.attempt(name, partial(measure, sides[name]))) is not None:
+                times[name].append(value)
+    return {name: values for name, values in times.items() if name not in rivals.reasons}
 
 
 def median(values: Sequence[float]) -> float:

@@ -21,8 +21,11 @@ from benchmarks import (
     machine,
     memory,
     models,
+    overhead,
     rivals,
+    vllm_cpu,
 )
+from benchmarks.failures import Rivals
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -43,6 +46,11 @@ def folder(tmp_path):
 @pytest.fixture
 def few_copies(monkeypatch):
     monkeypatch.setattr(machine, "cold_copies", lambda nbytes: 3)
+
+
+@pytest.fixture
+def known_peak(monkeypatch):
+    monkeypatch.setattr(machine, "gemm_peak", lambda measure=None: machine.GemmPeak(1e9, 1e9))
 
 
 @pytest.mark.slow
@@ -84,12 +92,64 @@ def test_casts_make_a_row_for_each_operation(few_copies):
     assert "copying" in notes[0] and "reading" in notes[0]
 
 
-def test_attention_makes_a_row_for_each_shape_and_length(few_copies):
+def test_linear_is_exact_where_wrong_codes_are_counted():
+    def product(x, codes):
+        return x @ codes.to(x.dtype).t()
+
+    assert cpu_linear.wrong_codes(product) == 0
+    assert (
+        cpu_linear.wrong_codes(lambda x, codes: product(x, codes) + (product(x, codes) == 0) / 128) == 2
+    )  # both zeros
+
+
+def test_error_of_a_product_is_that_beside_float64(few_copies):
+    weights, x = cpu_linear.Weights.of((32, 64)), torch.randn(4, 64).bfloat16()
+    exact = F.linear(x.double(), weights.plain.take().double())
+    assert cpu_linear.largest_error(lambda: exact, weights, x) == 0
+    assert cpu_linear.largest_error(lambda: exact * 1.01, weights, x) == pytest.approx(0.01)
+    assert cpu_linear.largest_error(cpu_linear.sides_of(weights, x, False)["tensor"], weights, x) < 2**-8
+
+
+def test_vllm_that_cannot_run_costs_its_rows(few_copies, known_peak, monkeypatch):
+    def killed(library, operator):
+        raise RuntimeError(f"vLLM's {operator} was killed by SIGILL")
+
+    monkeypatch.setattr(vllm_cpu, "load", killed)
+    rows, _ = cpu_linear.run(((32, 64),), rows=(1,), budget=0, library="_C.so")
+    assert [row.what.split(" (")[0] for row in rows[:2]] == [
+        f"linear M=1 32x64, scale per {name}" for name in ("tensor", "channel")
+    ]
+    rows += attention.run((attention.Heads(2, 2, 32),), (50,), (40,), budget=0, library="_C.so")[0]
+    rows += experts.run(experts.Shape(8, 2, 64, 32), tokens=(1,), budget=0, library="_C.so")[0]
+    assert {row.what: row.baseline for row in rows if row.ratio is None} == {
+        "linear layers, beside vLLM": "not run: vLLM's linear was killed by SIGILL",
+        "attention, beside vLLM bf16": "not run: vLLM's attention was killed by SIGILL",
+        "attention, beside vLLM FP8": "not run: vLLM's attention over FP8 was killed by SIGILL",
+        "experts, beside vLLM bf16": "not run: vLLM's experts was killed by SIGILL",
+    }
+
+
+def test_attention_makes_a_row_for_each_shape_length_and_other_side(few_copies, known_peak):
     shapes = (attention.Heads(4, 2, 32), attention.Heads(2, 2, 32))
     rows, notes = attention.run(shapes, tokens=(50, 60), prompts=(40,), budget=0)
-    assert len({row.what for row in rows}) == len(rows) == 5
-    assert [(row.wanted, row.wanted_limit) for row in rows] == [(1.7, 0.7)] * 4 + [(0.9, None)]
-    assert all(row.ratio for row in rows) and all(row.limit for row in rows[:4]) and "SDPA" in notes[0]
+    others = (attention.SDPA, attention.BY_HAND, attention.READING_BF16)
+    assert [row.baseline.startswith(name) for row, name in zip(rows, others * 4, strict=False)] == [True] * 12
+    assert [(row.wanted, row.wanted_limit) for row in rows] == [(1.7, 0.7), *[(None, None)] * 2] * 4 + [(0.9, None)]
+    assert all(row.ratio and row.limit for row in rows) and "SDPA" in notes[0]
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_attention_in_float64_and_by_hand_is_that_of_torch(queries):
+    query, cache = (
+        torch.randn(1, 4, queries, 32).bfloat16(),
+        attention.plain(attention.codes(attention.Heads(4, 2, 32), 9)),
+    )
+    mask = torch.ones(queries, 9, dtype=torch.bool).tril(9 - queries)
+    expected = F.scaled_dot_product_attention(query.double(), *(x.double() for x in cache), mask, enable_gqa=True)
+    torch.testing.assert_close(attention.exact(query, *cache), expected.transpose(1, 2))
+    assert attention.error(expected.transpose(1, 2), attention.exact(query, *cache)) == ", error 0.00%"
+    if queries == 1:
+        attention.check(attention.by_hand(query, *cache).transpose(1, 2), expected)
 
 
 def test_attention_compares_only_equal_results():
@@ -102,7 +162,7 @@ def test_attention_compares_only_equal_results():
         attention.check(found * 1.1, expected)
 
 
-def test_experts_make_a_row_for_each_kind_of_activations():
+def test_experts_make_a_row_for_each_kind_of_activations(known_peak):
     rows, notes = experts.run(experts.Shape(8, 2, 64, 32), tokens=(1, 4, 9), budget=0)
     assert [row.what.split(" (")[0] for row in rows] == [
         f"experts, {tokens}, {name}"
@@ -136,6 +196,13 @@ def test_transformers_decodes_and_prefills(folder):
     assert engine.logits(prompt[:1]).shape == (TINY["vocab_size"],)
 
 
+def test_tiny_linear_layers_are_what_they_are_called():
+    assert type(overhead.tiny_linear(None)) is torch.nn.Linear
+    for name in ("weight_only", "static", "dynamic"):
+        assert overhead.tiny_linear(name).activations == name
+    assert [row.what.split(", ")[1] for row in overhead.linear_alone(1)] == ["weight_only", "static", "dynamic"]
+
+
 def test_models_are_made_once(folder, tmp_path):
     before = (folder / "config.json").stat().st_mtime_ns
     assert models.llama(tmp_path, "tiny", **TINY) == folder
@@ -159,10 +226,12 @@ def test_only_sides_that_compute_the_same_model_are_timed(folder, monkeypatch):
         "bf16": rivals.Transformers(models.load(folder)),
         "FP8": rivals.Transformers(models.load(folder, "maxabs_hw")),
     }
-    assert generate.likeness(sides)["FP8"] > generate.LIKENESS
+    assert generate.likeness(sides, Rivals(()))["FP8"] > generate.LIKENESS
     sides["int8"] = rivals.Transformers(llama(**TINY))
     with pytest.raises(RuntimeError, match="int8 does not compute the same model"):
-        generate.likeness(sides)
+        generate.likeness(sides, Rivals(()))
+    optional = Rivals(["int8"])
+    assert "int8" not in generate.likeness(sides, optional) and "same model" in optional.reasons["int8"]
 
 
 def test_int8_has_quantized_all_linear_layers(folder):
@@ -174,6 +243,10 @@ def test_comparison_has_wishes_where_they_belong():
     times = {"FP8": [1.0, 1.0], "bf16": [3.0, 3.0], "llama.cpp": [0.5, 0.5], "read": [0.5, 0.5]}
     rows = generate.compare("decode 1, compiled", times, str, 0.5, "reading", generate.WANTED)
     assert [(row.ratio, row.wanted, row.limit) for row in rows] == [(3.0, 3.0, 0.5), (0.5, 0.9, None)]
+    compiled = {"FP8": [1.0], "bf16": [3.0], generate.EAGER: [1.5]}
+    wanted = {**generate.WANTED, **generate.WANTED_COMPILED}
+    rows = generate.compare("decode 8, compiled", compiled, str, 0.5, "reading", wanted)
+    assert [(row.ratio, row.wanted) for row in rows] == [(3.0, 2.0), (1.5, 1.0)]
     times[generate.CACHED] = [0.75, 0.75]
     rows = generate.compare("decode 1 after 512", times, str, None, "", generate.WANTED, generate.CACHED)
     assert [(row.ours, row.ratio, row.wanted) for row in rows] == [("0.75", 4.0, None), ("0.75", 0.5 / 0.75, None)]
