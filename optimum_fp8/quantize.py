@@ -21,6 +21,7 @@ from .lifecycle import (
     prepare,
     refuse_second_time,
     state_of,
+    trained_state,
     unfold_exactly,
     unmeasured_state,
     unwrapped,
@@ -59,9 +60,18 @@ def convert(model: nn.Module, config: FP8Config | None = None) -> nn.Module:
         refuse_second_time(model, "convert", config)
         if config is None:
             raise FP8StateError("convert: this model was not prepared: call prepare(model, config), or pass a config")
+        if config.fake_quant:
+            raise FP8StateError(
+                "convert: fake_quant=True is for models that are trained before: call prepare(model, config), train "
+                "it, then convert(model); or leave fake_quant out"
+            )
         state = unmeasured_state(model, config)
     elif config is not None and config != state.config:
         raise FP8StateError("convert: this model was prepared with another config: leave the argument out")
+    if state.phase is Phase.TRAINING:
+        with trained_state(model, state) as trained:
+            convert_with(model, trained, attach_quantizer)
+        return given
     try:
         convert_with(model, state, attach_quantizer)
     except BaseException:

@@ -66,6 +66,12 @@ def test_every_test_that_is_named_exists():
     assert wrong == []
 
 
+def test_tests_named_on_the_page_on_accelerate_exist():
+    text = (ROOT / "docs" / "accelerate.md").read_text(encoding="utf-8")
+    named = re.findall(r"tests/[\w/.:]+", text)
+    assert len(named) > 10 and [reason for test in named if (reason := why_not(test))] == []
+
+
 def test_no_promise_stands_twice():
     promises = [promise for promise, _ in PROMISES]
     assert len(promises) == len(set(promises))
