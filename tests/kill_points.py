@@ -68,10 +68,10 @@ def kill_scripts_at_random_points(
 
 def _at_random_points(process: Callable[[int, float | None], float], check: Callable[[int], None], points: int) -> None:
     """`process(n, seconds)` ends one's work after so many seconds; None: it is done then, and says when it began."""
-    generator, seconds = random.Random(0), 0.0
-    for number in (points, points + 1):  # the first takes longer
+    generator, seconds = random.Random(0), LIMIT * 1.0
+    for number in (points, points + 1):  # either may be held up, and then all would be killed when they are done
         began = process(number, None)
-        seconds = time.monotonic() - began
+        seconds = min(seconds, time.monotonic() - began)
     for number in range(points):
         process(number, generator.uniform(0, seconds))
         check(number)
