@@ -29,16 +29,7 @@ from .whole_state import tensors_to_write
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
-    """Write a converted model: `model.safetensors` with all of its state, and `quantization.json`.
-
-    The folder is made beside its place and moved there, so it is whole or not there. `load` reads it. A transformers
-    model is written by its own `save_pretrained`, and read by `from_pretrained`; a model of diffusers is written by its
-    own, and read by `load`.
-
-    Args:
-        model: what `convert` returned.
-        folder: where to; one that holds anything is refused.
-        max_shard_size: of one file of weights, as `save_pretrained` takes it.
+    """Write a converted model into a folder, as the public `save` tells, without verifying what was written.
 
     Raises:
         FP8StateError: the model is not converted, or only parts of it are.
