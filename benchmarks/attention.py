@@ -5,10 +5,11 @@
 Decoding reads the whole cache for each token: each call gets another copy, from more copies than twice the last cache
 holds, and what FP8 reaches is given as a part of reading the same codes from end to end.
 
-torch's attention takes far longer for one token than its cache takes to read, so more are beside ours: torch's matrix
-products and softmax by hand, reading the bfloat16 cache (no kernel for one can be faster), and with `--vllm` those of
-vLLM (see `vllm_cpu.py`) over caches in bfloat16 and in FP8. Errors are the largest beside float64, as a part of the
-largest output.
+torch's attention takes far longer for one token than its cache takes to read, so more are beside ours: our own kernel
+over a bfloat16 cache (see `bf16_cache.py`), which tells what FP8 gains and no more; torch's matrix products and softmax
+by hand; reading the bfloat16 cache (no kernel for one can be faster); and with `--vllm` those of vLLM (see
+`vllm_cpu.py`) over caches in bfloat16 and in FP8. Errors are the largest beside float64, as a part of the largest
+output.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 
 from optimum_fp8 import ops
 
-from . import machine, timing, vllm_cpu
+from . import bf16_cache, machine, timing, vllm_cpu
 from .failures import Rivals
 from .table import Row, report
 
@@ -34,8 +35,9 @@ PROMPTS = (512, 2048)
 WANTED_DECODING, WANTED_PREFILL = 1.7, 0.9
 WANTED_OF_READING = 0.7
 SDPA, BY_HAND, READING_BF16 = "SDPA bf16", "products bf16", "reading the bf16 cache"
+OUR_BF16 = "our kernel of a bf16 cache"
 VLLM = {"vLLM bf16": "attention", "vLLM FP8": "attention over FP8"}  # what each needs of vLLM
-WANTED_BESIDE = {SDPA: WANTED_DECODING, "vLLM bf16": 1.0, "vLLM FP8": 1.0}
+WANTED_BESIDE = {SDPA: WANTED_DECODING, OUR_BF16: 1.6, "vLLM bf16": 1.0, "vLLM FP8": 1.0}
 CLOSE = 0.02  # both sides hold the same values: what differs is where they round
 
 
@@ -90,12 +92,12 @@ def check(found: torch.Tensor, expected: torch.Tensor) -> None:
     """No speed counts if the result is another one.
 
     Raises:
-        RuntimeError: FP8 differs from bfloat16 by more than roundings.
+        RuntimeError: `found` differs from torch's in bfloat16 by more than roundings.
     """
     expected = expected.transpose(1, 2).float()
     apart = float((found.float() - expected).norm() / expected.norm())
     if not apart <= CLOSE:
-        raise RuntimeError(f"FP8 attention is {apart:.1%} off bfloat16, expected at most {CLOSE:.0%}")
+        raise RuntimeError(f"attention is {apart:.1%} off bfloat16, expected at most {CLOSE:.0%}")
 
 
 def backend_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str:
@@ -128,6 +130,11 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> str:
     return f", error {float((found.double() - expected).abs().max() / expected.abs().max()):.2%}"
 
 
+def vllm_names(rivals: Rivals) -> list[str]:
+    """Those of the rivals that are vLLM's."""
+    return [name for name in rivals.names if name in VLLM]
+
+
 def vllm_side(
     name: str, query: torch.Tensor, plain_cache: tuple[torch.Tensor, torch.Tensor], copies: int
 ) -> Callable[[], torch.Tensor]:
@@ -145,7 +152,8 @@ def decode(heads: Heads, tokens: int, budget: float, rivals: Rivals, clock: timi
     fp8 = timing.Rotation([(k.clone(), v.clone()) for k, v in [cache] * copies[1]])
     bf16 = timing.Rotation([(k.clone(), v.clone()) for k, v in [flat] * copies[2]])
     read, _ = machine.reader()
-    check(fp8_attention(query, *cache), F.scaled_dot_product_attention(query, *flat, enable_gqa=True))
+    torchs = F.scaled_dot_product_attention(query, *flat, enable_gqa=True)
+    check(fp8_attention(query, *cache), torchs)
     sides: dict[str, Callable[[], object]] = {
         "fp8": lambda: fp8_attention(query, *fp8.take()),
         SDPA: lambda: F.scaled_dot_product_attention(query, *bf16.take(), enable_gqa=True).transpose(1, 2),
@@ -153,7 +161,10 @@ def decode(heads: Heads, tokens: int, budget: float, rivals: Rivals, clock: timi
         READING_BF16: lambda: [read(x) for x in bf16.take()],
         "read": lambda: [read(x) for x in fp8.take()],
     }
-    for name in rivals.names:
+    if OUR_BF16 in rivals.names and OUR_BF16 not in rivals.reasons:
+        check(bf16_cache.attention(query, *flat), torchs)
+        sides[OUR_BF16] = lambda: bf16_cache.attention(query, *bf16.take())
+    for name in vllm_names(rivals):
         side = rivals.attempt(name, partial(vllm_side, name, query, flat, copies[1 + ("bf16" in name)]))
         sides |= {} if side is None else {name: side}
     expected = exact(query, *flat)
@@ -164,7 +175,8 @@ def decode(heads: Heads, tokens: int, budget: float, rivals: Rivals, clock: timi
 
     def figures(name: str) -> str:
         taken, moved = timing.median(times[name]), size if name in ("fp8", "vLLM FP8") else 2 * size
-        return f"{1e3 * taken:.2f} ms, {moved / taken / 1e9:.1f} GB/s{errors.get(name, '')}"
+        bound = f", {timing.ratio(times[READING_BF16], times[name]):.0%} of reading" if name == OUR_BF16 else ""
+        return f"{1e3 * taken:.2f} ms, {moved / taken / 1e9:.1f} GB/s{bound}{errors.get(name, '')}"
 
     return [
         Row(
@@ -195,7 +207,7 @@ def prefill(
         SDPA: lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True),
     }
     check(sides["fp8"](), sides[SDPA]())
-    for name in rivals.names:
+    for name in vllm_names(rivals):
         side = rivals.attempt(name, partial(vllm_side, name, query, flat, 1))
         sides |= {} if side is None else {name: side}
     times = timing.interleave(sides, budget=budget, least=5, measure=clock, rivals=rivals)
@@ -235,8 +247,9 @@ def run(
     """
     threads, clock = torch.get_num_threads(), timing.seconds_of_thread if single_thread else timing.seconds
     torch.set_num_threads(1 if single_thread else threads)
-    rivals, peak = Rivals(VLLM if library else ()), machine.gemm_peak(measure=clock)
-    for name in rivals.names:
+    rivals, peak = Rivals([OUR_BF16, *(VLLM if library else ())]), machine.gemm_peak(measure=clock)
+    rivals.attempt(OUR_BF16, bf16_cache.load)
+    for name in vllm_names(rivals):
         rivals.attempt(name, partial(vllm_cpu.load, str(library), VLLM[name]))
     found = [row for heads in shapes for count in tokens for row in decode(heads, count, budget, rivals, clock)]
     found += [row for length in prompts for row in prefill(shapes[0], length, budget, peak.best, rivals, clock)]

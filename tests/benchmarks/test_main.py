@@ -12,6 +12,7 @@ from hf.conftest import llama
 
 from benchmarks import (
     attention,
+    bf16_cache,
     calibrate,
     cpu_casts,
     cpu_linear,
@@ -132,10 +133,22 @@ def test_vllm_that_cannot_run_costs_its_rows(few_copies, known_peak, monkeypatch
 def test_attention_makes_a_row_for_each_shape_length_and_other_side(few_copies, known_peak):
     shapes = (attention.Heads(4, 2, 32), attention.Heads(2, 2, 32))
     rows, notes = attention.run(shapes, tokens=(50, 60), prompts=(40,), budget=0)
-    others = (attention.SDPA, attention.BY_HAND, attention.READING_BF16)
-    assert [row.baseline.startswith(name) for row, name in zip(rows, others * 4, strict=False)] == [True] * 12
-    assert [(row.wanted, row.wanted_limit) for row in rows] == [(1.7, 0.7), *[(None, None)] * 2] * 4 + [(0.9, None)]
+    others = (attention.SDPA, attention.BY_HAND, attention.READING_BF16, attention.OUR_BF16)
+    assert [row.baseline.startswith(name) for row, name in zip(rows, others * 4, strict=False)] == [True] * 16
+    wanted = [(1.7, 0.7), *[(None, None)] * 2, (1.6, None)]
+    assert [(row.wanted, row.wanted_limit) for row in rows] == wanted * 4 + [(0.9, None)]
     assert all(row.ratio and row.limit for row in rows) and "SDPA" in notes[0]
+    assert all(("% of reading, error 0." in row.baseline) == (row.wanted == 1.6) for row in rows)
+
+
+def test_attention_without_a_compiler_costs_a_row(few_copies, known_peak, monkeypatch):
+    monkeypatch.setattr(bf16_cache, "load", lambda: bf16_cache._compile("portable", ROOT / "unused.so"))
+    monkeypatch.setenv("CC", "no_such_cc")
+    rows, _ = attention.run((attention.Heads(2, 2, 32),), (50,), (40,), budget=0)
+    assert {row.what: row.baseline for row in rows if row.ratio is None} == {
+        f"attention, beside {attention.OUR_BF16}": "not run: no C compiler 'no_such_cc'"
+    }
+    assert len(rows) == 3 + 1 + 1
 
 
 @pytest.mark.parametrize("queries", [1, 5])

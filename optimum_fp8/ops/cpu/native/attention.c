@@ -273,7 +273,7 @@ static void output_row(void *context, int64_t number, int64_t thread) {
             if (a->output_scale)
                 sum = to_grid(sum * (1.0f / output_scale), (float)a->full_scale, format_of(a->format)) * output_scale;
             for (int lane = 0; lane < LANES; lane++)
-                values[job->tiles ? i * LANES + lane : code_of(i, lane)] = sum[lane];
+                values[job->tiles ? i * LANES + lane : element_of(i, lane)] = sum[lane];
         }
         for (int64_t i = 0; i < STEP && step + i < a->value_dim; i += LANES) {
             const int64_t left = a->value_dim - step - i;

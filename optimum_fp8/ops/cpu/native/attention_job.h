@@ -2,10 +2,10 @@
 #ifndef FP8CPU_ATTENTION_JOB_H
 #define FP8CPU_ATTENTION_JOB_H
 
+#include "attention_elements.h"
 #include "attention_index.h"
 #include "crossover.h"
 #include "softmax.h"
-#include "units.h"
 
 /* Flash decoding: positions are cut into splits, one a task, and splits into tiles. */
 enum {
@@ -42,7 +42,7 @@ struct attention_job {
     int64_t rows;                   /* of queries that share one key head: (heads / key_heads) * queries, */
     int64_t row_room;               /* up to whole tiles */
     int64_t q_size, v_size;         /* floats that a row of queries, or of accumulators, takes */
-    int64_t k_prefetch, v_prefetch; /* bytes from a row of keys, or values, to the one to prefetch */
+    int64_t k_prefetch, v_prefetch; /* from a row of keys, or values, to the one to prefetch */
     int64_t split_size, splits;     /* positions of a split, and splits of a key head, */
     int64_t splits_stride;          /* up to whole vectors */
     score_row *score_rows;          /* [batch, key_heads, rows], which is [batch, heads, queries] too */
@@ -53,9 +53,9 @@ struct attention_job {
     int64_t scratch_size;
 };
 
-/* Bytes from a row to the one to prefetch: whole rows, as rows may lie far apart. */
+/* Elements from a row to the one to prefetch: whole rows, as rows may lie far apart. */
 INLINE int64_t prefetch_distance(int64_t stride) {
-    const int64_t rows = PREFETCH_BYTES / (stride > 0 ? stride : 1);
+    const int64_t rows = PREFETCH_BYTES / (int64_t)sizeof(element) / (stride > 0 ? stride : 1);
     return (rows < 4 ? 4 : rows > TILE ? TILE : rows) * stride;
 }
 

@@ -47,20 +47,20 @@ static void pack_query(const attention_job *job, int64_t number) {
         }
         for (int i = 0; i < units; i++, out += job->rows * LANES)
             for (int lane = 0; lane < LANES; lane++) {
-                uint32_t unit = values[code_of(i, lane)];
-                if (pairs) unit = unit >> 16 | (values[code_of(i + 2, lane)] & 0xFFFF0000);
+                uint32_t unit = values[element_of(i, lane)];
+                if (pairs) unit = unit >> 16 | (values[element_of(i + 2, lane)] & 0xFFFF0000);
                 memcpy(out + lane, &unit, sizeof unit);
             }
     }
 }
 
 /* A step of KEY_ROWS rows of keys, of which `left` codes are there, times `q_rows` rows of queries. */
-INLINE void dot_step(const attention_job *job, kind k, int q_rows, const uint8_t **row, int64_t at, int64_t left,
+INLINE void dot_step(const attention_job *job, kind k, int q_rows, const element **row, int64_t at, int64_t left,
                      const float *q, vf *sums) {
     vf unit[4];
     UNROLL for (int r = 0; r < KEY_ROWS; r++) {
-        __builtin_prefetch(row[r] + job->k_prefetch + at);
-        decode_codes(load_codes(row[r] + at, left), k, unit);
+        prefetch_step(row[r] + job->k_prefetch + at);
+        load_units(row[r] + at, left, k, unit);
         const float *from = optimizer_barrier(q);
         UNROLL for (int i = 0; i < units_of(k); i++, from += job->rows * LANES) UNROLL for (int c = 0; c < q_rows; c++)
             sums[r * q_rows + c] = multiply_add_at(sums[r * q_rows + c], unit[i], from + c * LANES, k);
@@ -68,12 +68,12 @@ INLINE void dot_step(const attention_job *job, kind k, int q_rows, const uint8_t
 }
 
 /* The microkernel: LANES rows of keys, of which `count` are there, times `q_rows` rows of queries. */
-INLINE void dot_microkernel(const attention_job *job, kind k, int q_rows, const uint8_t *keys, int64_t count,
+INLINE void dot_microkernel(const attention_job *job, kind k, int q_rows, const element *keys, int64_t count,
                             const float *q, float *out, int64_t out_stride) {
     const int64_t dim = job->args->key_dim, stride = job->args->k_stride[2], q_step = units_of(k) * job->rows * LANES;
     vf blocks[QUERY_ROWS][KEY_BLOCKS];
     for (int b = 0; b < KEY_BLOCKS; b++) {
-        const uint8_t *row[KEY_ROWS];
+        const element *row[KEY_ROWS];
         const float *from = q;
         int64_t at = 0;
         vf sums[KEY_ROWS * QUERY_ROWS];
@@ -90,7 +90,7 @@ INLINE void dot_microkernel(const attention_job *job, kind k, int q_rows, const 
 /* All rows of queries that share these keys, in parts as even as can be. */
 INLINE void dot_rows(const attention_job *job, kind k, const key_range *keys, float *out, int64_t out_stride) {
     const fp8cpu_attention_args *a = job->args;
-    const uint8_t *codes = (const uint8_t *)a->k + offset_of(a->k_stride, keys->first);
+    const element *codes = (const element *)a->k + offset_of(a->k_stride, keys->first);
     for (int64_t t = 0; t < keys->count; t += LANES, codes += LANES * a->k_stride[2], out += LANES)
         for (int64_t row = 0, next; row < job->rows; row = next) {
             next = row + divide_up(job->rows - row, divide_up(job->rows - row, QUERY_ROWS));

@@ -4,39 +4,9 @@
 #ifndef FP8CPU_ATTENTION_UNITS_H
 #define FP8CPU_ATTENTION_UNITS_H
 
-#include "units.h"
-
-typedef struct {
-    int pairs, e5m2;
-} kind;
+#include "attention_elements.h"
 
 INLINE int units_of(kind k) { return k.pairs ? 2 : 4; }
-
-/* A step of codes of which `left` are there, or more; zeros behind them. There is no call in it, which would cost all
- * vectors their registers, and no mask where none is needed: masked loads keep the processor from reading ahead. */
-INLINE vi load_codes(const uint8_t *p, int64_t left) {
-    if (left >= STEP) return load_bits(p);
-#if defined(__AVX512BW__)
-    return (vi)_mm512_maskz_loadu_epi8(~(__mmask64)0 >> (STEP - left), p);
-#else
-    uint8_t padded[STEP] = {0}, *to = padded;
-    UNROLL for (int64_t part = STEP / 2; part > 0; part /= 2) if (left & part) {
-        memcpy(to, p, (size_t)part);
-        to += part, p += part;
-    }
-    return load_bits(padded);
-#endif
-}
-
-INLINE void decode_codes(vi codes, kind k, vf *units) {
-#if defined(__AVX512BF16__)
-    if (k.pairs) {
-        decode_pairs(codes, decoder_of(k.e5m2), units);
-        return;
-    }
-#endif
-    decode_units(codes, decoder_of(k.e5m2), units);
-}
 
 INLINE vf multiply_add(vf sum, vf a, vf b, kind k) {
 #if defined(__AVX512BF16__)

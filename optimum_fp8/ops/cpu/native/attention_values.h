@@ -9,21 +9,21 @@ enum { SUM_ROWS = LANES == 16 ? 6 : 2 }; /* rows of queries whose accumulators o
 
 /* `steps` steps of `count` rows of values from v on, of which `left` codes are there, times `p_rows` rows of weights,
  * added to accumulators that are in registers. */
-INLINE void add_positions(const attention_job *job, kind k, int steps, int p_rows, const uint8_t *v, int64_t left,
+INLINE void add_positions(const attention_job *job, kind k, int steps, int p_rows, const element *v, int64_t left,
                           int64_t count, attention_weights w, vf *acc) {
     const int64_t stride = job->args->v_stride[2], ahead = job->v_prefetch;
     vf units[4];
     for (int64_t t = 0; t < count; t++, v += stride)
         UNROLL for (int s = 0; s < steps; s++) {
-            __builtin_prefetch(v + ahead + s * STEP);
-            decode_codes(load_codes(v + s * STEP, left - s * STEP), k, units);
+            prefetch_step(v + ahead + s * STEP);
+            load_units(v + s * STEP, left - s * STEP, k, units);
             UNROLL for (int c = 0; c < p_rows; c++) UNROLL for (int i = 0; i < 4; i++)
                 acc[(s * p_rows + c) * 4 + i] += splat(w.p[c * w.stride + t]) * units[i];
         }
 }
 
 /* The same, from step `first` on, added to accumulators in memory, which are rescaled. */
-INLINE void add_steps(const attention_job *job, kind k, int steps, int p_rows, const uint8_t *v, int64_t first,
+INLINE void add_steps(const attention_job *job, kind k, int steps, int p_rows, const element *v, int64_t first,
                       int64_t count, attention_weights w, float *acc) {
     const int64_t left = job->args->value_dim - first * STEP;
     vf kept[4 * SUM_ROWS];
@@ -40,7 +40,7 @@ INLINE void add_steps(const attention_job *job, kind k, int steps, int p_rows, c
 }
 
 /* One or two steps of values, times rows of weights: as many of each as fit in registers. Returns how many steps. */
-INLINE int64_t add_some(const attention_job *job, kind k, int64_t p_rows, const uint8_t *v, int64_t step, int64_t count,
+INLINE int64_t add_some(const attention_job *job, kind k, int64_t p_rows, const element *v, int64_t step, int64_t count,
                         attention_weights w, float *acc) {
 #define ADD(steps, rows)                                        \
     {                                                           \
@@ -70,7 +70,7 @@ INLINE int64_t add_some(const attention_job *job, kind k, int64_t p_rows, const 
 /* All rows of queries that share these values, in parts as even as can be. */
 INLINE void add_rows(const attention_job *job, kind k, const key_range *values, attention_weights w, float *acc) {
     const fp8cpu_attention_args *a = job->args;
-    const uint8_t *v = (const uint8_t *)a->v + offset_of(a->v_stride, values->first);
+    const element *v = (const element *)a->v + offset_of(a->v_stride, values->first);
     for (int64_t row = 0, next; row < job->rows; row = next) {
         next = row + divide_up(job->rows - row, divide_up(job->rows - row, SUM_ROWS));
         const attention_weights own = {w.p + row * w.stride, w.stride, w.rescale + row};
