@@ -22,15 +22,14 @@ from unittest import mock
 import torch
 
 from optimum_fp8 import ops
-from optimum_fp8.ops.arguments import AttentionCall
-from optimum_fp8.ops.cpu.attention_call import pack
-from optimum_fp8.ops.cpu.library import check, torchs_openmp
+from optimum_fp8.ops.cpu import library as native
 
 from .failures import end_of
 
 _ROOT = Path(__file__).parents[1]
 _SOURCES = ("attention.c", "softmax.c")  # of all that are compiled for each kind of processor
 _BITS = torch.float8_e4m3fn  # what the kernel is told that elements are; nobody looks at them as such
+_ONE = torch.ones(1)
 
 
 @cache
@@ -46,7 +45,7 @@ def load() -> Callable[[bytes], int]:
     with TemporaryDirectory() as folder:
         library = ctypes.CDLL(str(_compile(variant, Path(folder, "bf16_cache.so"))))
     library.fp8cpu_set_openmp.argtypes = [ctypes.c_void_p]
-    library.fp8cpu_set_openmp(torchs_openmp())
+    library.fp8cpu_set_openmp(native.torchs_openmp())
     function = getattr(library, f"fp8cpu_attention_{variant}")
     function.argtypes = [ctypes.c_char_p]
     return function
@@ -60,12 +59,12 @@ def _compile(variant: str, target: Path) -> Path:
     """
     with mock.patch("setuptools.setup"):
         build: dict[str, Any] = runpy.run_path(str(_ROOT / "setup.py"))
-    native = _ROOT / build["NATIVE"]
+    folder = _ROOT / build["NATIVE"]
     own = {source: flags for source, name, flags in build["sources_of_variants"](amx=True) if name == variant}
     command = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
     command += [*build["FLAGS"], *own["attention.c"], f"-DFP8CPU_VARIANT={variant}", "-fvisibility=default", "-shared"]
-    command += [f'-DFP8CPU_ELEMENTS="{Path(__file__).with_name("bf16_elements.h")}"', f"-I{native}"]
-    command += [*(str(native / source) for source in (*_SOURCES, "parallel.c")), "-lm", "-o", str(target)]
+    command += [f'-DFP8CPU_ELEMENTS="{Path(__file__).with_name("bf16_elements.h")}"', f"-I{folder}"]
+    command += [*(str(folder / source) for source in (*_SOURCES, "parallel.c")), "-lm", "-o", str(target)]
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     except FileNotFoundError:
@@ -76,13 +75,22 @@ def _compile(variant: str, target: Path) -> Path:
 
 
 def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """`[B, S, H, D]`, without a mask, of queries `[B, H, S, D]` over keys and values in bfloat16."""
-    output = query.new_empty((query.shape[0], query.shape[2], query.shape[1], value.shape[3]))
-    unscaled = (None,) * 7  # neither scales nor mask nor sinks
-    scaling = query.shape[3] ** -0.5
-    call = AttentionCall(query, _elements(key), _elements(value), *unscaled, scaling, 0.0, _BITS, 1.0, "fused")
-    check(load()(pack(call, 0, None, output)), "attention over a bfloat16 cache")
-    return output
+    """`[B, S, H, D]`, without a mask, of queries `[B, H, S, D]` over keys and values in bfloat16.
+
+    It is the operator itself, with the other kernel behind it: calling it costs as much as over FP8.
+    """
+    library = native.load()
+    assert isinstance(library, native.Library)  # or there was nothing to compile
+    library.attention, own = load(), library.attention
+    try:
+        return ops.attention(
+            *(query, _elements(key), _elements(value), None, _ONE, _ONE, None, None, None),
+            scaling=query.shape[-1] ** -0.5,
+            dtype=_BITS,
+            full_scale=448.0,
+        )
+    finally:
+        library.attention = own
 
 
 def _elements(x: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,10 @@ INLINE void prefetch_step(const element *p) {
     if (sizeof(element) * STEP > 64) __builtin_prefetch(p + 32, 0, 2);
 }
 
+INLINE int prefetches_neighbours(void) { return 1; }
+
+INLINE decoder decoder_for(kind k) { return decoder_of(k.e5m2); } /* not used: there is nothing to decode */
+
 INLINE vi load_pairs(const element *p, int64_t left) {
     if (left >= 2 * LANES) return load_bits(p);
 #if defined(__AVX512BW__)
@@ -34,7 +38,8 @@ INLINE vi load_pairs(const element *p, int64_t left) {
 #endif
 }
 
-INLINE void load_units(const element *p, int64_t left, kind k, vf *units) {
+INLINE void load_units(const element *p, int64_t left, kind k, decoder d, vf *units) {
+    (void)d;
     vi pairs[2];
     UNROLL for (int i = 0; i < 2; i++) pairs[i] = load_pairs(p + i * 2 * LANES, left - i * 2 * LANES);
     UNROLL for (int i = 0; i < 2; i++) {

@@ -302,8 +302,8 @@ static attention_job job_for(const fp8cpu_attention_args *a) {
     choose_kernels(&job);
     job.split_size = split_size_for(&job);
     job.two_passes = a->p_scale || a->rounds_scores || a->rounds_probabilities;
-    job.k_prefetch = prefetch_distance(a->k_stride[2]);
-    job.v_prefetch = prefetch_distance(a->v_stride[2]);
+    job.k_prefetch = prefetch_distance(a->k_stride[2], a->key_dim);
+    job.v_prefetch = prefetch_distance(a->v_stride[2], a->value_dim);
     job.splits = divide_up(a->keys, job.split_size);
     job.splits_stride = divide_up(job.splits, LANES) * LANES;
     job.scratch_size = workspace_size(&job);

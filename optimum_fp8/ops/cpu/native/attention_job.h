@@ -53,9 +53,11 @@ struct attention_job {
     int64_t scratch_size;
 };
 
-/* Elements from a row to the one to prefetch: whole rows, as rows may lie far apart. */
-INLINE int64_t prefetch_distance(int64_t stride) {
+/* Elements from a row to the one to prefetch: whole rows, as rows may lie far apart; 0, which prefetches what is read at
+ * once, where the processor is to do without. */
+INLINE int64_t prefetch_distance(int64_t stride, int64_t size) {
     const int64_t rows = PREFETCH_BYTES / (int64_t)sizeof(element) / (stride > 0 ? stride : 1);
+    if (stride == size && !prefetches_neighbours()) return 0;
     return (rows < 4 ? 4 : rows > TILE ? TILE : rows) * stride;
 }
 

@@ -55,12 +55,12 @@ static void pack_query(const attention_job *job, int64_t number) {
 }
 
 /* A step of KEY_ROWS rows of keys, of which `left` codes are there, times `q_rows` rows of queries. */
-INLINE void dot_step(const attention_job *job, kind k, int q_rows, const element **row, int64_t at, int64_t left,
-                     const float *q, vf *sums) {
+INLINE void dot_step(const attention_job *job, kind k, decoder d, int q_rows, const element **row, int64_t at,
+                     int64_t left, const float *q, vf *sums) {
     vf unit[4];
     UNROLL for (int r = 0; r < KEY_ROWS; r++) {
         prefetch_step(row[r] + job->k_prefetch + at);
-        load_units(row[r] + at, left, k, unit);
+        load_units(row[r] + at, left, k, d, unit);
         const float *from = optimizer_barrier(q);
         UNROLL for (int i = 0; i < units_of(k); i++, from += job->rows * LANES) UNROLL for (int c = 0; c < q_rows; c++)
             sums[r * q_rows + c] = multiply_add_at(sums[r * q_rows + c], unit[i], from + c * LANES, k);
@@ -71,6 +71,7 @@ INLINE void dot_step(const attention_job *job, kind k, int q_rows, const element
 INLINE void dot_microkernel(const attention_job *job, kind k, int q_rows, const element *keys, int64_t count,
                             const float *q, float *out, int64_t out_stride) {
     const int64_t dim = job->args->key_dim, stride = job->args->k_stride[2], q_step = units_of(k) * job->rows * LANES;
+    const decoder d = decoder_for(k);
     vf blocks[QUERY_ROWS][KEY_BLOCKS];
     for (int b = 0; b < KEY_BLOCKS; b++) {
         const element *row[KEY_ROWS];
@@ -79,8 +80,8 @@ INLINE void dot_microkernel(const attention_job *job, kind k, int q_rows, const 
         vf sums[KEY_ROWS * QUERY_ROWS];
         UNROLL for (int r = 0; r < KEY_ROWS; r++) row[r] = keys + smaller(b * KEY_ROWS + r, count - 1) * stride;
         UNROLL for (int i = 0; i < KEY_ROWS * q_rows; i++) sums[i] = splat(0);
-        for (; at + STEP <= dim; at += STEP, from += q_step) dot_step(job, k, q_rows, row, at, STEP, from, sums);
-        if (at < dim) dot_step(job, k, q_rows, row, at, dim - at, from, sums);
+        for (; at + STEP <= dim; at += STEP, from += q_step) dot_step(job, k, d, q_rows, row, at, STEP, from, sums);
+        if (at < dim) dot_step(job, k, d, q_rows, row, at, dim - at, from, sums);
         UNROLL for (int c = 0; c < q_rows; c++) blocks[c][b] = sum_some(sums + c, q_rows, KEY_ROWS, 0);
     }
     UNROLL for (int c = 0; c < q_rows; c++)

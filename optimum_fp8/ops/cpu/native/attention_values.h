@@ -12,11 +12,12 @@ enum { SUM_ROWS = LANES == 16 ? 6 : 2 }; /* rows of queries whose accumulators o
 INLINE void add_positions(const attention_job *job, kind k, int steps, int p_rows, const element *v, int64_t left,
                           int64_t count, attention_weights w, vf *acc) {
     const int64_t stride = job->args->v_stride[2], ahead = job->v_prefetch;
+    const decoder d = decoder_for(k);
     vf units[4];
     for (int64_t t = 0; t < count; t++, v += stride)
         UNROLL for (int s = 0; s < steps; s++) {
             prefetch_step(v + ahead + s * STEP);
-            load_units(v + s * STEP, left - s * STEP, k, units);
+            load_units(v + s * STEP, left - s * STEP, k, d, units);
             UNROLL for (int c = 0; c < p_rows; c++) UNROLL for (int i = 0; i < 4; i++)
                 acc[(s * p_rows + c) * 4 + i] += splat(w.p[c * w.stride + t]) * units[i];
         }
@@ -51,7 +52,6 @@ INLINE int64_t add_some(const attention_job *job, kind k, int64_t p_rows, const 
     if ((step + 2) * STEP <= job->v_size) switch (p_rows) {
         case 1: ADD(2, 1)
         case 2: ADD(2, 2)
-        case 3: ADD(2, 3)
     }
 #endif
     switch (p_rows) {
