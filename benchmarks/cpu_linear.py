@@ -1,6 +1,7 @@
 """One linear layer at a time, FP8 beside bfloat16, with cold caches.
 
     python -m benchmarks.cpu_linear [--rows 1 4 8] [--static] [--blocks] [--single-thread] [--casts] [--vllm LIBRARY]
+        [--backend cpu_avx2]
 
 A model's weights are read once a token and are larger than any cache, so each call here gets another copy of the
 weight, from more copies than twice the last cache holds. bfloat16 is called as `nn.Linear` calls it, FP8 as `FP8Linear`
@@ -16,6 +17,7 @@ import argparse
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -265,24 +267,29 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=1.5, help="seconds for each number of rows and shape")
     parser.add_argument("--single-thread", action="store_true", help="the CPU time of one thread")
     parser.add_argument("--vllm", metavar="LIBRARY", help="of vLLM for CPUs, to measure its product too")
+    parser.add_argument("--backend", help="of the FP8 side, as ops.backend takes it; default: the processor's own")
     parser.add_argument("--casts", action="store_true", help="casts and maxabs instead of linear layers")
     options = parser.parse_args()
     machine.prepare()
+    with nullcontext() if options.backend is None else ops.backend(options.backend):
+        found, notes = _run(options)
+    print(report(found, machine.describe(), notes))
+
+
+def _run(options: argparse.Namespace) -> tuple[list[Row], list[str]]:
     if options.casts:
         from . import cpu_casts
 
-        found, notes = cpu_casts.run(budget=options.budget)
-    else:
-        found, notes = run(
-            tuple(options.shapes),
-            tuple(options.rows),
-            options.static,
-            options.budget,
-            options.blocks,
-            options.single_thread,
-            options.vllm,
-        )
-    print(report(found, machine.describe(), notes))
+        return cpu_casts.run(budget=options.budget)
+    return run(
+        tuple(options.shapes),
+        tuple(options.rows),
+        options.static,
+        options.budget,
+        options.blocks,
+        options.single_thread,
+        options.vllm,
+    )
 
 
 def _shape(word: str) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from optimum_fp8 import ops
+from optimum_fp8.ops.cpu.torch_products import FROM_ROWS
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -69,9 +70,11 @@ def excess(y, product, bound, bias, arithmetic):
 
 
 def uses_pairs(backend, x, weight_scale, input_scale):
-    """Whether a backend multiplies pairs of bfloat16, alone or in tiles, where the activations fit."""
-    backends = ("cpu_avx512bf16", "cpu_avx512amx", "cpu_tiles")
-    return backend in backends and (input_scale is not None or x.dtype == torch.bfloat16)
+    """Whether a backend multiplies pairs of bfloat16, alone or in tiles, where the activations fit; or may leave such
+    products to torch, which does."""
+    if backend in ("cpu_avx512bf16", "cpu_avx512amx", "cpu_tiles"):
+        return input_scale is not None or x.dtype == torch.bfloat16
+    return backend.removeprefix("cpu_") in FROM_ROWS and x.dtype == torch.bfloat16
 
 
 def codes_like(shape, fp8, finite=True):

@@ -126,13 +126,14 @@ class Casts:
     def cast_from_fp8(self, x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         values = torch.empty_like(x, dtype=dtype)
         if (in_memory := _rows_in_memory(x, values, scale)) is not None:
-            self._decode(in_memory[0], scale, in_memory[1])
+            self.decode(in_memory[0], scale, in_memory[1])
             return values
         values = torch.empty(x.shape, dtype=dtype, device=x.device)
-        self._decode(x, scale, values)
+        self.decode(x, scale, values)
         return _strided_like(x, values)
 
-    def _decode(self, x: torch.Tensor, scale: torch.Tensor, values: torch.Tensor) -> None:
+    def decode(self, x: torch.Tensor, scale: torch.Tensor, values: torch.Tensor) -> None:
+        """As `cast_from_fp8`, into a contiguous tensor."""
         x = x.contiguous()
         block, scale = _square_of(scale, x), scale.contiguous()
         rows = x.shape[0] if block else scale.numel()

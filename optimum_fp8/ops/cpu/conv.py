@@ -18,6 +18,7 @@ from .casts import Casts, qdq
 from .library import FORMATS, TYPES, check, threads
 from .linear import Linear
 from .prepared import OF_A_CALL, THAT_STAYS
+from .torch_products import are_powers_of_two
 from .windows import Axis, padded, places, spatial, weights_of, windows_of
 
 WITH_TORCHS_BFLOAT16 = ("avx512amx", "avx512bf16")  # variants of processors on which that is fast, and rounds once
@@ -37,7 +38,7 @@ class Conv:
     """The operator `conv` on one variant of the library."""
 
     def __init__(self, casts: Casts, variant: str):
-        self.casts, self.linear = casts, Linear(casts)
+        self.casts, self.linear = casts, Linear(casts, variant)
         self.multiplies_windows, self.uses_torchs_bfloat16 = variant in OF_WINDOWS, variant in WITH_TORCHS_BFLOAT16
 
     def refuses(self, call: ConvCall) -> str | None:
@@ -108,7 +109,7 @@ class Conv:
         bias, gaudi = call.bias, call.arithmetic == "gaudi"
         if call.transposed or call.x.dtype != torch.bfloat16 or bias is not None and bias.dtype != torch.bfloat16:
             return None
-        if not self.uses_torchs_bfloat16 or not _are_powers_of_two(scale) or not torch.backends.mkldnn.enabled:
+        if not self.uses_torchs_bfloat16 or not are_powers_of_two(scale) or not torch.backends.mkldnn.enabled:
             return None
         weight = self.casts.cast_from_fp8(call.weight, scale, torch.bfloat16)
         product = reference.convolve(call, self._values(call, torch.bfloat16), weight, None if gaudi else bias)
@@ -183,9 +184,3 @@ def _is_product_of_rows(call: ConvCall) -> bool:
     if call.transposed or call.groups > 1 or any(call.padding) or max(call.weight.shape[2:]) > 1:
         return False
     return call.x.ndim == call.weight.ndim > 3 and _lies_channels_last(call.x)
-
-
-def _are_powers_of_two(scale: torch.Tensor) -> bool:
-    """Whether all are, from 2^-63 to 2^64: so far from the ends of float32 that values times them lose nothing."""
-    from_least = scale.view(torch.int32) - (64 << 23)  # sign and mantissa of a power are 0, and its exponent has 7 bits
-    return not (from_least & ~(0x7F << 23)).any()

@@ -11,13 +11,14 @@ from ..reference import ARITHMETICS
 from .casts import Casts, qdq, refuses_qdq
 from .library import FORMATS, TYPES
 from .prepared import PackedLinear, PreparedLinear
+from .torch_panels import TorchPanels
 
 
 class Linear:
     """The operator `linear` on one variant of the library."""
 
-    def __init__(self, casts: Casts):
-        self.casts = casts
+    def __init__(self, casts: Casts, variant: str):
+        self.casts, self.panels = casts, TorchPanels(casts, variant)
 
     def refuses(self, call: LinearCall) -> str | None:
         x, weight, weight_scale, input_scale, bias, full_scale, arithmetic = call
@@ -39,6 +40,8 @@ class Linear:
     def run(self, call: LinearCall) -> torch.Tensor:
         if call.arithmetic == "qdq":
             return qdq(self.casts, F.linear, call)
+        if (y := self.panels.run(call)) is not None:
+            return y
         # The copies that `contiguous` may make must live until the call returns.
         scale, bias = call.weight_scale.contiguous(), None if call.bias is None else call.bias.contiguous()
         return self._packed(call._replace(weight_scale=scale, bias=bias))(call.x, call.input_scale)
@@ -47,7 +50,7 @@ class Linear:
         stay = (call.weight_scale, call.bias)
         if call.arithmetic == "qdq" or not all(tensor is None or tensor.is_contiguous() for tensor in stay):
             return None
-        return PreparedLinear(self._packed(call), call)
+        return PreparedLinear(self._packed(call), call, self.panels.least_rows)
 
     def _packed(self, call: LinearCall) -> PackedLinear:
         return PackedLinear(self.casts.library, self.casts.variant, call)

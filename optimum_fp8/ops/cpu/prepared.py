@@ -67,9 +67,11 @@ class PackedLinear:
 
 
 class PreparedLinear:
-    """Calls that are like an earlier one: with its weight, scale and bias, none of which it keeps alive."""
+    """Calls that are like an earlier one: with its weight, scale and bias, none of which it keeps alive; and of fewer
+    rows than `rows_elsewhere`, from which on another way may be faster."""
 
-    def __init__(self, packed: PackedLinear, call: LinearCall):
+    def __init__(self, packed: PackedLinear, call: LinearCall, rows_elsewhere: int):
+        self.values_elsewhere = rows_elsewhere * packed.k
         self.packed, self.dtype, self.options = packed, call.x.dtype, call[5:]
         self.weight, self.weight_scale = _identity(call.weight), _identity(call.weight_scale)
         self.bias = None if call.bias is None else _identity(call.bias)
@@ -78,6 +80,8 @@ class PreparedLinear:
         """The output, or None where the call is not like it."""
         x, weight, weight_scale, input_scale, bias = call[:5]
         if call[5:] != self.options or x.dtype is not self.dtype or not x.is_cpu or x.shape[-1] != self.packed.k:
+            return None
+        if x.numel() >= self.values_elsewhere:
             return None
         if not _is(self.weight, weight) or not _is(self.weight_scale, weight_scale):
             return None

@@ -1,6 +1,7 @@
 /* Casts to FP8 and back, and maxabs of what is cast: rows, cut into tiles, in parallel. */
 #include <math.h>
 
+#include "lookup.h"
 #include "pairs.h"
 #include "parallel.h"
 #include "units.h"
@@ -207,7 +208,46 @@ INLINE int64_t decode_by_table(const uint8_t *x, char *y, int64_t count, int64_t
     }
     return i;
 }
-#elif defined(__AVX2__)
+#else
+#if !defined(__AVX2__)
+#define WHOLE(bits) ((uint16_t)(bits))
+/* Zeros and eight bytes from `first` on, in turn: 16-bit lanes with a byte on top. */
+#if defined(__clang__) || __GNUC__ >= 12
+#define ON_TOP(bytes, ...) __builtin_shufflevector((vbytes){0}, bytes, __VA_ARGS__)
+#else
+#define ON_TOP(bytes, ...) __builtin_shuffle((vbytes){0}, bytes, (vbytes){__VA_ARGS__})
+#endif
+#define BYTES_ON_TOP(bytes, first)                                                                              \
+    (vpairs) ON_TOP(bytes, 0, first, 1, first + 1, 2, first + 2, 3, first + 3, 4, first + 4, 5, first + 5, 6, \
+                    first + 6, 7, first + 7)
+#endif
+
+/* Codes in bfloat16, in order; returns whether all of them are known to be normal numbers. */
+INLINE int bfloat16_of(const uint8_t *x, int e5m2, vi *pairs) {
+#if defined(__AVX2__)
+    /* The middle quarters change places, so that pairs, which are in order within 16 bytes, are so altogether. */
+    bfloat16_of_halves((vi)_mm256_permute4x64_epi64((__m256i)load_bits(x), 0xD8), lookup_of(e5m2), pairs);
+    return 0;
+#else
+    const fp8_format format = e5m2 ? E5M2 : E4M3;
+    const vi codes = load_bits(x);
+    const int16_t bias = (int16_t)(format.bias >> 16), mask = (int16_t)(format.mask >> 16);
+    if (any_exceptional(codes, format)) {
+        static const uint16_t magnitudes[2][128] = {{EACH_64(WHOLE, E4M3_BITS, 0), EACH_64(WHOLE, E4M3_BITS, 64)},
+                                                    {EACH_64(WHOLE, E5M2_BITS, 0), EACH_64(WHOLE, E5M2_BITS, 64)}};
+        uint16_t values[STEP];
+        UNROLL for (int j = 0; j < STEP; j++)
+            values[j] = (uint16_t)(magnitudes[e5m2][x[j] & 0x7F] | (x[j] & 0x80) << 8);
+        memcpy(pairs, values, sizeof values);
+        return 0;
+    }
+    /* As `decode_normal`, in lanes of 16 bits. */
+    pairs[0] = (vi)(((BYTES_ON_TOP((vbytes)codes, 16) >> format.shift) & mask) + bias);
+    pairs[1] = (vi)(((BYTES_ON_TOP((vbytes)codes, 24) >> format.shift) & mask) + bias);
+    return 1;
+#endif
+}
+
 /* The exponent of a power of two by which every code's value can be multiplied in bfloat16, exactly; 0 for others. */
 INLINE int exponent_of(float scale) {
     enum { MOST = 100 };
@@ -229,14 +269,22 @@ INLINE int64_t decode_steps(const uint8_t *x, char *y, int64_t count, int64_t ty
     const int exponent = exponent_of(scale[0]);
     const vpairs exponents = splat_pairs((int16_t)(exponent << 7));
     const int by_exponent = type == FP8CPU_BFLOAT16 && (exponent != 0 || scale[0] == 1);
+    const int unchanged = by_exponent && exponent == 0 && !e5m2; /* E4M3's NaN is bfloat16's own already */
     int64_t i = 0;
     for (; i + STEP <= count; i += STEP) {
-        /* The middle quarters change places, so that pairs, which are in order within 16 bytes, are so altogether. */
-        const vi codes = (vi)_mm256_permute4x64_epi64((__m256i)load_bits(x + i), 0xD8);
         vi pairs[2];
         vhalf halves[4];
         __builtin_prefetch(x + i + PREFETCH_BYTES);
-        bfloat16_of_halves(codes, lookup_of(e5m2), pairs);
+        const int normal = bfloat16_of(x + i, e5m2, pairs);
+        if (unchanged) {
+            memcpy(y + i * size, pairs, sizeof pairs);
+            continue;
+        }
+        if (by_exponent && normal) {
+            const vpairs values[2] = {(vpairs)pairs[0] + exponents, (vpairs)pairs[1] + exponents};
+            memcpy(y + i * size, values, sizeof values);
+            continue;
+        }
         if (by_exponent) {
             const vi values[2] = {times_power_of_two(pairs[0], exponents), times_power_of_two(pairs[1], exponents)};
             memcpy(y + i * size, values, sizeof values);
@@ -254,7 +302,7 @@ INLINE void decode_range(const uint8_t *x, char *y, int64_t count, int64_t type,
     int64_t i = 0;
 #if defined(__AVX512BW__)
     if (type != FP8CPU_FLOAT32 && count >= MIN_TABLE_VALUES) i = decode_by_table(x, y, count, type, scale, format);
-#elif defined(__AVX2__)
+#else
     i = decode_steps(x, y, count, type, scale, format.mantissa == 2);
 #endif
     for (; i + LANES <= count; i += LANES)

@@ -5,9 +5,6 @@
 
 #include "vector.h"
 
-#if defined(__AVX512VBMI__) || LANES == 8
-#define HAS_LOOKUP 1
-
 /* bfloat16 bits of a magnitude m, 0 ... 127. */
 #define E4M3_SUBNORMAL(m) \
     ((m) == 0 ? 0 : (m) == 1 ? 0x3B00 : (m) == 2 ? 0x3B80 : (m) == 3 ? 0x3BC0 : 0x3C00 + (((m) - 4) << 5))
@@ -20,12 +17,14 @@
 #define EACH_4(byte, of, m) byte(of(m)), byte(of((m) + 1)), byte(of((m) + 2)), byte(of((m) + 3))
 #define EACH_16(byte, of, m) \
     EACH_4(byte, of, m), EACH_4(byte, of, (m) + 4), EACH_4(byte, of, (m) + 8), EACH_4(byte, of, (m) + 12)
+#define EACH_64(byte, of, m) \
+    EACH_16(byte, of, m), EACH_16(byte, of, (m) + 16), EACH_16(byte, of, (m) + 32), EACH_16(byte, of, (m) + 48)
+
+#if defined(__AVX512VBMI__) || LANES == 8
+#define HAS_LOOKUP 1
 #endif
 
 #if defined(__AVX512VBMI__)
-
-#define EACH_64(byte, of, m) \
-    EACH_16(byte, of, m), EACH_16(byte, of, (m) + 16), EACH_16(byte, of, (m) + 32), EACH_16(byte, of, (m) + 48)
 
 static const vbytes HIGH_BYTES[2][2] = {{{EACH_64(HIGH, E4M3_BITS, 0)}, {EACH_64(HIGH, E4M3_BITS, 64)}},
                                         {{EACH_64(HIGH, E5M2_BITS, 0)}, {EACH_64(HIGH, E5M2_BITS, 64)}}};
