@@ -86,6 +86,13 @@ def test_linear_compares_only_equal_results(few_copies):
         cpu_linear.check(cpu_linear.sides_of(weights, x, static=False))
 
 
+def test_linear_measures_another_variant(few_copies, known_peak, monkeypatch, capsys):
+    options = ["--rows", "2", "--shapes", "32x64", "--budget", "0", "--backend", "cpu_portable"]
+    monkeypatch.setattr("sys.argv", ["cpu_linear", *options])
+    cpu_linear.main()
+    assert "scale per tensor (cpu_portable)" in capsys.readouterr().out
+
+
 def test_casts_make_a_row_for_each_operation(few_copies):
     rows, notes = cpu_casts.run(budget=0, shape=(16, 32))
     assert len({row.what for row in rows}) == len(rows) == 10
