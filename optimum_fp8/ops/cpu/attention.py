@@ -13,7 +13,7 @@ from .casts import Casts
 from .library import FORMATS, TYPES, check
 
 FEW_QUERIES = 16  # up to so many, reading keys and values takes longest; beyond, multiplying does
-OF_TILES = ("avx512amx", "tiles")  # variants that multiply tiles of bfloat16
+OF_TILES = ("avx512amx", "avx512bf16", "tiles")  # variants whose attention multiplies tiles of bfloat16
 
 
 class Attention:

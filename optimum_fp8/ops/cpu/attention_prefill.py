@@ -18,7 +18,7 @@ from .library import check
 
 _SCORES = 1 << 19  # of a block: 2 MiB
 _LEAST_QUERIES, _MOST_QUERIES = 16, 256  # of a block
-_ROWS, _KEPT_SCORES = 256, 1 << 23  # of a block on tiles: rows that share a head of keys, and scores, 32 MiB at most
+_ROWS, _KEPT_SCORES = 128, 1 << 23  # of a block on tiles: rows that share a head of keys, and scores, 32 MiB at most
 
 
 def many_queries(casts: Casts, call: AttentionCall) -> torch.Tensor:
@@ -69,7 +69,7 @@ def many_queries_on_tiles(call: AttentionCall, attend: Callable[[AttentionCall],
 def _has_special_codes(codes: torch.Tensor) -> bool:
     """Whether any is NaN or infinite."""
     least = 0x7F if codes.dtype == torch.float8_e4m3fn else 0x7C
-    return bool((codes.view(torch.uint8) & 0x7F).ge(least).any())
+    return codes.numel() > 0 and int((codes.view(torch.uint8) & 0x7F).amax()) >= least
 
 
 def _queries(casts: Casts, call: AttentionCall) -> torch.Tensor:
@@ -133,7 +133,9 @@ def _seen(call: AttentionCall, blocks: list[slice]) -> list[list[int]]:
 
 
 def _last_open(mask: torch.Tensor, keys: int) -> int:
-    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
-    if not allowed.any(dim=-1).all():
+    """Largest values are looked at, which are found fast, though not of booleans; NaN is open, as it is no less."""
+    least = 0 if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+    if (mask.amax(dim=-1) <= least).any():
         return keys
-    return int(allowed.flatten(0, -2).any(dim=0).nonzero()[-1]) + 1
+    return int((mask.amax(dim=tuple(range(mask.ndim - 1))) <= least).logical_not().nonzero()[-1]) + 1

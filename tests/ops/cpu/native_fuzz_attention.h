@@ -60,7 +60,7 @@ static void draw_mask(fp8cpu_attention_args *a, operands *o) {
 static void draw_attention(fp8cpu_attention_args *a, operands *o) {
     const int64_t long_cache = chance(20);
     a->batch = 1 + below(2), a->key_heads = 1 + below(3), a->heads = a->key_heads * (1 + below(5));
-    a->queries = 1 + below(chance(4) ? 9 : 2);
+    a->queries = 1 + below(chance(4) ? chance(4) ? 40 : 9 : 2);
     a->keys = 1 + (long_cache ? below(2500) : size_up_to(200));
     a->key_dim = 1 + size_up_to(long_cache ? 20 : 140), a->value_dim = 1 + size_up_to(long_cache ? 20 : 140);
     a->type = below(3), a->format = below(2), a->k_format = below(2), a->v_format = below(2);

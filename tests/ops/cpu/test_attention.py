@@ -254,6 +254,17 @@ def test_nan_and_infinity_go_where_the_reference_sends_them(backend, operand, dt
         torch.testing.assert_close(found[both], expected[both], atol=2e-3, rtol=2e-3)
 
 
+@over(dtype=[E4M3, E5M2], operand=["q", "k", "v"], scales=["", "qp"], backend=BACKENDS)
+def test_nan_and_infinity_among_many_queries(backend, operand, dtype, scales):
+    for value in (float("nan"), float("inf")):
+        case = Case(queries=40, keys=70, dtype=dtype, scales=scales, query_dtype=torch.bfloat16)
+        getattr(case, operand)[0, 1, 1, 3] = value
+        found, expected = case.run(backend), case.reference()
+        assert torch.equal(found.isnan(), expected.isnan())
+        both = ~expected.isnan()
+        torch.testing.assert_close(found[both], expected[both], atol=8e-3, rtol=8e-3)
+
+
 @over(backend=BACKENDS)
 def test_caches_may_be_views_of_larger_buffers(backend):
     case = Case(batch=2, keys=65, queries=2, dims=(48, 80), per="token")
@@ -391,6 +402,14 @@ def test_masked_nan_reaches_what_it_reaches_in_the_reference(backend, operand):
     found, expected = case.run(backend), case.reference()
     assert torch.equal(found.isnan(), expected.isnan()) and found.isnan().any()
     torch.testing.assert_close(found, expected, equal_nan=True, atol=2e-6, rtol=1e-4)
+
+
+@over(query_dtype=[torch.float32, torch.bfloat16], backend=BACKENDS)
+def test_nan_in_a_mask_reaches_what_it_reaches_in_the_reference(backend, query_dtype):
+    case = Case(queries=40, keys=40, mask=causal(40, 40), query_dtype=query_dtype)
+    case.mask[0, 0, 3, 39] = float("nan")
+    found, expected = case.run(backend), case.reference()
+    assert torch.equal(found.isnan(), expected.isnan()) and found.isnan().any()
 
 
 @over(backend=BACKENDS)

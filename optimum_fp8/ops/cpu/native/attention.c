@@ -15,7 +15,7 @@
 
 #include "attention_scores.h"
 #include "attention_values.h"
-#if HAS_TILES
+#if ATTENDS_ON_TILES
 #include "attention_tiles.h"
 #endif
 #include "functions.h"
@@ -45,7 +45,7 @@ DOT(e5m2_pairs, dot_rows, (kind){1, 1}, keys, out, out_stride)
 #endif
 ADD(e4m3, add_rows, (kind){0, 0}, values, w, acc)
 ADD(e5m2, add_rows, (kind){0, 1}, values, w, acc)
-#if HAS_TILES
+#if ATTENDS_ON_TILES
 DOT(e4m3_tiles, dot_tiles, 0, keys, out, out_stride, work)
 DOT(e5m2_tiles, dot_tiles, 1, keys, out, out_stride, work)
 ADD(e4m3_tiles, add_tiles, 0, values, w, acc, work)
@@ -66,8 +66,8 @@ static void choose_kernels(attention_job *job) {
     job->row_room = job->rows;
     job->q_size = divide_up(a->key_dim, STEP) * (uses_bf16_pairs(a) ? STEP / 2 : STEP);
     job->v_size = divide_up(a->value_dim, STEP) * STEP;
-#if HAS_TILES
-    if (job->rows < QUERY_ROWS_BEFORE_TILES || !queries_fit_bfloat16(a)) return;
+#if ATTENDS_ON_TILES
+    if (job->rows < (HAS_TILES ? QUERY_ROWS_BEFORE_TILES : QUERY_ROWS_BEFORE_TILES_OF_PAIRS) || !queries_fit_bfloat16(a)) return;
     job->tiles = 1;
     job->pack = pack_tile_column;
     job->dot = k_e5m2 ? dot_e5m2_tiles : dot_e4m3_tiles;
@@ -80,19 +80,19 @@ static void choose_kernels(attention_job *job) {
 
 /* What tiles need around them; nothing elsewhere. */
 static int64_t work_size(const attention_job *job) {
-#if HAS_TILES
+#if ATTENDS_ON_TILES
     if (job->tiles) return tile_work_floats(job->args);
 #endif
     return job->tiles;
 }
 static void begin_products(const attention_job *job) {
-#if HAS_TILES
+#if ATTENDS_ON_TILES
     if (job->tiles) tiles_begin();
 #endif
     (void)job;
 }
 static void end_products(const attention_job *job) {
-#if HAS_TILES
+#if ATTENDS_ON_TILES
     if (job->tiles) tiles_end();
 #endif
     (void)job;
@@ -129,19 +129,19 @@ INLINE key_range tile_of(key_range split, int64_t at) {
 /* A thread's scratch for a split: the state of the online softmax. */
 typedef struct {
     float *work;         /* what products need */
-    float *exponentials; /* [rows, TILE]: of scores, or probabilities */
+    float *exponentials; /* [row_room, TILE]: of scores, or probabilities; zeros behind them */
     float *exp_sums;     /* [rows, LANES]: running sums of exponentials */
     float *max_score;    /* [rows]: running maxima of scores */
     float *rescale;      /* [rows]: what accumulators are to be multiplied with, as the maximum has grown */
 } workspace;
 
 static int64_t workspace_size(const attention_job *job) {
-    return work_size(job) + divide_up(job->rows * (TILE + LANES + 2), STEP) * STEP;
+    return work_size(job) + divide_up(job->row_room * TILE + job->rows * (LANES + 2), STEP) * STEP;
 }
 
 INLINE workspace workspace_of(const attention_job *job, int64_t thread) {
     float *work = job->scratch + thread * job->scratch_size, *memory = work + work_size(job);
-    float *exp_sums = memory + job->rows * TILE;
+    float *exp_sums = memory + job->row_room * TILE;
     return (workspace){work, memory, exp_sums, exp_sums + job->rows * LANES, exp_sums + job->rows * (LANES + 1)};
 }
 
@@ -181,6 +181,7 @@ static void first_pass(void *context, int64_t task, int64_t thread) {
     float *acc = job->acc + task * job->row_room * job->v_size;
     memset(acc, 0, (size_t)(job->row_room * job->v_size) * sizeof(float));
     memset(w.exp_sums, 0, (size_t)(job->rows * LANES) * sizeof(float));
+    memset(w.exponentials, 0, (size_t)(job->row_room * TILE) * sizeof(float));
     for (int64_t row = 0; row < job->rows; row++) w.max_score[row] = -INFINITY;
     begin_products(job);
     for (int64_t at = 0; at < split.count; at += TILE) {

@@ -1,9 +1,10 @@
-/* Both products of attention where the processor multiplies tiles of bfloat16 (AMX) and many rows of queries share a head
- * of keys. Here "tile" is one of the processor's; a range of positions is no more than TILE of them.
+/* Both products of attention where the processor multiplies tiles of bfloat16 (AMX), or pairs that tiles are made of, and
+ * many rows of queries share a head of keys. Here "tile" is one of theirs; a range of positions is no more than TILE.
  *
  * 1. q k^T: keys are the left operand, as weights are of a linear layer (tile_panels.h), and queries, packed, the right.
  * 2. p v: weights are the left operand, and values the right, two positions at a time as pairs. A weight that does not
- *    fit in bfloat16 is several that add up to it: three hold all bits of a float. */
+ *    fit in bfloat16 is several that add up to it: three hold all bits of a float. Or it is multiplied as a float, where
+ *    that takes no longer. */
 #ifndef FP8CPU_ATTENTION_TILES_H
 #define FP8CPU_ATTENTION_TILES_H
 
@@ -155,6 +156,36 @@ INLINE void rescale_rows(const float *rescale, int64_t rows, int64_t v_size, flo
     }
 }
 
+#if defined(__AVX512BF16__)
+/* TILE_SIDE rows of weights as floats times `pairs` pairs of values, added to a tile of sums; see multiply_tiles. */
+static __attribute__((noinline)) void multiply_floats(const float *weights, const float *values, int64_t pairs,
+                                                      float *sums) {
+    vf kept[TILE_SIDE];
+    UNROLL for (int row = 0; row < TILE_SIDE; row++) kept[row] = load_floats(sums + row * LANES);
+    for (int64_t pair = 0; pair < pairs; pair++, weights += 2, values += LANES) {
+        const vi both = load_bits(values);
+        const vf even = (vf)(both << 16), odd = (vf)(both & (int32_t)0xFFFF0000);
+        UNROLL for (int row = 0; row < TILE_SIDE; row++) kept[row] += weights[row * TILE] * even;
+        UNROLL for (int row = 0; row < TILE_SIDE; row++) kept[row] += weights[row * TILE + 1] * odd;
+    }
+    UNROLL for (int row = 0; row < TILE_SIDE; row++) store_floats(sums + row * LANES, kept[row]);
+}
+
+/* Pairs of values times rows of weights as floats, which takes as long as it would with two parts of weights. */
+INLINE void add_by_floats(const attention_job *job, const float *values, int64_t pairs, attention_weights w, float *acc) {
+    for (int64_t row = 0; row < job->rows; row += TILE_SIDE, w.p += TILE_SIDE * w.stride, w.rescale += TILE_SIDE) {
+        const float *from = values;
+        float *sums = acc + row * job->v_size;
+        rescale_rows(w.rescale, smaller(TILE_SIDE, job->rows - row), job->v_size, sums);
+        for (int64_t column = 0; column < job->v_size; column += TILE_SIDE) {
+            multiply_floats(w.p, from, pairs, sums);
+            from += POSITION_HALVES * TILE_FLOATS;
+            sums += TILE_FLOATS;
+        }
+    }
+}
+#endif
+
 /* Values of a range times all rows of weights, added to accumulators: [tile of rows][tile of columns][row][column]. */
 INLINE void add_tiles(const attention_job *job, int e5m2, const key_range *values, attention_weights w, float *acc,
                       float *work) {
@@ -164,6 +195,12 @@ INLINE void add_tiles(const attention_job *job, int e5m2, const key_range *value
     float *panel = work, *finite = panel + floats;
     uint16_t *weights = (uint16_t *)(finite + floats), *lower = weights + POSITION_HALVES * PANEL_ROWS * HALF;
     fill_values(job, e5m2, values, panel);
+#if defined(__AVX512BF16__)
+    if (parts > 1) {
+        add_by_floats(job, panel, divide_up(values->count, 2), w, acc);
+        return;
+    }
+#endif
     const int special = e5m2 && parts > 1 && copy_finite(panel, floats, finite);
     for (int64_t row = 0; row < job->rows; row += PANEL_ROWS, w.p += PANEL_ROWS * w.stride, w.rescale += PANEL_ROWS) {
         const int64_t left = smaller(PANEL_ROWS, job->rows - row);

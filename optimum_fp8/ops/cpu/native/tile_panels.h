@@ -145,6 +145,14 @@ INLINE void prefetch_part(next_panel next, int64_t half, int64_t halves) {
  * the panel `stride` floats apart. */
 INLINE void multiply_panels(const uint16_t *panel, int64_t panels, int both, const float *left, const float *right,
                             int64_t halves, int add, float *sums, int64_t stride, next_panel next) {
+#if defined(__AVX512BF16__)
+    for (int tile = 0; tile < (right ? 2 : 1); tile++)
+        for (int of_panel = 0; of_panel < (both ? 2 : 1); of_panel++)
+            for (int64_t each = 0; each < panels; each++)
+                multiply_tiles(panel + each * halves * PANEL_ROWS * HALF + of_panel * TILE_SIDE * HALF, PANEL_ROWS * HALF,
+                               tile ? right : left, halves, add || each, sums + of_panel * stride + tile * TILE_FLOATS);
+    prefetch_part(next, 0, 1);
+#else
     float *const at[4] = {sums, sums + stride, sums + TILE_FLOATS, sums + stride + TILE_FLOATS};
     if (add) {
         TILE_LOAD(0, at[0]);
@@ -174,6 +182,7 @@ INLINE void multiply_panels(const uint16_t *panel, int64_t panels, int both, con
     if (both) TILE_STORE(1, at[1]);
     if (right) TILE_STORE(2, at[2]);
     if (both && right) TILE_STORE(3, at[3]);
+#endif
 }
 
 INLINE void multiply_panel(const uint16_t *panel, const float *left, const float *right, int64_t halves, int add,

@@ -9,9 +9,14 @@
 
 enum { STEP = 4 * LANES };
 
-/* Whether products of tiles are compiled: AMX's, or the same in plain C. */
+/* Whether products of tiles are compiled: AMX's, or the same in plain C; and in attention, by pairs of bfloat16. */
 #if defined(__AMX_BF16__) || defined(FP8CPU_PLAIN_TILES)
 #define HAS_TILES 1
+#else
+#define HAS_TILES 0
+#endif
+#if HAS_TILES || defined(__AVX512BF16__)
+#define ATTENDS_ON_TILES 1
 #endif
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
