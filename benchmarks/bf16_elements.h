@@ -5,7 +5,7 @@
 
 #include "units.h"
 
-#undef HAS_TILES /* tiles are made of codes */
+#undef ATTENDS_ON_TILES /* tiles are made of codes */
 
 typedef uint16_t element;
 

@@ -67,7 +67,8 @@ static void choose_kernels(attention_job *job) {
     job->q_size = divide_up(a->key_dim, STEP) * (uses_bf16_pairs(a) ? STEP / 2 : STEP);
     job->v_size = divide_up(a->value_dim, STEP) * STEP;
 #if ATTENDS_ON_TILES
-    if (job->rows < (HAS_TILES ? QUERY_ROWS_BEFORE_TILES : QUERY_ROWS_BEFORE_TILES_OF_PAIRS) || !queries_fit_bfloat16(a)) return;
+    const int64_t least = HAS_TILES ? QUERY_ROWS_BEFORE_TILES : QUERY_ROWS_BEFORE_TILES_OF_PAIRS;
+    if (job->rows < least || !queries_fit_bfloat16(a)) return;
     job->tiles = 1;
     job->pack = pack_tile_column;
     job->dot = k_e5m2 ? dot_e5m2_tiles : dot_e4m3_tiles;
@@ -181,7 +182,7 @@ static void first_pass(void *context, int64_t task, int64_t thread) {
     float *acc = job->acc + task * job->row_room * job->v_size;
     memset(acc, 0, (size_t)(job->row_room * job->v_size) * sizeof(float));
     memset(w.exp_sums, 0, (size_t)(job->rows * LANES) * sizeof(float));
-    memset(w.exponentials, 0, (size_t)(job->row_room * TILE) * sizeof(float));
+    if (job->tiles) memset(w.exponentials, 0, (size_t)(job->row_room * TILE) * sizeof(float));
     for (int64_t row = 0; row < job->rows; row++) w.max_score[row] = -INFINITY;
     begin_products(job);
     for (int64_t at = 0; at < split.count; at += TILE) {

@@ -21,8 +21,8 @@ enum {
     /* Rows of queries that share a head of keys. Counted, for 512 codes: a product of tiles takes 16, one with values up
      * to three times that, and decoding 56; dot products of floats, 16 for each row. */
     QUERY_ROWS_BEFORE_TILES = 6,
-    /* The same where tiles are made of pairs, on a Zen 4: beside dot products, whose rows of queries, a few at a time, decode
-     * codes again, but into registers, tiles ran at 0.90 times the speed for 16 rows, at 0.79 for 24, which take two tiles, at
+    /* The same where tiles are made of pairs. Zen 4, 4096 positions, beside dot products, which decode codes again for each
+     * few rows, but into registers: tiles ran at 0.90 times their speed for 16 rows, at 0.79 for 24, which take two tiles,
      * 1.01 for 32, 1.05 for 48, 1.08 for 64 and 1.12 for 128; with rounded probabilities at 0.98 for 24, 1.18 for 32. */
     QUERY_ROWS_BEFORE_TILES_OF_PAIRS = 32,
 };

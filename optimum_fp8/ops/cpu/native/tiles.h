@@ -1,5 +1,6 @@
 /* Tiles of 16 rows of 64 bytes, and their products: AMX's instructions, or the same in plain C, so that all code around
- * these eight operations runs, and is tested, on any processor.
+ * these eight operations runs, and is tested, on any processor. Where vectors of pairs are multiplied (AVX512_BF16), tiles
+ * are lists of these, and one operation takes the place of all eight.
  *
  * A tile of sums is 16 x 16 floats. TILE_DOT(c, a, b) adds to c[m][n] the products of the 32 bfloat16 of row m of a with
  * those of column n of b, whose rows hold pairs: b[k / 2][n][k % 2]. Numbers of tiles are constants, 0 ... 7. */
@@ -52,7 +53,8 @@ INLINE void tiles_end(void) {}
 static __attribute__((noinline)) void multiply_tiles(const uint16_t *a, int64_t stride, const float *b, int64_t count,
                                                      int add, float *c) {
     __m512 sums[TILE_SIDE];
-    UNROLL for (int m = 0; m < TILE_SIDE; m++) sums[m] = add ? _mm512_loadu_ps(c + m * TILE_SIDE) : _mm512_setzero_ps();
+    UNROLL for (int m = 0; m < TILE_SIDE; m++)
+        sums[m] = add ? _mm512_loadu_ps(c + m * TILE_SIDE) : _mm512_setzero_ps();
     for (int64_t tile = 0; tile < count; tile++, a += stride)
         for (const uint16_t *left = a; left < a + 2 * TILE_SIDE; left += 2, b += TILE_SIDE) {
             const __m512bh right = (__m512bh)_mm512_loadu_ps(b);
