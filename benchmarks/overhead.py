@@ -32,13 +32,22 @@ def weightless(scale_method: str | None = None) -> Any:
     return models.load(models.llama(models.FOLDER, "llama-weightless", **models.WEIGHTLESS), scale_method)
 
 
-def tiny_linear(activations: str | None, features: int = 128) -> nn.Module:
+LAYERS = {
+    "weight_only": ("weight_only", models.SCALES_PER_CHANNEL),
+    "static": ("static", models.SCALES_PER_CHANNEL),
+    "dynamic": ("dynamic", models.SCALES_PER_CHANNEL),
+    "dynamic per token": ("dynamic", "maxabs_pcs_pow2"),
+    "dynamic by groups": ("dynamic", "mxfp8"),
+}
+
+
+def tiny_linear(activations: str | None, method: str = models.SCALES_PER_CHANNEL, features: int = 128) -> nn.Module:
     """A linear layer that computes next to nothing, in FP8 (with activations as they are named) or bfloat16 (None)."""
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(features, features, bias=False)).bfloat16()
     if activations is None:
         return plain[0]
-    config = FP8Config(target="cpu", activation_scheme=activations, scale_method=models.SCALES_PER_CHANNEL)
+    config = FP8Config(target="cpu", activation_scheme=activations, scale_method=method)
     model: Any = prepare(plain, config)
     model(torch.randn(4, features).bfloat16())
     converted: Any = convert(model)
@@ -48,7 +57,7 @@ def tiny_linear(activations: str | None, features: int = 128) -> nn.Module:
 @torch.no_grad()
 def linear_alone(rounds: int) -> list[Row]:
     """One FP8Linear beside nn.Linear, by the CPU time of a single thread, under `no_grad` as in `generate`."""
-    layers = {name or "bf16": tiny_linear(name) for name in (None, "weight_only", "static", "dynamic")}
+    layers = {"bf16": tiny_linear(None), **{name: tiny_linear(*way) for name, way in LAYERS.items()}}
     x = torch.randn(1, 1, 128).bfloat16()
 
     def many(module: nn.Module) -> None:

@@ -14,7 +14,7 @@ from .. import ops
 from ..errors import FP8NotAvailableError, FP8StateError
 from ..formats import codes_beyond, is_fp8, not_finite
 from ..ops.fp8_tensor import FP8Tensor
-from ..scales import PerTensor, ScaleRule, Scheme, unsound
+from ..scales import PerTensor, Scheme, unsound
 from .rewriting import rewrite
 from .weight import DequantizedWeight, FP8Weight, asked_by_mover, frozen, stored_shape, stored_weight
 
@@ -54,6 +54,7 @@ class FP8Module(StandsForOriginal):
         high_precision: the dtype its weight had, or would have been cast to since.
         scheme: how it is scaled and computed.
         record: the calls of its operators.
+        dynamic_scale: what operators find the scale of an input by, where activations are rounded dynamically, or None.
         name: of the module in its model, for messages.
         derived: whether its weight was computed from what the original holds, and is not stored with it.
         requantized: if its weight was written to since it was made: ‖FP8(values) - values‖ / ‖values‖.
@@ -224,18 +225,20 @@ class FP8Module(StandsForOriginal):
     def set_scheme(self, scheme: Scheme, input_scale: torch.Tensor | None) -> None:
         """Compute by `scheme` from now on, with a static scale `(1,)` of the input or none, and count calls anew."""
         self.scheme, self.record = scheme, ops.CallRecord()
-        self.input_rule: ScaleRule = scheme.input
-        if not self.rows_are_tokens:
-            self.input_rule = replace(scheme.input, granularity=PerTensor())
+        rule = scheme.input if self.rows_are_tokens else replace(scheme.input, granularity=PerTensor())
+        self.dynamic_scale = scheme.dynamic(rule)
         self.input_scale = None if input_scale is None else frozen(input_scale.to(self.codes.device, torch.float32))
         self.record.watch(self.codes)
 
     def activation_scale(self, x: torch.Tensor) -> torch.Tensor | None:
-        """The scale to round `x` with: its own, the calibrated one, or none.
+        """The scale to round `x` with: its own, the calibrated one, or none."""
+        return ops.scaled_input(x, self.scale_of(x))[1]
+
+    def scale_of(self, x: torch.Tensor) -> torch.Tensor | ops.DynamicScale | None:
+        """What `activation_scale` gives, or what operators find it by.
 
         Raises:
-            FP8StateError: `x` is not in high precision (some code cast it to FP8, without a scale), or the weight is
-                not there, or no longer in FP8.
+            FP8StateError: `x` is not in high precision, or the weight is not there, or no longer in FP8.
         """
         scheme, parameters = self.scheme, self._parameters  # attributes take longer
         if x.dtype not in _HIGH_PRECISION:
@@ -248,18 +251,15 @@ class FP8Module(StandsForOriginal):
                 f"{self.name}: an FP8 module was given an input in {x.dtype}, but expects high precision; where code "
                 "around it cast it without a scale, put the module on the blocklist"
             )
-        weight = parameters["weight"]
-        if weight is not None and (
-            weight.dtype is not scheme.fmt.dtype or weight.dim() != self._dimensions or weight.requires_grad
-        ):
-            self._check_codes()
-        elif weight is not None and weight.is_meta and not x.is_meta:
-            self._refuse_meta()
-        return scheme.dynamic_scale(x, self.input_rule) if scheme.is_dynamic else parameters["input_scale"]
+        if (weight := parameters["weight"]) is not None:
+            if weight.dtype is not scheme.fmt.dtype or weight.dim() != self._dimensions or weight.requires_grad:
+                self._check_codes()
+            elif weight.is_meta and not x.is_meta:
+                self._refuse_meta()
+        return self.dynamic_scale or parameters["input_scale"]
 
     def _check_codes(self) -> None:
-        """Bring a weight that came in another form into `[out, in, …]`, and refuse one that is none in FP8, or that is
-        to be trained."""
+        """Bring a weight of another form into `[out, in, …]`; refuse one that is none in FP8, or is to be trained."""
         codes, expected = self.codes, self.scheme.fmt.dtype
         if codes.dtype is not expected:
             raise FP8StateError(
@@ -371,7 +371,7 @@ class FP8Module(StandsForOriginal):
 
 
 _OURS = frozenset(
-    {"name", "origin", "scheme", "record", "high_precision", "input_rule", "weight_shape", "_dimensions", "derived"}
+    {"name", "origin", "scheme", "record", "high_precision", "dynamic_scale", "weight_shape", "_dimensions", "derived"}
     | {"requantized"}
 )
 

@@ -12,7 +12,7 @@ from torch import nn
 from .. import ops
 from ..errors import FP8StateError
 from ..ops.operands import channels_last_of, in_out_swapped
-from ..scales import Scheme, inf_as_nan
+from ..scales import Scheme
 from .autocast import autocast
 from .base import FP8Module
 from .handler import register_handler
@@ -63,10 +63,10 @@ class FP8Conv(FP8Module):
         """
         parameters: dict[str, Any] = self._parameters
         scheme, x = self.scheme, autocast(x)
-        input_scale = self.activation_scale(x)
+        input_scale = self.scale_of(x)
         try:
             return ops.conv(
-                inf_as_nan(x) if scheme.is_dynamic else x,
+                x,
                 parameters["weight"],
                 parameters["weight_scale"],
                 input_scale,

@@ -12,7 +12,7 @@ from torch import nn
 from .. import ops
 from ..errors import FP8CheckpointError, FP8StateError
 from ..formats import is_fp8, not_finite
-from ..scales import WEIGHT_ONLY, Scheme, inf_as_nan, scale_shape
+from ..scales import WEIGHT_ONLY, Scheme, scale_shape
 from .autocast import autocast
 from .expert_tensors import as_bytes, misfit, stacked
 from .linear import FP8Linear
@@ -198,14 +198,14 @@ class FP8Experts(nn.Module):
             scales = tuple(ops.part_of(scale, start, stop) for scale in scales)
             middle_scale = None if middle_scale is None else ops.part_of(middle_scale, start, stop)
         return ops.experts(
-            inf_as_nan(x) if scheme.is_dynamic else x,
+            x,
             call.table,
             call.weights,
             weights[0],
             weights[1],
             scales[0],
             scales[1],
-            scheme.dynamic_scale(x) if scheme.is_dynamic else self.input_scale,
+            scheme.dynamic() or self.input_scale,
             middle_scale,
             activation=call.activation,
             experts_min=experts_min,

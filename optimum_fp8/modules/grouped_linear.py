@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .. import ops
-from ..scales import Scheme, inf_as_nan
+from ..scales import Scheme
 from .autocast import autocast
 from .conv import LaterHandler
 from .handler import Reason, Surroundings, Why, register_handler
@@ -22,8 +22,7 @@ class FP8GroupedLinear(FP8LinearBase):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         scheme, x, size = self.scheme, autocast(x), self.out_features // self.n_groups
-        input_scale = self.activation_scale(x)
-        x = inf_as_nan(x) if scheme.is_dynamic else x
+        x, input_scale = ops.scaled_input(x, self.scale_of(x))
         outputs = []
         for group in range(self.n_groups):
             rows = slice(group * size, (group + 1) * size)

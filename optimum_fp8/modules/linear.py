@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import ops
 from ..errors import FP8StateError
-from ..scales import Scheme, inf_as_nan
+from ..scales import Scheme
 from .autocast import autocast
 from .base import FP8Module
 from .handler import register_handler
@@ -32,10 +32,10 @@ class FP8LinearBase(FP8Module):
         """`[…, out]` of an input `[…, in]`, with a bias `(out,)` or without, which may be that of the module or not."""
         parameters: dict[str, Any] = self._parameters  # attributes take longer
         scheme, x = self.scheme, autocast(input)
-        input_scale = self.activation_scale(x)
+        input_scale = self.scale_of(x)
         try:
             return ops.linear(
-                inf_as_nan(x) if scheme.is_dynamic else x,
+                x,
                 parameters["weight"],
                 parameters["weight_scale"],
                 input_scale,

@@ -18,7 +18,7 @@ from torch import nn
 from .. import ops
 from ..errors import FP8NotAvailableError
 from ..measure import Observers
-from ..scales import Scheme, inf_as_nan
+from ..scales import Scheme
 from .autocast import autocast
 from .handler import Reason, Row, Surroundings, Target, Why, register_handler
 from .measured_forward import MeasuredForward, sees
@@ -173,10 +173,10 @@ class FP8MultiheadAttention(FP8NamedWeights):
             scale = ops.scale_of_rows(scale, rows, len(codes))  # type: ignore[assignment]
             codes = codes[rows]  # type: ignore[assignment]
         return ops.linear(
-            inf_as_nan(x) if scheme.is_dynamic else x,
+            x,
             codes,
             scale,
-            scheme.dynamic_scale(x) if scheme.is_dynamic else self._parameters[_SCALES[which]],
+            scheme.dynamic() or self._parameters[_SCALES[which]],
             _bias(self, rows, which),
             full_scale=scheme.fmt.full_scale,
             arithmetic=scheme.arithmetic,

@@ -12,7 +12,9 @@ from .attention import attention, attention_weights, matmul, softmax
 from .casts import cast_from_fp8, cast_to_fp8, cast_to_fp8_by_range, dynamic_scale, histogram, maxabs
 from .constants import constant_of, inverse_of, keep_inverse, mark_constant, mark_constants, part_of, scale_of_rows
 from .conv import conv
+from .declare import scaled_input
 from .dispatch import Kernel, backend, backends, missing, register_kernel, why_reference
+from .dynamic import DynamicScale, inf_as_nan
 from .embedding import embedding
 from .experts import experts
 from .grouped_linear import grouped_linear
@@ -34,6 +36,7 @@ __all__ = [
     "ARITHMETICS",
     "DATAFLOWS",
     "CallRecord",
+    "DynamicScale",
     "Kernel",
     "attention",
     "attention_weights",
@@ -50,6 +53,7 @@ __all__ = [
     "experts",
     "grouped_linear",
     "histogram",
+    "inf_as_nan",
     "inverse_of",
     "keep_inverse",
     "linear",
@@ -65,6 +69,7 @@ __all__ = [
     "part_of",
     "register_kernel",
     "scale_of_rows",
+    "scaled_input",
     "softmax",
     "why_reference",
 ]

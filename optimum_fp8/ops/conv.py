@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from . import reference
 from .arguments import ConvCall
 from .declare import call, declare
+from .dynamic import DynamicScale
 from .records import CallRecord
 
 
@@ -16,7 +18,7 @@ def conv(
     x: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
-    input_scale: torch.Tensor | None,
+    input_scale: torch.Tensor | DynamicScale | None,
     bias: torch.Tensor | None,
     *,
     stride: Sequence[int],
@@ -36,7 +38,7 @@ def conv(
         weight: FP8, `[out, C / groups, k…]`, of a transposed convolution too (torch stores that as
             `[C, out / groups, k…]`).
         weight_scale: float32, `(1,)` or `(out, 1, …)`, one for each output channel.
-        input_scale: float32 `(1,)`, or None (weight-only).
+        input_scale: float32 `(1,)`, None (weight-only), or a `DynamicScale`.
         bias: `(out,)` or None.
         stride, padding, dilation: one value for each spatial dimension.
         transposed: whether it is the transposed convolution.
@@ -56,7 +58,8 @@ def conv(
     """
     output_padding = [0] * len(stride) if output_padding is None else list(output_padding)
     geometry = (list(stride), list(padding), list(dilation), transposed, output_padding, groups)
-    arguments = ConvCall(x, weight, weight_scale, input_scale, bias, *geometry, full_scale, arithmetic)
+    scale: Any = input_scale  # `call` finds it where it is a rule
+    arguments = ConvCall(x, weight, weight_scale, scale, bias, *geometry, full_scale, arithmetic)
     return call("conv", arguments, record)
 
 

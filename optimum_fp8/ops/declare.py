@@ -15,7 +15,9 @@ import torch
 
 from ..errors import FP8NotAvailableError
 from . import dispatch
-from .gradients import Gradient, autograd_kernel, recomputed, wants_gradient
+from .arguments import DynamicScaleCall
+from .dynamic import DynamicScale, inf_as_nan
+from .gradients import Gradient, autograd_kernel, composed_autograd_kernel, recomputed, wants_gradient
 from .operands import refuse_absent
 from .prepared import is_plain, run, run_prepared
 from .records import CallRecord, record_of
@@ -28,8 +30,12 @@ _NO_ONNX = "optimum_fp8::{} cannot be exported to ONNX: export what optimum_fp8.
 
 
 def call(op: str, arguments: Any, record: CallRecord | None = None) -> Any:
-    """Call an operator: through torch's dispatcher where something on the way wants to see the call, else at once."""
+    """Call an operator: through torch's dispatcher where something on the way wants to see the call, else at once.
+
+    Where the `input_scale` is a rule (`DynamicScale`), the scale is found here, unless the kernel is prepared to.
+    """
     if _is_compiling():
+        arguments = _with_its_scale(arguments)
         if torch.onnx.is_in_onnx_export():
             raise FP8NotAvailableError(_NO_ONNX.format(op))
         # What a traced kernel calls has no gradient; the operator has.
@@ -39,6 +45,7 @@ def call(op: str, arguments: Any, record: CallRecord | None = None) -> Any:
         return getattr(torch.ops.optimum_fp8, op)(*arguments)
     if record is not None and is_plain(arguments[:1]) and (found := run_prepared(op, arguments, record)) is not None:
         return found
+    arguments = _with_its_scale(arguments)
     if is_plain(arguments):
         return run(op, arguments, record)
     if torch.onnx.is_in_onnx_export():
@@ -48,6 +55,24 @@ def call(op: str, arguments: Any, record: CallRecord | None = None) -> Any:
         return getattr(torch.ops.optimum_fp8, op)(*arguments)
     finally:
         _calling.reset(token)
+
+
+def scaled_input(
+    x: torch.Tensor, input_scale: torch.Tensor | DynamicScale | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What a product takes for its input and the scale of that, which may be a rule."""
+    if not isinstance(input_scale, DynamicScale):
+        return x, input_scale
+    scale = call("dynamic_scale", DynamicScaleCall(x, *input_scale))
+    return inf_as_nan(x), scale
+
+
+def _with_its_scale(arguments: Any) -> Any:
+    """The arguments with the scale of their input in the place of a rule."""
+    if not isinstance(getattr(arguments, "input_scale", None), DynamicScale):
+        return arguments
+    x, scale = scaled_input(arguments.x, arguments.input_scale)
+    return arguments._replace(x=x, input_scale=scale)
 
 
 def declare(
@@ -94,6 +119,20 @@ def declare(
     _library.impl(op, autograd_kernel(op, arguments, implementation, gradient), "Autograd", with_keyset=True)
     torch.library.register_fake(f"optimum_fp8::{op}", without_values, lib=_library)
     dispatch.register_kernel(op, dispatch.Kernel(dispatch.REFERENCE, None, reference))
+
+
+def declare_composed(op: str, schema: str, fake: Callable[..., Any], composed: Callable[..., Any]) -> None:
+    """Make an operator known to torch that is composed of others: these are dispatched, and have the gradients."""
+
+    def without_values(*args: Any) -> Any:
+        refuse_absent(op, [argument.name for argument in overload._schema.arguments], args)
+        return fake(*args)
+
+    _library.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(op, composed, "CompositeExplicitAutograd")
+    _library.impl(op, composed_autograd_kernel(op, composed), "Autograd", with_keyset=True)
+    torch.library.register_fake(f"optimum_fp8::{op}", without_values, lib=_library)
+    overload = getattr(torch.ops.optimum_fp8, op).default
 
 
 def _declare_gradient(

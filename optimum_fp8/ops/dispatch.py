@@ -161,13 +161,18 @@ def choose(op: str, call: Any, device: str, record: CallRecord | None) -> tuple[
     raise FP8NotAvailableError(f"backend {forced!r} has no kernel for {op!r}; leave the backend free")
 
 
+def preferred(op: str, device: str) -> str:
+    """The backend whose kernel for `op` is asked first for calls on a device type, where none is forced."""
+    return next(kernel.backend for kernel in _kernels[op] if kernel.serves(device))
+
+
 def traced_kernel(op: str, call: Any) -> Kernel | None:
     """While compiling: the kernel whose own calls the compiler is to see; None: it sees the operator.
 
     Raises:
         FP8NotAvailableError: such a backend is forced and refuses the call.
     """
-    name = _traced_backend(call[0].device.type)
+    name = traced_backend(call[0].device.type)
     for kernel in _kernels[op] if name else ():
         if kernel.backend == name and kernel.traced:
             reason = kernel.refuses(call)
@@ -179,7 +184,7 @@ def traced_kernel(op: str, call: Any) -> Kernel | None:
 
 
 @constant_while_compiling
-def _traced_backend(device: str) -> str:
+def traced_backend(device: str) -> str:
     """The backend whose calls compilers are to see: the forced one, or that which serves the device; else none."""
     forced, kernels = _forced.get(), [kernel for kernels in _kernels.values() for kernel in kernels if kernel.traced]
     return next(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from . import reference_experts
 from .arguments import ExpertsCall
 from .declare import call, declare
+from .dynamic import DynamicScale
 from .records import CallRecord
 
 
@@ -18,7 +21,7 @@ def experts(
     down: torch.Tensor,
     gate_up_scale: torch.Tensor,
     down_scale: torch.Tensor,
-    input_scale: torch.Tensor | None,
+    input_scale: torch.Tensor | DynamicScale | None,
     intermediate_scale: torch.Tensor | None,
     *,
     activation: str = "silu",
@@ -40,8 +43,8 @@ def experts(
         gate_up_scale: float32, one an expert `(E, 1, 1)`, one for each half `(E, 2, 1)`, or one an output channel
             `(E, 2 · inner, 1)`.
         down_scale: float32, `(E, 1, 1)` or `(E, hidden, 1)`.
-        input_scale: float32, `(1,)` or one a token `(tokens, 1)`; None leaves `x` and the intermediates in high
-            precision (weight-only).
+        input_scale: float32, `(1,)` or one a token `(tokens, 1)`, or a `DynamicScale`; None leaves `x` and the
+            intermediates in high precision (weight-only).
         intermediate_scale: float32 `(E, 1, 1)`, of what goes into `down`; None scales each token by its own range, as
             (max|·| + 1e-8) / full_scale.
         activation: "silu", "gelu" (with erf) or "relu".
@@ -58,7 +61,8 @@ def experts(
         FP8ScaleError: a scale does not fit what it belongs to.
         FP8ConfigError: an unknown activation or arithmetic, or a full scale that codes do not reach.
     """
-    operands = (x, table, router_weights, gate_up, down, gate_up_scale, down_scale, input_scale, intermediate_scale)
+    scale: Any = input_scale  # `call` finds it where it is a rule
+    operands = (x, table, router_weights, gate_up, down, gate_up_scale, down_scale, scale, intermediate_scale)
     return call("experts", ExpertsCall(*operands, activation, experts_min, full_scale, arithmetic), record)
 
 

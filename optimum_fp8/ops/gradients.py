@@ -92,12 +92,7 @@ def autograd_kernel(
 ) -> Callable[..., Any]:
     """The operator's kernel at the key "Autograd": a plain call goes straight to its kernel, which is quicker than what
     torch makes of `register_autograd`; without a `gradient`, one that is wanted is refused when it is asked for."""
-    overload = getattr(torch.ops.optimum_fp8, op).default
-
-    def below(keyset: Any, *args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-
+    below = _below_autograd(op)
     function = _function(op, arguments, below, gradient)
 
     def kernel(keyset: Any, *args: Any) -> Any:
@@ -108,6 +103,29 @@ def autograd_kernel(
         return function.apply(keyset, *args) if wants_gradient(args) else below(keyset, *args)
 
     return kernel
+
+
+def composed_autograd_kernel(op: str, composed: Callable[..., Any]) -> Callable[..., Any]:
+    """As `autograd_kernel`, of an operator that is composed of others, which are differentiated in its place."""
+    below = _below_autograd(op)
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if is_plain(args) or wants_gradient(args) or any(_has_tangent(arg) for arg in args):
+            return composed(*args)
+        return below(keyset, *args)
+
+    return kernel
+
+
+def _below_autograd(op: str) -> Callable[..., Any]:
+    """The operator's kernel at the keys behind "Autograd"."""
+    overload = getattr(torch.ops.optimum_fp8, op).default
+
+    def below(keyset: Any, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    return below
 
 
 def _function(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from . import reference_grouped
 from .arguments import GroupedLinearCall
 from .declare import call, declare
+from .dynamic import DynamicScale
 from .records import CallRecord
 
 
@@ -15,7 +18,7 @@ def grouped_linear(
     experts: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
-    input_scale: torch.Tensor | None = None,
+    input_scale: torch.Tensor | DynamicScale | None = None,
     bias: torch.Tensor | None = None,
     *,
     full_scale: float,
@@ -33,7 +36,7 @@ def grouped_linear(
             an output `(E, out, 1)`, by blocks `(E, ⌈out/128⌉, ⌈in/128⌉)`, or by groups along the input
             `(E, out, ⌈in/g⌉)` with g of 128 or 32. `(E, 2, 1)` are halves.
         input_scale: float32, `(1,)`, one an expert `(E, 1, 1)`, one a row `(N, 1)`, or by groups along the input
-            `(N, ⌈in/g⌉)` with g of 128 or 32; None leaves `x` in high precision (weight-only).
+            `(N, ⌈in/g⌉)` with g of 128 or 32, or a `DynamicScale`; None leaves `x` in high precision (weight-only).
         bias: `[E, out]` or None.
         full_scale: the value activations saturate at.
         arithmetic: one of `ARITHMETICS`.
@@ -47,7 +50,8 @@ def grouped_linear(
         FP8ScaleError: a scale does not fit what it belongs to.
         FP8ConfigError: an unknown arithmetic, or a full scale that codes do not reach.
     """
-    operands = (x, experts, weight, weight_scale, input_scale, bias)
+    scale: Any = input_scale  # `call` finds it where it is a rule
+    operands = (x, experts, weight, weight_scale, scale, bias)
     return call("grouped_linear", GroupedLinearCall(*operands, full_scale, arithmetic), record)
 
 

@@ -10,15 +10,19 @@ import torch
 from . import reference
 from .arguments import LinearCall
 from .declare import call, declare
+from .dynamic import DynamicScale
+from .dynamic_linear import dynamic_linear, stands_for
 from .gradients import Gradient, without
 from .records import CallRecord
+
+_is_compiling = torch.compiler.is_compiling
 
 
 def linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
-    input_scale: torch.Tensor | None,
+    input_scale: torch.Tensor | DynamicScale | None,
     bias: torch.Tensor | None,
     *,
     full_scale: float,
@@ -33,7 +37,7 @@ def linear(
         weight_scale: float32, `(1,)`, `(out, 1)`, by blocks `(⌈out/128⌉, ⌈in/128⌉)`, or by groups along the input
             `(out, ⌈in/g⌉)` with g of 128 or 32.
         input_scale: float32, `(1,)`, `[…, 1]`, or by groups `[…, ⌈in/g⌉]` with g of 128 or 32; None leaves `x` in high
-            precision (weight-only).
+            precision (weight-only), a `DynamicScale` scales it by its own range.
         bias: `(out,)` or None.
         full_scale: the value activations saturate at.
         arithmetic: one of `ARITHMETICS`.
@@ -47,7 +51,11 @@ def linear(
         FP8ScaleError: a scale does not fit what it belongs to.
         FP8ConfigError: an unknown arithmetic, or a full scale that codes do not reach.
     """
-    return call("linear", LinearCall(x, weight, weight_scale, input_scale, bias, full_scale, arithmetic), record)
+    scale: Any = input_scale  # `call` finds it where it is a rule
+    arguments = LinearCall(x, weight, weight_scale, scale, bias, full_scale, arithmetic)
+    if _is_compiling() and isinstance(scale, DynamicScale) and stands_for(arguments):
+        return dynamic_linear(arguments)  # type: ignore[no-any-return]
+    return call("linear", arguments, record)
 
 
 def _fake(call: LinearCall) -> torch.Tensor:

@@ -3,7 +3,8 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
-from .activation import activation_scale, dynamic_scale, inf_as_nan, scale_of_range
+from ..ops import inf_as_nan
+from .activation import activation_scale, dynamic_scale, scale_of_range
 from .check import is_sound, unsound
 from .fit import always_fits, fit_weight
 from .granularity import Granularity, PerBlock, PerChannel, PerGroup, PerHead, PerTensor, PerToken

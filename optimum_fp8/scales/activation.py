@@ -66,22 +66,11 @@ def scale_of_range(
     return checked_scale(value_of(rule).of_range(ranges, rule, fmt, hp_dtype), tuple(ranges.shape), rule)
 
 
+def dynamic(rule: ScaleRule, fmt: NumberFormat, hp_dtype: torch.dtype) -> ops.DynamicScale:
+    """What operators find a scale by, from the range of the tensor at hand."""
+    return ops.DynamicScale(rule.granularity.group, rule.divisor(fmt), rule.rounding, fmt.name, fmt.target, hp_dtype)
+
+
 def dynamic_scale(x: torch.Tensor, rule: ScaleRule, fmt: NumberFormat, hp_dtype: torch.dtype) -> torch.Tensor:
     """The scale of `x` `[…, features]` from its own range: float32 `(1,)`, `[…, 1]` or `[…, groups]` by the rule."""
-    return ops.dynamic_scale(
-        x,
-        group=rule.granularity.group,
-        divisor=rule.divisor(fmt),
-        rounding=rule.rounding,
-        fp8_config=fmt.name,
-        target=fmt.target,
-        hp_dtype=hp_dtype,
-    )
-
-
-def inf_as_nan(x: torch.Tensor) -> torch.Tensor:
-    """What is cast with a dynamic scale: `x` with NaN in the place of Inf, which is no part of the scale's range.
-
-    A cast keeps NaN; it would saturate Inf, and make of it a value like any other.
-    """
-    return x.nan_to_num(nan=torch.nan, posinf=torch.nan, neginf=torch.nan)
+    return ops.dynamic_scale(x, **dynamic(rule, fmt, hp_dtype)._asdict())

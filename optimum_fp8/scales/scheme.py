@@ -7,8 +7,9 @@ from functools import cached_property
 
 import torch
 
+from .. import ops
 from ..formats import NumberFormat
-from .activation import dynamic_scale, scale_of_range
+from .activation import dynamic, dynamic_scale, scale_of_range
 from .rule import ScaleRule
 
 STATIC, DYNAMIC, WEIGHT_ONLY = "static", "dynamic", "weight_only"
@@ -72,6 +73,10 @@ class Scheme:
     def dynamic_scale(self, x: torch.Tensor, rule: ScaleRule | None = None) -> torch.Tensor:
         """The scale of `x` `[…, features]` from its own range, by `rule` (by default the input's)."""
         return dynamic_scale(x, rule or self.input, self.fmt, self.hp_dtype)
+
+    def dynamic(self, rule: ScaleRule | None = None) -> ops.DynamicScale | None:
+        """What operators find the scale of an input by, if that is dynamic, by `rule` (by default the input's)."""
+        return dynamic(rule or self.input, self.fmt, self.hp_dtype) if self.is_dynamic else None
 
     @property
     def attention_dataflow(self) -> str:

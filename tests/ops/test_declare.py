@@ -55,6 +55,14 @@ CALLS = {
     "linear-empty": (NAMESPACE.linear, (X[:0], WEIGHT, SCALE, SCALE, None, 448.0, "fused")),
     "linear-transposed": (NAMESPACE.linear, (torch.randn(6, 4).t(), WEIGHT, SCALE, SCALE, None, 448.0, "fused")),
     "linear-no-features": (NAMESPACE.linear, (X[:, :0], WEIGHT[:, :0], SCALE, None, None, 448.0, "fused")),
+    "dynamic_linear-token": (
+        NAMESPACE.dynamic_linear,
+        (X.bfloat16(), WEIGHT, SCALE, torch.ones(8), -1, 224.0, "pow2", "E4M3", "cpu", torch.bfloat16, 448.0, "fused"),
+    ),
+    "dynamic_linear-empty": (
+        NAMESPACE.dynamic_linear,
+        (X[:0], WEIGHT, SCALE, None, 0, 120.0, "identity", "E4M3", "gaudi2", torch.float32, 240.0, "gaudi"),
+    ),
     "linear_input_gradient": (
         NAMESPACE.linear_input_gradient,
         (torch.randn(2, 2, 8).bfloat16(), WEIGHT, torch.rand(8, 1), X.reshape(2, 2, 6), SCALE, 1.0),
@@ -149,6 +157,7 @@ def test_every_operator_is_called_here():
         "maxabs",
         "dynamic_scale",
         "linear",
+        "dynamic_linear",
         "linear_input_gradient",
         "conv",
         "embedding",

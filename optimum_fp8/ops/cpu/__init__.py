@@ -42,7 +42,7 @@ def register() -> None:
 
 
 def _kernels(variant: str, devices: tuple[str, ...], casts: Casts) -> dict[str, Kernel]:
-    backend = f"cpu_{variant}"
+    backend = casts.backend
     linear, conv, attention = Linear(casts, variant), Conv(casts, variant), Attention(casts, variant)
     grouped, experts, embedding = GroupedLinear(casts), Experts(casts), Embedding(casts)
     input_gradient = LinearInputGradient(casts.library, casts.variant)

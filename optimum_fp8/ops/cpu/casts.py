@@ -4,16 +4,14 @@ arguments."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from struct import Struct
 
 import torch
 
-from ...formats import number_format
-from ...rounding import scale_from_maxabs
 from ..arguments import DynamicScaleCall, Product
 from ..operands import BINS, block_of, group_of, group_shape, is_by_rows, refuses_format
 from .library import FORMATS, TYPES, Library, check, threads
+from .ranges import scale_of_range, scale_of_ranges
 
 _CAST = Struct("=15qd")
 _HISTOGRAM = Struct("=7q")
@@ -24,6 +22,7 @@ class Casts:
 
     def __init__(self, library: Library, variant: str):
         self.library, self.variant = library, library.variants[variant]
+        self.backend = f"cpu_{variant}"
 
     def refuses_cast_to_fp8(
         self, x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, full_scale: float
@@ -162,12 +161,12 @@ class Casts:
 
     def dynamic_scale(self, call: DynamicScaleCall) -> torch.Tensor:
         x, group = call.x, call.group
-        if x.dtype == call.hp_dtype == torch.bfloat16:
+        if call.hp_dtype == torch.bfloat16:
             maxabs = torch.zeros(group_shape(x.shape, group), dtype=torch.float32, device=x.device)
             scale = torch.empty_like(maxabs)
-            self._encode(x, scale, None, 0.0, maxabs, _scale_of_range(group == 0, *call[2:6]), only_finite=True)
+            self._encode(x, scale, None, 0.0, maxabs, scale_of_range(group == 0, *call[2:6]), only_finite=True)
             return scale
-        return _scale(self.maxabs(x, group, only_finite=True).to(x.dtype), group == 0, *call[2:])
+        return scale_of_ranges(self.maxabs(x, group, only_finite=True).to(x.dtype), group == 0, *call[2:])
 
 
 def _rows_in_memory(x: torch.Tensor, y: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -203,26 +202,6 @@ def _refuses_scale(x: torch.Tensor, scale: torch.Tensor) -> str | None:
 def _square_of(scale: torch.Tensor, x: torch.Tensor) -> int:
     """The side of square blocks, in the two dimensions that the library knows them in; else 0."""
     return block_of(scale, x) if x.ndim == 2 else 0
-
-
-def _scale(
-    maxabs: torch.Tensor,
-    per_tensor: bool,
-    divisor: float,
-    rounding: str,
-    fp8_config: str,
-    target: str,
-    hp_dtype: torch.dtype,
-) -> torch.Tensor:
-    fmt = number_format(fp8_config, target)
-    return scale_from_maxabs(maxabs, divisor, rounding, fmt, hp_dtype, reciprocal=fmt.is_gaudi and per_tensor)
-
-
-@cache
-def _scale_of_range(per_tensor: bool, divisor: float, rounding: str, fp8_config: str, target: str) -> torch.Tensor:
-    """The scale of every bfloat16 range, by its bits, float32 `[32768]`: looking it up is quicker than rounding it."""
-    ranges = torch.arange(1 << 15, dtype=torch.int16, device="cpu").view(torch.bfloat16)
-    return _scale(ranges, per_tensor, divisor, rounding, fp8_config, target, torch.bfloat16)
 
 
 def refuses_qdq(casts: Casts, call: Product) -> str | None:

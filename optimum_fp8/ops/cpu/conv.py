@@ -150,7 +150,7 @@ class Conv:
             x_at, y_at = first // out * channels * x.stride(1), first * y.stride(1)
             packed += OF_A_CALL.pack(
                 *(self.casts.variant, threads(), (len(where) - k) // 2),
-                *(x.data_ptr() + x_at * x.element_size(), TYPES[x.dtype], 0, 0, 0, 0),
+                *(x.data_ptr() + x_at * x.element_size(), TYPES[x.dtype], 0, 0, 0, 0, 0),
                 *(y.data_ptr() + y_at * y.element_size(), TYPES[y.dtype], y.stride(1), where.data_ptr()),
             )
             packed += THAT_STAYS.pack(

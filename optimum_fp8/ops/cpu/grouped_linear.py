@@ -15,7 +15,7 @@ from .casts import Casts, qdq, refuses_qdq
 from .library import FORMATS, TYPES, check, threads
 from .prepared import weight_groups
 
-_ARGUMENTS = Struct("=25qd4q")  # fp8cpu_grouped_args
+_ARGUMENTS = Struct("=26qd4q")  # fp8cpu_grouped_args
 
 
 class GroupedLinear:
@@ -62,6 +62,7 @@ class GroupedLinear:
             0 if input_scale is None else input_scale.data_ptr(),
             input_scale is not None and input_scale.ndim == 2,
             0 if input_scale is None or input_scale.ndim != 2 else group_of(input_scale, x),
+            0,  # no scales by x's own ranges
             *(y.data_ptr(), TYPES[x.dtype], out, 0, out, k, call.weight.data_ptr(), FORMATS[call.weight.dtype]),
             scale.data_ptr(),
             scale.shape[1] == out and not group,

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 PATH = Path(__file__).with_name("libfp8cpu.so")
-ABI = 11
+ABI = 12
 VARIANTS = ("avx512amx", "avx512bf16", "avx512vbmi", "avx512", "avx2", "portable", "tiles")
 _OUT_OF_MEMORY = 1
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # how `fp8cpu.h` numbers them

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .. import dispatch
 from ..arguments import LinearCall
 from ..operands import is_along_input, refuses_format, refuses_scales
 from ..reference import ARITHMETICS
@@ -50,7 +51,8 @@ class Linear:
         stay = (call.weight_scale, call.bias)
         if call.arithmetic == "qdq" or not all(tensor is None or tensor.is_contiguous() for tensor in stay):
             return None
-        return PreparedLinear(self._packed(call), call, self.panels.least_rows)
+        finds_scales = self.casts.backend == dispatch.preferred("dynamic_scale", "cpu")
+        return PreparedLinear(self._packed(call), call, finds_scales, self.panels.least_rows)
 
     def _packed(self, call: LinearCall) -> PackedLinear:
         return PackedLinear(self.casts.library, self.casts.variant, call)

@@ -103,6 +103,17 @@ static void fill_powers(char *data, int64_t count) {
     }
 }
 
+/* The same with scales by x's own ranges: memory is what counts, as other tests compare the results to the bit. */
+static void fuzz_own_ranges(fp8cpu_linear_args a) {
+    static float scale_of_range[1 << 15];
+    if (a.places || a.x_stride != a.k) return;
+    for (int range = 0; range < 1 << 15; range++) scale_of_range[range] = 1.0f + range % 7;
+    if (a.x_group && a.k % a.x_group) a.x_group = 0;
+    a.x_scale = 0, a.x_scale_of_range = (int64_t)scale_of_range;
+    const int status = fp8cpu_linear(&a, 1);
+    if (status != FP8CPU_OK) FAIL("linear answered %d", status);
+}
+
 static void fuzz_linear(int64_t variant) {
     static const int64_t edges[] = {1, 4, 5, 8, 9, 12, 13, 24, 25, 6, 7, 32, 33, 48, 65};
     fp8cpu_linear_args a = {.variant = variant, .threads = 1 + below(2)};
@@ -153,6 +164,7 @@ static void fuzz_linear(int64_t variant) {
     if (status != FP8CPU_OK) FAIL("linear answered %d", status);
     /* Sums of arbitrary floats overflow in an order of their own: memory is what counts. */
     for (int64_t m = 0; m < a.m && !any_bits && !failed; m++) check_product(&a, m);
+    if (chance(2)) fuzz_own_ranges(a);
     free(x.base), free(y.base), free(w.base), free(w_scale.base), free(x_scale.base), free(bias.base);
     free(places.base);
 }

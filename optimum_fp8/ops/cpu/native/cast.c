@@ -162,6 +162,7 @@ static void store_scale(const fp8cpu_cast_args *a, int64_t row) {
     uint32_t bits = 0x7FC00000;
     if (range == range) memcpy(&bits, &range, sizeof bits);
     bits = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16; /* to bfloat16 */
+    if (a->only_finite && !bits && range > 0) bits = 1;
     ((float *)a->scale)[row * a->scale_step] = ((const float *)a->scale_of_range)[bits];
 }
 

@@ -1,4 +1,6 @@
 /* The exported functions, dispatched at run time: each calls the variant the caller chose. */
+#include <stdlib.h>
+
 #include "fp8cpu.h"
 #include "parallel.h"
 
@@ -122,9 +124,29 @@ int fp8cpu_encode(const fp8cpu_cast_args *args) {
 }
 int fp8cpu_decode(const fp8cpu_cast_args *args) { DISPATCH(decode) }
 int fp8cpu_histogram(const fp8cpu_histogram_args *args) { DISPATCH(histogram) }
+/* A product of an x that is scaled by its own ranges: first its scales, then itself. */
+static int linear_by_own_ranges(const fp8cpu_kernels *kernels, const fp8cpu_linear_args *args) {
+    const int64_t values = args->m * args->k;
+    const int64_t count = args->x_group ? values / args->x_group : args->x_scale_step ? args->m : 1;
+    if (!values) return kernels->linear(args, 1);
+    float *scales = calloc((size_t)count, sizeof *scales); /* the ranges, until they are looked up */
+    if (!scales) return FP8CPU_NO_MEMORY;
+    const fp8cpu_cast_args ranges = {.variant = args->variant, .threads = args->threads, .rows = count,
+                                     .cols = values / count, .x = args->x, .value_type = args->x_type,
+                                     .scale = (int64_t)scales, .scale_step = 1, .maxabs = (int64_t)scales,
+                                     .maxabs_step = 1, .only_finite = 1, .scale_of_range = args->x_scale_of_range};
+    fp8cpu_linear_args product = *args;
+    product.x_scale = (int64_t)scales;
+    int status = kernels->encode(&ranges);
+    if (status == FP8CPU_OK) status = kernels->linear(&product, 1);
+    free(scales);
+    return status;
+}
+
 int fp8cpu_linear(const fp8cpu_linear_args *args, int64_t count) {
     if (args->variant < 0 || args->variant >= VARIANTS) return FP8CPU_NO_VARIANT;
-    return variants[args->variant].kernels.linear(args, count);
+    const fp8cpu_kernels *kernels = &variants[args->variant].kernels;
+    return args->x_scale_of_range ? linear_by_own_ranges(kernels, args) : kernels->linear(args, count);
 }
 int fp8cpu_linear_gradient(const fp8cpu_linear_gradient_args *args) { DISPATCH(linear_gradient) }
 int fp8cpu_grouped(const fp8cpu_grouped_args *args) {

@@ -9,7 +9,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FP8CPU_ABI 11
+#define FP8CPU_ABI 12
 
 enum { FP8CPU_FLOAT32 = 0, FP8CPU_BFLOAT16 = 1, FP8CPU_FLOAT16 = 2, FP8CPU_BOOLEAN = 3 };
 enum { FP8CPU_E4M3 = 0, FP8CPU_E5M2 = 1 };
@@ -28,7 +28,8 @@ typedef struct {
     int64_t maxabs;     /* float * or 0: largest |x|, NaN if any x is; one for all rows, or one a row */
     int64_t maxabs_step;
     int64_t only_finite; /* maxabs is that of what is neither NaN nor Inf */
-    int64_t scale_of_range; /* const float * or 0: scales are looked up here, by the bits of maxabs, and written */
+    int64_t scale_of_range; /* const float * or 0: scales are looked up here, by the bits of maxabs, and written; where
+                               it is only_finite, what is no zero but in bfloat16 has the scale of the next range */
     double full_scale;
 } fp8cpu_cast_args;
 
@@ -50,6 +51,8 @@ typedef struct {
     int64_t x_scale;             /* const float *: x is rounded to the FP8 grid; 0: it is not */
     int64_t x_scale_step;        /* per tensor 0, per row of x 1 */
     int64_t x_group;             /* 0, or values along k that share a scale: x_scale is then [m, ceil(k/x_group)] */
+    int64_t x_scale_of_range;    /* const float * or 0: as with fp8cpu_cast_args, x has the scales of its own ranges, of what
+                                    is finite; the rest becomes NaN. x_scale is 0 then, x contiguous, the product alone */
     int64_t y, y_type, y_stride; /* [m, n] */
     int64_t places; /* 0, or const int32_t * [m], [k], [m]: x[m, k] lies at x + first[m] + second[k], in elements, and
                        y[m, n] at y + third[m] + n * y_stride; then x_stride is not read, and x_scale is 0 */

@@ -123,6 +123,12 @@ static __attribute__((noinline)) void read_places(const linear_job *job, int64_t
     }
 }
 
+/* NaN in the place of Inf, which a cast would saturate. */
+INLINE vf only_finite(vf values) {
+    const vi is_finite = ((vi)values & 0x7FFFFFFF) < 0x7F800000;
+    return (vf)pick(is_finite, (vi)values, splat_bits(0x7FC00000));
+}
+
 /* Row m of x as floats, on the FP8 grid where it has a scale, with zeros up to a whole number of steps. Scales of groups
  * are multiplied in, but for pairs without, whose products will be. */
 INLINE void read_row(const linear_job *job, kind k, int64_t m, float *row) {
@@ -145,6 +151,7 @@ INLINE void read_row(const linear_job *job, kind k, int64_t m, float *row) {
             const float of_group = a->x_group ? *x_scales_from(a, at, i) : 1.0f;
             if (a->x_group) reciprocal = splat(1.0f / of_group);
             values = load_up_to(x + i * value_size(type), type, a->k - i);
+            if (a->x_scale_of_range) values = only_finite(values);
             if (scale) values = to_grid(values * reciprocal, (float)a->full_scale, k.e5m2 ? E5M2 : E4M3);
             if (a->x_group && (!k.bf16 || k.folded)) values *= of_group;
         }
