@@ -7,6 +7,7 @@
 #define FP8CPU_ATTENTION_ELEMENTS_H
 
 #include "units.h"
+#include "zen4.h"
 
 typedef uint8_t element;
 
@@ -20,16 +21,10 @@ INLINE int element_of(int unit, int lane) { return code_of(unit, lane); }
 
 INLINE void prefetch_step(const element *p) { __builtin_prefetch(p); }
 
-/* Whether rows that are neighbours are prefetched. A Zen 4, which has BF16 and not VP2INTERSECT, reads them ahead by itself
- * as fast as they are decoded; prefetches get in its way: with 8192 tokens cached, 16 heads of queries on 8 of keys took
- * 1.20 ms of one thread's CPU time with them and 0.96 without, 16 on 16 1.68 and 1.42, 32 on 8 1.73 and 1.48. */
-INLINE int prefetches_neighbours(void) {
-#if defined(__AVX512BF16__)
-    return __builtin_cpu_supports("avx512vp2intersect") != 0;
-#else
-    return 1;
-#endif
-}
+/* Whether rows that are neighbours are prefetched. A Zen 4 reads them ahead by itself as fast as they are decoded;
+ * prefetches get in its way: with 8192 tokens cached, 16 heads of queries on 8 of keys took 1.20 ms of one thread's CPU
+ * time with them and 0.96 without, 16 on 16 1.68 and 1.42, 32 on 8 1.73 and 1.48. */
+INLINE int prefetches_neighbours(void) { return !is_zen4(); }
 
 /* A step of codes of which `left` are there, or more; zeros behind them. There is no call in it, which would cost all
  * vectors their registers, and no mask where none is needed: masked loads keep the processor from reading ahead. */

@@ -3,6 +3,7 @@
 #define FP8CPU_LINEAR_DOT_H
 
 #include "linear_epilogue.h"
+#include "zen4.h"
 
 enum { MAX_SUMS = 16 }; /* in registers at a time */
 
@@ -14,10 +15,18 @@ typedef struct {
 } span;
 
 /* What to prefetch while a tile is multiplied, a vector for each that is read. Tiles are too short for the processor to
- * see by itself that the next ones will be needed. */
+ * see by itself that the next ones will be needed. On a Zen 4 they go to the second cache: with
+ * two threads, 4096 x 14336 so took 2.0 ms instead of 2.5 for one row of x, and 2.2 instead of 2.7 for four. */
 typedef struct {
     int64_t ahead, row, step; /* bytes from the first codes of the tile; from row to row, from step to step */
 } prefetch;
+
+INLINE void prefetch_codes(const uint8_t *p, int into_second) {
+    if (into_second)
+        __builtin_prefetch(p, 0, 2);
+    else
+        __builtin_prefetch(p);
+}
 
 INLINE decoder decoder_for(kind k) {
 #if defined(__AVX512BF16__)
@@ -88,6 +97,7 @@ INLINE void dot_steps(const linear_job *job, kind k, int w_rows, int x_rows, int
     const fp8cpu_linear_args *a = job->args;
     const int64_t size = a->k, whole = smaller(s.to, size / STEP);
     const int apart = apart_for(k, w_rows, x_rows);
+    const int into_second = is_zen4();
     const int pair = k.bf16 && w_rows > 1 ? 2 : 1; /* floats of two rows would crowd out sums */
     const uint8_t *w = (const uint8_t *)a->w + n * size + s.from * STEP, *fetch = w + f.ahead;
     const float *x = s.x + s.from * s.x_step;
@@ -103,7 +113,7 @@ INLINE void dot_steps(const linear_job *job, kind k, int w_rows, int x_rows, int
     for (; step < whole; step++, w += STEP, fetch += f.step, x += s.x_step)
         UNROLL for (int r = 0; r < w_rows; r += pair) {
             UNROLL for (int i = r; i < r + pair; i++) {
-                __builtin_prefetch(fetch + i * f.row);
+                prefetch_codes(fetch + i * f.row, into_second);
                 codes[i - r] = load_bits(w + i * size);
                 if (k.blocked) scales[i - r] = scales_by_lane(scale_rows[i], a->w_group, step, size);
             }
