@@ -13,13 +13,13 @@ from ..lifecycle import needs_ranges
 from ..measure import Measurements, check_dump_path
 from .event import Event
 from .passes import ForwardPasses
-from .purpose import Purpose, check_choice, check_count, refuse_kinds_of_training
-from .recorder import EVALUATION, TRAINING, Recorder
+from .purpose import check_choice, check_count, refuse_kinds_of_training
+from .recorder import EVALUATION, TRAINING, Recorder, Recording
 
 logger = logging.getLogger(__name__)
 
 
-class Measuring(Purpose):
+class Measuring(Recording):
     """Measures, and writes `<dump_stats_path>_measurements.safetensors`; the model stays as it is.
 
     Where `train` is called, its batches are measured, or those of its evaluations, as `during` says. Where it is not,
@@ -33,7 +33,6 @@ class Measuring(Purpose):
         self.during = check_choice("during", during, (TRAINING, EVALUATION))
         self.recorder = Recorder(self.asked, self.during, check_count("every", every), f"optimum_fp8.{self.name}")
         self._waiting: ForwardPasses | None = None
-        self._first: int | None = None
 
     def made(self, event: Event) -> None:
         self._wait(event)
@@ -51,15 +50,6 @@ class Measuring(Purpose):
                 "activation_scheme='static'"
             )
         self._first = event.state.global_step + 1
-
-    def step_begins(self, event: Event) -> None:
-        self.recorder.step_begins()
-
-    def step_ended(self, event: Event) -> None:
-        note_step(self.recorder, event, self._first)
-
-    def epoch_ended(self, event: Event) -> None:
-        note_step(self.recorder, event, None)
 
     def prediction_step(self, event: Event) -> None:
         if not self.recorder.measures:
@@ -119,19 +109,3 @@ class Measuring(Purpose):
         before: Measurements | None = self.results.get("measurements")
         if before is not None and before.fingerprint == self.recorder.state.measurements.fingerprint:
             self.recorder.add_earlier(before)
-
-
-def note_step(recorder: Recorder, event: Event, first: int | None) -> None:
-    """Have the ranges ready for a checkpoint that follows on a step or an epoch.
-
-    Args:
-        recorder: what measures.
-        event: the end of the step.
-        first: the number of the first step, after which it is known what is not reached; None: no matter.
-    """
-    if not recorder.measures:
-        return
-    if event.state.global_step == first and recorder.during == TRAINING:
-        recorder.warn_of_unreached()
-    if event.control.should_save:
-        recorder.record(event)

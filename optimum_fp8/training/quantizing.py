@@ -17,16 +17,15 @@ from ..config import FP8Config
 from ..errors import FP8ConfigError, FP8NotAvailableError
 from ..lifecycle import FP8State, dequantize, needs_ranges, start_measuring, state_of
 from .event import Event
-from .measuring import note_step
 from .outcome import Outcome, converted
-from .purpose import Purpose, check_choice, check_count, refuse_kinds_of_training
-from .recorder import EVALUATION, TRAINING, Recorder
+from .purpose import check_choice, check_count, refuse_kinds_of_training
+from .recorder import EVALUATION, TRAINING, Recorder, Recording
 from .sharded import made_again
 
 logger = logging.getLogger(__name__)
 
 
-class Quantizing(Purpose):
+class Quantizing(Recording):
     """Converts the model when training has ended, evaluates it in FP8 and saves it beside the trained one.
 
     Static activations are scaled by the config's `dataset`, which is run through the trained model; without one, by
@@ -47,7 +46,6 @@ class Quantizing(Purpose):
         during = check_choice("during", during, (TRAINING, EVALUATION))
         self.recorder = Recorder(self.asked, during, check_count("every", every), f"optimum_fp8.{self.name}")
         self.outcome = Outcome(save_to, evaluate)
-        self._first: int | None = None
         self._batches: Iterator[Any] | None = None  # of the config's dataset
 
     def train_begins(self, event: Event) -> None:
@@ -68,15 +66,6 @@ class Quantizing(Purpose):
         elif not needs_ranges(self.recorder.start(event)):
             self.recorder.stop()
         self._first = event.state.global_step + 1
-
-    def step_begins(self, event: Event) -> None:
-        self.recorder.step_begins()
-
-    def step_ended(self, event: Event) -> None:
-        note_step(self.recorder, event, self._first)
-
-    def epoch_ended(self, event: Event) -> None:
-        note_step(self.recorder, event, None)
 
     def evaluated(self, event: Event) -> None:
         if event.trains and self.recorder.measures:

@@ -27,6 +27,7 @@ from ..lifecycle import (
 from ..measure import Measurements, observer_class, processes
 from .event import Event
 from .passes import ForwardPasses, samples_in
+from .purpose import Purpose
 
 logger = logging.getLogger(__name__)
 
@@ -282,6 +283,33 @@ class Recorder:
             return
         self._forget()
         self._earlier = _unpacked(self._best[1], self.state.measurements)
+
+
+class Recording(Purpose):
+    """A purpose whose recorder measures what goes through the model, and has the ranges ready for each checkpoint.
+
+    Attributes:
+        recorder: what measures.
+    """
+
+    recorder: Recorder
+    _first: int | None = None  # the number of the first step, after which it is known what is not reached
+
+    def step_begins(self, event: Event) -> None:
+        self.recorder.step_begins()
+
+    def step_ended(self, event: Event) -> None:
+        recorder = self.recorder
+        if recorder.measures and event.state.global_step == self._first and recorder.during == TRAINING:
+            recorder.warn_of_unreached()
+        self._record_if_saved(event)
+
+    def epoch_ended(self, event: Event) -> None:
+        self._record_if_saved(event)
+
+    def _record_if_saved(self, event: Event) -> None:
+        if self.recorder.measures and event.control.should_save:
+            self.recorder.record(event)
 
 
 def _packed(measurements: Measurements) -> str:
