@@ -5,6 +5,7 @@
  * multiplied with tiles of g, whose sums stay in registers. Units are as in linear_job.h: floats, or pairs of bfloat16,
  * here of two rows of w. Scales of rows of w are multiplied into g, scales along its rows into what is decoded, and those
  * of square blocks, or of all, into sums. */
+#include "linear_heights.h"
 #include "linear_job.h"
 #include "variant.h"
 
@@ -165,16 +166,6 @@ INLINE void gradient_microkernel(kind k, int height, const float *g, const float
     case rows:                                                                                    \
         gradient_microkernel((kind)__VA_ARGS__, rows, g, panel, count, scale, add, sums, stride); \
         break;
-#define HEIGHTS_TO_6(...)                                                                       \
-    HEIGHT(1, __VA_ARGS__) HEIGHT(2, __VA_ARGS__) HEIGHT(3, __VA_ARGS__) HEIGHT(4, __VA_ARGS__) \
-    HEIGHT(5, __VA_ARGS__) HEIGHT(6, __VA_ARGS__)
-#if LANES == 16
-#define HEIGHTS(...)                                                                                      \
-    HEIGHTS_TO_6(__VA_ARGS__) HEIGHT(7, __VA_ARGS__) HEIGHT(8, __VA_ARGS__) HEIGHT(9, __VA_ARGS__)        \
-    HEIGHT(10, __VA_ARGS__) HEIGHT(11, __VA_ARGS__) HEIGHT(12, __VA_ARGS__)
-#else
-#define HEIGHTS HEIGHTS_TO_6
-#endif
 GRADIENT_MICROKERNEL(sum_floats, {0, 0, 0, 0})
 #if defined(__AVX512BF16__)
 GRADIENT_MICROKERNEL(sum_pairs, {1, 0, 0, 0})

@@ -5,6 +5,7 @@
 
 #include "linear_epilogue.h"
 #include "linear_folding.h"
+#include "linear_heights.h"
 
 /* units[i] holds byte i of every lane, or the pair of bytes i and i + 2. */
 INLINE void decode_columns(vi codes, kind k, vf *units) {
@@ -100,16 +101,6 @@ INLINE void panel_microkernel(kind k, int height, const float *x, const float *p
     case rows:                                                                                                    \
         panel_microkernel((kind)__VA_ARGS__, rows, x, panel, count, scales, add, sums, stride, next, row_size);   \
         break;
-#define HEIGHTS_TO_6(...)                                                                                             \
-    HEIGHT(1, __VA_ARGS__) HEIGHT(2, __VA_ARGS__) HEIGHT(3, __VA_ARGS__) HEIGHT(4, __VA_ARGS__)                       \
-    HEIGHT(5, __VA_ARGS__) HEIGHT(6, __VA_ARGS__)
-#if LANES == 16
-#define HEIGHTS(...)                                                                                                  \
-    HEIGHTS_TO_6(__VA_ARGS__) HEIGHT(7, __VA_ARGS__) HEIGHT(8, __VA_ARGS__) HEIGHT(9, __VA_ARGS__)                    \
-    HEIGHT(10, __VA_ARGS__) HEIGHT(11, __VA_ARGS__) HEIGHT(12, __VA_ARGS__)
-#else
-#define HEIGHTS HEIGHTS_TO_6
-#endif
 MICROKERNEL(multiply_floats, {0, 0, 0, 0})
 #if defined(__AVX512BF16__)
 MICROKERNEL(multiply_pairs, {1, 0, 0, 0})
